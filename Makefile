@@ -1,0 +1,53 @@
+# What people do every day. `make demo` and `make test` work on a fresh machine with Python 3.11 and make.
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
+BIN = .venv/bin
+KODAK ?= ../shared/data/kodak
+OLD ?= models
+RUN ?= runs/new
+DATA ?= $(wildcard ../shared/data/train-*.tar)
+CURVES ?= ../shared/anchors/kodak_single_layer_rd.json
+
+.PHONY: demo test check format install kodak weights-check train clean
+
+demo: install  ## encode a photograph in three sizes, decode all three, print the table
+	@mkdir -p out
+	@cp "$$($(BIN)/python -c 'import matplotlib; print(matplotlib.get_data_path())')/sample_data/grace_hopper.jpg" out/
+	$(BIN)/compass encode out/grace_hopper.jpg --scales 1,2.0,3.2 --force --verify
+	$(BIN)/compass info out/grace_hopper.cmps
+	$(BIN)/compass decode out/grace_hopper.cmps --all --force
+
+test: check  ## everything that must pass before a change lands
+	$(BIN)/python -m pytest -q --durations=10
+
+check: install  ## formatting, lint and types
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests
+
+install: .venv/installed
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+kodak: install  ## rate and distortion on the Kodak pictures, real files
+	$(BIN)/python -m compass_codec.measure.kodak --images $(KODAK) --curves $(CURVES)
+
+weights-check: install  ## make weights-check NEW=runs/a/weights: may these replace the weights in models/?
+	$(BIN)/python -m compass_codec.measure.ratchet $(OLD) $(NEW) --images $(KODAK) --curves $(CURVES) $(QUICK)
+
+# Every stage in turn, within half an hour of one GPU. DATA: tars or folders of photographs.
+train: install
+	$(BIN)/compass train base $(DATA:%=--data %) --minutes 12 --batch 64,32 --side 128,256 --lr 5e-4 --resume $(RUN) $(START)
+	$(BIN)/compass train liff $(DATA:%=--data %) --minutes 5 --batch 64 --side 128 --lr 5e-4 --resume $(RUN) --weights $(RUN)/weights
+	rm -f $(RUN)/weights/residual.safetensors
+	$(BIN)/compass train residual $(DATA:%=--data %) --minutes 6 --batch 64 --side 128 --lr 4e-4 --resume $(RUN) --weights $(RUN)/weights
+	$(BIN)/compass train joint $(DATA:%=--data %) --minutes 5 --batch 32 --side 192 --lr 1e-4 --resume $(RUN) --weights $(RUN)/weights
+
+clean:
+	rm -rf out build .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,44 @@
+"""compass_codec: one picture, many sizes, one file.
+
+>>> import compass_codec
+>>> data = compass_codec.encode(image, scales=[1, 2, 3.2], quality=60)
+>>> small = compass_codec.decode(data, layer=0)
+
+Importing this module is light; PyTorch is loaded by the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from compass_codec.errors import CompassError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__version__ = "0.1.0"
+__all__ = ["CompassError", "decode", "encode"]
+
+
+def encode(image: Image.Image, scales: Sequence[float], quality: float = 60, device: str = "auto") -> bytes:
+    """Encode a Pillow image as one layered file.
+
+    ``scales``: 1 to 16 positive factors that do not fall, relative to each other; the last layer is the image
+    itself and layer k has size round(side * s_k / s_K), at least 1. ``quality``: 1..100, the same for all layers.
+    Returns the bytes of a .cmps file. Raises a subclass of CompassError.
+    """
+    from compass_codec import codec
+
+    return codec.shared(device).encode(image, scales, quality).data
+
+
+def decode(data: bytes, layer: int | None = None, device: str = "auto") -> Image.Image:
+    """Decode one layer of a .cmps file to an 8-bit RGB Pillow image.
+
+    ``data`` may be cut off anywhere after the layer's end; ``layer`` defaults to the highest that is all there.
+    Raises a subclass of CompassError.
+    """
+    from compass_codec import codec
+
+    return codec.shared(device).decode(data, layer)

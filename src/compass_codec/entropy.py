@@ -1,0 +1,157 @@
+"""Symbols to bytes and back: range coding with integer probability tables (constriction).
+
+Symbols are coded in groups that share a table, which is what makes it fast: first z, channel by channel, then y,
+scale index by scale index. A table holds the frequencies of -w..w and, last, of an escape that stands for any
+other value; escaped values follow in a list of their own ahead of the range-coded words.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import numpy as np
+from constriction import stream
+
+from compass_codec.errors import DamagedError
+
+PRECISION = 24  # frequencies of a table sum to 2**24, constriction's own precision, so that it keeps them as they are
+LEVELS = 64
+SCALE_RANGE = (0.11, 256.0)
+ESCAPES_PER_SYMBOL = 1  # more than this many is no honest stream
+
+
+def scale_levels() -> np.ndarray:
+    """Standard deviations [64] that have a table, evenly spaced in log scale."""
+    low, high = map(math.log, SCALE_RANGE)
+    return np.exp(np.linspace(low, high, LEVELS))
+
+
+def frequencies(pmf: np.ndarray) -> np.ndarray:
+    """Probabilities of -w..w to integer frequencies of -w..w and escape: each at least 1, their sum 2**PRECISION."""
+    pmf = np.append(pmf, max(0.0, 1.0 - float(pmf.sum())))
+    out = np.maximum(1, np.rint(pmf * 2.0**PRECISION)).astype(np.int64)
+    out[out.argmax()] += 2**PRECISION - out.sum()
+    return out.astype(np.int32)
+
+
+def gaussian_tables() -> tuple[np.ndarray, np.ndarray]:
+    """Tables of zero-mean normal distributions, one for each scale level, one after the other: frequencies (int32)
+    and the length of each table [64] (int32). Made once, then stored with the weights."""
+    tables = []
+    for scale in scale_levels():
+        width = math.ceil(6 * scale) + 1
+        edges = np.arange(-width - 0.5, width + 1) / (scale * math.sqrt(2))
+        # differences of the smaller tail, so that far symbols keep their digits
+        tail = np.array([math.erfc(abs(e)) / 2 for e in edges])
+        middle = len(edges) // 2
+        pmf = np.concatenate([np.diff(tail[:middle]), [1 - 2 * tail[middle]], -np.diff(tail[middle:])])
+        tables.append(frequencies(pmf))
+    return np.concatenate(tables), np.array([len(t) for t in tables], np.int32)
+
+
+class Table:
+    """One probability table, ready for the coder; symbols are integers of any size."""
+
+    def __init__(self, freq: np.ndarray) -> None:
+        self.freq = freq
+        self.width = len(freq) // 2 - 1
+
+    @cached_property
+    def model(self):
+        # constriction gives every symbol 1 and shares out the rest in proportion; handed f - 1 it arrives at f
+        return stream.model.Categorical((self.freq - 1).astype(np.float64), perfect=False)
+
+    def indices(self, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in the table (int32) and the values that had to be escaped."""
+        escaped = np.abs(symbols) > self.width
+        return np.where(escaped, 2 * self.width + 1, symbols + self.width).astype(np.int32), symbols[escaped]
+
+
+class Tables:
+    """All tables of one codec: ``z[channel]`` and ``y[scale index]``."""
+
+    def __init__(self, z: np.ndarray, y: np.ndarray, y_lengths: np.ndarray) -> None:
+        self.z = [Table(freq) for freq in z]
+        self.y = [Table(freq) for freq in np.split(y, np.cumsum(y_lengths)[:-1])]
+
+
+def _zigzag(values: np.ndarray) -> bytes:
+    out = bytearray()
+    for v in values.tolist():
+        u = 2 * v if v >= 0 else -2 * v - 1
+        while u > 127:
+            out.append(u & 127 | 128)
+            u >>= 7
+        out.append(u)
+    return bytes(out)
+
+
+def encode(z: np.ndarray, y: np.ndarray, index: np.ndarray, tables: Tables) -> bytes:
+    """Code one layer's symbols: z [channels, h, w], y and its scale indices ``index`` of one shape; all integers."""
+    encoder, escapes = stream.queue.RangeEncoder(), []
+    y, index = y.ravel(), index.ravel()
+    order, counts = _grouping(index)
+    groups = [(table, z[c].ravel()) for c, table in enumerate(tables.z)]
+    groups += [(tables.y[i], part) for i, part in enumerate(np.split(y[order], np.cumsum(counts)[:-1]))]
+    for table, symbols in groups:
+        if len(symbols):
+            positions, escaped = table.indices(symbols)
+            encoder.encode(positions, table.model)
+            escapes.append(escaped)
+    values = np.concatenate(escapes)
+    words = encoder.get_compressed().astype(">u4").tobytes().rstrip(b"\0")
+    return _zigzag(np.array([len(values)])) + _zigzag(values) + words
+
+
+class Decoder:
+    """Reads one layer's symbols back: z first, then y once the scale indices are known from z."""
+
+    def __init__(self, data: bytes, tables: Tables, most: int) -> None:
+        """``most``: how many symbols the layer has. Raises DamagedError if the escape list cannot be right."""
+        self.tables, self.at, self.data = tables, 0, data
+        count = self._varint()
+        if not 0 <= count <= most * ESCAPES_PER_SYMBOL or count > len(data):
+            raise DamagedError("a layer's symbols make no sense")
+        self.escapes = iter([self._varint() for _ in range(count)])
+        words = data[self.at :]
+        words += b"\0" * (-len(words) % 4)
+        self.coder = stream.queue.RangeDecoder(np.frombuffer(words, ">u4").astype(np.uint32))
+
+    def _varint(self) -> int:
+        value, shift = 0, 0
+        while True:
+            if self.at >= len(self.data) or shift > 28:
+                raise DamagedError("a layer's symbols make no sense")
+            byte = self.data[self.at]
+            self.at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value // 2 if value % 2 == 0 else -(value + 1) // 2
+
+    def _group(self, table: Table, count: int) -> np.ndarray:
+        try:
+            symbols = self.coder.decode(table.model, count).astype(np.int64) - table.width
+        except AssertionError as e:  # how constriction says that no encoder writes such data
+            raise DamagedError("a layer's symbols make no sense") from e
+        for i in np.flatnonzero(symbols > table.width):
+            symbols[i] = next(self.escapes, 0)
+        return symbols
+
+    def z(self, channels: int, height: int, width: int) -> np.ndarray:
+        """The hyper-latent's symbols [channels, height, width]."""
+        return np.stack([self._group(t, height * width) for t in self.tables.z]).reshape(channels, height, width)
+
+    def y(self, index: np.ndarray) -> np.ndarray:
+        """The latent's symbols, in the shape of their scale indices ``index``."""
+        order, counts = _grouping(index.ravel())
+        out = np.empty(index.size, np.int64)
+        parts = [self._group(t, int(n)) for t, n in zip(self.tables.y, counts, strict=True) if n]
+        out[order] = np.concatenate(parts)
+        return out.reshape(index.shape)
+
+
+def _grouping(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Order that brings equal scale indices together, first come first, and how many there are of each."""
+    return np.argsort(index.astype(np.uint8), kind="stable"), np.bincount(index, minlength=LEVELS)

@@ -1,0 +1,37 @@
+"""What can go wrong with data; every error is a ValueError whose message is one line for a person."""
+
+
+class CompassError(ValueError):
+    """Base of all errors of this package."""
+
+
+class FormatError(CompassError):
+    """Not a .cmps file, or one whose header breaks the rules of the format."""
+
+
+class TruncatedError(CompassError):
+    """The file ends before the layer that was asked for."""
+
+
+class DamagedError(CompassError):
+    """A checksum does not match: the bytes are not those that were written."""
+
+
+class WeightsError(CompassError):
+    """The file was made with other weights, or the weights on this machine cannot be used."""
+
+
+class LayerError(CompassError):
+    """A layer that the file does not have."""
+
+
+class LimitError(CompassError):
+    """More pixels, layers or bytes than allowed."""
+
+
+class PictureError(CompassError):
+    """A picture that cannot be read, written or coded."""
+
+
+class OptionError(CompassError):
+    """Scale factors or a quality that make no sense."""

@@ -1,0 +1,279 @@
+"""The ratchet: real encodes with old weights and new; new ones pass only when they need fewer bits everywhere.
+
+Protocol: a layer of scale s is the original reduced (Pillow's BICUBIC) to int(width * 0.25 * s) by
+int(height * 0.25 * s). Bits are those of the whole file, PSNR that of the top layer in 8-bit RGB; both are taken
+for each picture and then averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+from PIL import Image
+
+from compass_codec.errors import CompassError
+from compass_codec.measure.bd_rate import FEWEST, BDRate, bd_rate
+
+if TYPE_CHECKING:
+    from compass_codec.codec import Codec
+
+Scales = tuple[float, ...]
+SINGLE: Scales = (4.0,)  # one layer at full size
+DECIDING: tuple[Scales, ...] = (SINGLE, (1.0, 2.0, 4.0), (1.0, 2.0, 3.2))
+QUALITIES = (1.0, 34.0, 67.0, 100.0)
+PUBLISHED = "compressai-mbt2018-mean_mse_cuda"
+
+
+def title(scales: Scales) -> str:
+    return "single layer" if scales == SINGLE else ", ".join(f"{s:g}x" for s in scales)
+
+
+def sizes_of(size: tuple[int, int], scales: Scales) -> list[tuple[int, int]]:
+    """(width, height) of the layers of a picture of ``size``."""
+    return [(max(1, int(size[0] * 0.25 * s)), max(1, int(size[1] * 0.25 * s))) for s in scales]
+
+
+def layers_of(picture: Image.Image, scales: Scales) -> list[np.ndarray]:
+    """The layers of one picture, uint8 [height, width, 3], smallest first."""
+    sizes = sizes_of(picture.size, scales)
+    rgb = picture.convert("RGB")
+    return [np.array(rgb if size == rgb.size else rgb.resize(size, Image.Resampling.BICUBIC)) for size in sizes]
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """PSNR in dB of two uint8 pictures; 100 when they are equal."""
+    mse = float(np.square(a.astype(np.float64) - b).mean())
+    return 10 * math.log10(255**2 / mse) if mse else 100.0
+
+
+@dataclass
+class Curve:
+    """Mean bits per pixel of the top layer and mean PSNR in dB, a point for each quality."""
+
+    bpp: list[float] = field(default_factory=list)
+    psnr: list[float] = field(default_factory=list)
+
+    def against(self, anchor: Curve) -> BDRate:
+        return bd_rate(anchor.bpp, anchor.psnr, self.bpp, self.psnr)
+
+
+class Measurement:
+    """Encodes of one set of weights; what was encoded once is not encoded again.
+
+    ``cache`` maps "weights picture scales quality" to [bytes, PSNR]; it is kept in ``file``, so that a comparison
+    that was cut short goes on where it stopped.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        images: Sequence[Path],
+        qualities: Sequence[float],
+        cache: dict[str, Any],
+        file: Path | None = None,
+    ) -> None:
+        self.codec, self.images, self.qualities, self.cache, self.file = codec, images, qualities, cache, file
+
+    def point(self, image: Path, scales: Scales, quality: float) -> tuple[float, int, float]:
+        """(bits of the file, pixels of its top layer, PSNR of its top layer in dB) of one picture."""
+        key = f"{self.codec.model} {image.name} {','.join(map(str, scales))} {quality:g}"
+        with Image.open(image) as picture:
+            if key not in self.cache:
+                layers = layers_of(picture, scales)
+                encoded = self.codec.encode_layers(layers, [s / scales[0] for s in scales], quality)
+                self.cache[key] = [len(encoded.data), psnr(layers[-1], encoded.layers[-1])]
+                if self.file:
+                    self.file.write_text(json.dumps(self.cache, indent=0))
+            width, height = sizes_of(picture.size, scales)[-1]
+        return 8 * self.cache[key][0], width * height, self.cache[key][1]
+
+    def _mean(self, points: Iterable[Sequence[tuple[float, float]]]) -> Curve:
+        curve = Curve()
+        for column in points:
+            bpp, quality = np.mean(column, axis=0)
+            curve.bpp.append(float(bpp))
+            curve.psnr.append(float(quality))
+        return curve
+
+    def curve(self, scales: Scales) -> Curve:
+        """One layered file of every picture, at every quality."""
+
+        def one(image: Path, quality: float) -> tuple[float, float]:
+            bits, pixels, decibels = self.point(image, scales, quality)
+            return bits / pixels, decibels
+
+        return self._mean([one(image, q) for image in self.images] for q in self.qualities)
+
+    def simulcast(self, scales: Scales) -> Curve:
+        """A file of its own for every layer of every picture: rates add up, PSNR is the top layer's."""
+
+        def together(image: Path, quality: float) -> tuple[float, float]:
+            points = [self.point(image, (s,), quality) for s in scales]
+            _, pixels, decibels = points[-1]
+            return sum(bits for bits, _, _ in points) / pixels, decibels
+
+        return self._mean([together(image, q) for image in self.images] for q in self.qualities)
+
+
+def rows(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def pictures_in(folder: Path, quick: int) -> list[Path]:
+    """The PNG files of ``folder``, or ``quick`` of them spread evenly. Raises ValueError when there are none."""
+    images = sorted(folder.glob("*.png"))
+    if not images:
+        raise ValueError(f"{folder}: no PNG pictures")
+    if 0 < quick < len(images):
+        images = [images[i * len(images) // quick] for i in range(quick)]
+    return images
+
+
+def published(file: Path, key: str) -> Curve:
+    """A curve {"curves": {key: {"bpp": [...], "psnr_rgb": [...]}}} from a JSON file."""
+    try:
+        entry = json.loads(file.read_text())["curves"][key]
+        return Curve(entry["bpp"], entry["psnr_rgb"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: has no rate-distortion curve named {key}") from error
+
+
+class Incomparable(click.ClickException):
+    """The comparison could not be made, which is neither yes nor no."""
+
+    exit_code = 2
+
+
+class Numbers(click.ParamType):
+    """Rising numbers separated by commas."""
+
+    name = "X,Y,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r}: not numbers separated by commas", param, ctx)
+        if list(numbers) != sorted(set(numbers)) or not 0 < numbers[0] <= numbers[-1] < math.inf:
+            self.fail(f"{value!r}: not rising positive numbers", param, ctx)
+        return numbers
+
+
+@click.command()
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of PNG pictures, such as Kodak.")
+@click.option("--quick", type=click.IntRange(0), default=0, help="Only this many pictures.")
+@click.option("--qualities", type=Numbers(), default=QUALITIES, show_default=True)
+@click.option("--scales", type=Numbers(), multiple=True, help="Measure these layers too, to inform, not to decide.")
+@click.option("--simulcast", is_flag=True, help="Also against a separate file for each layer, with the new weights.")
+@click.option("--curves", type=click.Path(path_type=Path), help="JSON of published single-layer curves.")
+@click.option("--key", default=PUBLISHED, show_default=True, help="Which of them.")
+@click.option("--cache", type=click.Path(path_type=Path), help="JSON of encodes made before; this code's, unchanged.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--json", "report", type=click.Path(path_type=Path), help="Write everything to this file.")
+def main(
+    old: Path,
+    new: Path,
+    images: Path,
+    quick: int,
+    qualities: tuple[float, ...],
+    scales: tuple[Scales, ...],
+    simulcast: bool,
+    curves: Path | None,
+    key: str,
+    cache: Path | None,
+    device: str,
+    report: Path | None,
+) -> None:
+    """Compare the weights in folder NEW with those in folder OLD by real encodes of pictures.
+
+    Exit code 0 when NEW needs fewer bits for a single layer and for three layers, 1 when it does not, 2 when the
+    comparison could not be made.
+    """
+    try:
+        if len(qualities) < FEWEST:
+            raise ValueError(f"a rate-distortion curve needs at least {FEWEST} qualities")
+        better = compare(
+            old, new, pictures_in(images, quick), qualities, scales, simulcast, curves, key, cache, device, report
+        )
+    except (CompassError, OSError, ValueError) as error:
+        raise Incomparable(" ".join(str(error).split())) from error
+    sys.exit(0 if better else 1)
+
+
+def compare(
+    old: Path,
+    new: Path,
+    images: Sequence[Path],
+    qualities: Sequence[float],
+    scales: Sequence[Scales],
+    simulcast: bool,
+    curves: Path | None,
+    key: str,
+    cache: Path | None,
+    device: str,
+    report: Path | None,
+) -> bool:
+    """Measure, print the tables, write the report; True when the new weights pass."""
+    from compass_codec.codec import Codec
+
+    anchor = published(curves, key) if curves else None
+    known: dict[str, Any] = json.loads(cache.read_text()) if cache and cache.exists() else {}
+    sets = {
+        name: Measurement(Codec.load(device, path), images, qualities, known, cache)
+        for name, path in (("old", old), ("new", new))
+    }
+    result: dict[str, Any] = {name: m.codec.model for name, m in sets.items()}
+    result |= {"images": [image.name for image in images], "qualities": list(qualities), "curves": {}, "bd_rate": {}}
+    points, rates = [], []
+    better = True
+
+    def rate(name: str, tested: Curve, base: Curve) -> float:
+        found = tested.against(base)
+        rates.append([name, f"{found.percent:+.2f} %", f"{found.low:.2f} to {found.high:.2f} dB"])
+        result["bd_rate"][name] = {"percent": found.percent, "range": [found.low, found.high]}
+        return found.percent
+
+    for layers in dict.fromkeys([*DECIDING, *scales]):
+        measured = {}
+        for name, measurement in sets.items():
+            click.echo(f"{title(layers)}, {name} weights: {len(qualities) * len(images)} files", err=True)
+            measured[name] = measurement.curve(layers)
+            result["curves"][f"{name}, {title(layers)}"] = vars(measured[name])
+        for i, quality in enumerate(qualities):
+            numbers = [f"{c.bpp[i]:.4f} | {c.psnr[i]:.3f}" for c in measured.values()]
+            points.append([title(layers), f"{quality:g}", *numbers])
+        percent = rate(f"{title(layers)}: new against old", measured["new"], measured["old"])
+        better &= percent < 0 or layers not in DECIDING
+        if layers == SINGLE and anchor:
+            rate(f"{title(layers)}: new against {key}", measured["new"], anchor)
+        if simulcast and len(layers) > 1:
+            separate = sets["new"].simulcast(layers)
+            result["curves"][f"new, {title(layers)}, simulcast"] = vars(separate)
+            rate(f"{title(layers)}: new against its own simulcast", measured["new"], separate)
+
+    result["better"] = better
+    click.echo(f"{len(images)} pictures; old weights {result['old']}, new weights {result['new']}\n")
+    click.echo(rows(["layers", "quality", "old bpp", "old PSNR", "new bpp", "new PSNR"], points) + "\n")
+    click.echo(rows(["BD-rate", "fewer bits below 0", "over PSNR"], rates) + "\n")
+    click.echo("The new weights need fewer bits." if better else "The new weights do not need fewer bits everywhere.")
+    if report:
+        report.write_text(json.dumps(result, indent=1) + "\n")
+    return better
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The image codec's transforms: analysis, synthesis and their hyper twins, with layer-wise padding.
+
+Architecture: mean-scale hyperprior (Minnen et al. 2018), N = 128, M = 192, GDN between 5x5 convolutions of
+stride 2. The base layer and the residual codec are two instances of one class. Parameter names follow
+CompressAI's ``MeanScaleHyperprior``, so weights can be exchanged with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# The rate-distortion trade-offs that have a gain vector of their own; between them gains are interpolated.
+LAMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
+LEAK = 2.0**-7  # a power of two, so that the hyper-decoder has an exact integer form
+
+
+def half(side: int) -> int:
+    """Samples left of ``side`` after a convolution of stride 2 with layer-wise padding."""
+    return (side + 1) // 2
+
+
+def stages(size: tuple[int, int], count: int) -> list[tuple[int, int]]:
+    """Sizes (height, width) before each of ``count`` halvings, and after the last: ``count + 1`` of them."""
+    sizes = [size]
+    for _ in range(count):
+        sizes.append((half(sizes[-1][0]), half(sizes[-1][1])))
+    return sizes
+
+
+def level_of(lam: Tensor | float) -> Tensor:
+    """Real-valued index into LAMBDAS of a Lagrangian multiplier, linear in log(lambda) between neighbours."""
+    x = torch.as_tensor(lam, dtype=torch.float64).log()
+    knots = torch.tensor(LAMBDAS, dtype=torch.float64, device=x.device).log()
+    i = torch.bucketize(x, knots[1:-1])
+    return i + (x - knots[i]) / (knots[i + 1] - knots[i])
+
+
+class _LowerBound(torch.autograd.Function):
+    """max(x, bound) whose gradient still lets x rise from below the bound (Balle et al. 2018)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bound: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.bound = bound
+        return x.clamp(min=bound)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return grad * ((x >= ctx.bound) | (grad < 0)), None
+
+
+def lower_bound(x: Tensor, bound: float) -> Tensor:
+    return _LowerBound.apply(x, bound)
+
+
+class GDN(nn.Module):
+    """Generalised divisive normalisation, y_i = x_i / sqrt(beta_i + sum_j gamma_ij x_j^2) (Balle et al. 2016).
+
+    ``beta`` and ``gamma`` are stored as square roots above a small pedestal, as CompressAI stores them.
+    """
+
+    PEDESTAL = 2.0**-36
+
+    def __init__(self, channels: int, inverse: bool = False) -> None:
+        super().__init__()
+        self.inverse = inverse
+        self.beta = nn.Parameter((torch.ones(channels) + self.PEDESTAL).sqrt())
+        self.gamma = nn.Parameter((0.1 * torch.eye(channels) + self.PEDESTAL).sqrt())
+
+    def forward(self, x: Tensor) -> Tensor:
+        beta = lower_bound(self.beta, (1e-6 + self.PEDESTAL) ** 0.5) ** 2 - self.PEDESTAL
+        gamma = lower_bound(self.gamma, self.PEDESTAL**0.5) ** 2 - self.PEDESTAL
+        norm = F.conv2d(x * x, gamma[:, :, None, None].to(x.dtype), beta.to(x.dtype))
+        # autocast takes roots in float32; the activations go on in their own precision
+        return x * (norm.sqrt() if self.inverse else norm.rsqrt()).to(x.dtype)
+
+
+def _down(cin: int, cout: int) -> nn.Conv2d:
+    return nn.Conv2d(cin, cout, 5, stride=2, padding=2)
+
+
+def _up(cin: int, cout: int) -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(cin, cout, 5, stride=2, padding=2, output_padding=1)
+
+
+def descend(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """Run an encoder; before each convolution of stride 2 an odd side is replicate-padded by 1 (paper, 3.1)."""
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
+            pad = (0, x.shape[-1] % 2, 0, x.shape[-2] % 2)
+            if any(pad):
+                x = F.pad(x, pad, mode="replicate")
+        x = layer(x)
+    return x
+
+
+def ascend(layers: nn.Sequential, x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Run a decoder; what layer-wise padding added is cropped after each transposed convolution."""
+    ups = [layer for layer in layers if isinstance(layer, nn.ConvTranspose2d)]
+    sizes = iter(reversed(stages(size, len(ups))[:-1]))
+    for layer in layers:
+        x = layer(x)
+        if isinstance(layer, nn.ConvTranspose2d):
+            h, w = next(sizes)
+            x = x[..., :h, :w]
+    return x
+
+
+class ImageCodec(nn.Module):
+    """Transforms of one mean-scale hyperprior codec with a gain for every rate.
+
+    Pictures are [B, 3, H, W] centred on zero: samples minus 0.5 for the base layer, the residual itself for the
+    residual codec. The gain acts on y before the hyper-encoder, so entropy parameters do not depend on the rate
+    and only the inverse gain in front of the synthesis does.
+    """
+
+    def __init__(self, n: int = 128, m: int = 192) -> None:
+        super().__init__()
+        self.n, self.m = n, m
+        self.g_a = nn.Sequential(_down(3, n), GDN(n), _down(n, n), GDN(n), _down(n, n), GDN(n), _down(n, m))
+        inverse = [GDN(n, inverse=True) for _ in range(3)]
+        self.g_s = nn.Sequential(_up(m, n), inverse[0], _up(n, n), inverse[1], _up(n, n), inverse[2], _up(n, 3))
+        leaky = nn.LeakyReLU(LEAK)
+        self.h_a = nn.Sequential(nn.Conv2d(m, n, 3, padding=1), leaky, _down(n, n), leaky, _down(n, n))
+        wide = m * 3 // 2
+        self.h_s = nn.Sequential(_up(n, m), leaky, _up(m, wide), leaky, nn.Conv2d(wide, 2 * m, 3, padding=1))
+        self.log_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
+        self.log_inv_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
+
+    @staticmethod
+    def _gain(table: Tensor, level: Tensor) -> Tensor:
+        """Gains [B, M, 1, 1] at real levels [B], interpolated geometrically between rows of ``table``."""
+        i = level.floor().clamp(0, len(LAMBDAS) - 2).long()
+        t = (level - i).to(table.dtype)[:, None]
+        return ((1 - t) * table[i] + t * table[i + 1]).exp()[:, :, None, None]
+
+    def analysis(self, x: Tensor, level: Tensor) -> Tensor:
+        """Picture [B, 3, H, W] to latent y [B, M, ceil(H/16), ceil(W/16)], gain of ``level`` [B] applied."""
+        return descend(self.g_a, x) * self._gain(self.log_gain, level)
+
+    def synthesis(self, y_hat: Tensor, level: Tensor, size: tuple[int, int]) -> Tensor:
+        """Quantised latent back to a picture of ``size`` (height, width)."""
+        return ascend(self.g_s, y_hat * self._gain(self.log_inv_gain, level), size)
+
+    def hyper_analysis(self, y: Tensor) -> Tensor:
+        """Latent y to hyper-latent z [B, N, ceil(h/4), ceil(w/4)]."""
+        return descend(self.h_a, y)
+
+    def hyper_synthesis(self, z_hat: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Hyper-latent to scales and means of y, each [B, M, *size]; in float, for training."""
+        scales, means = ascend(self.h_s, z_hat, size).chunk(2, dim=1)
+        return scales, means
+
+    @staticmethod
+    def latent_size(size: tuple[int, int]) -> tuple[int, int]:
+        return stages(size, 4)[-1]
+
+    @staticmethod
+    def hyper_size(size: tuple[int, int]) -> tuple[int, int]:
+        return stages(size, 6)[-1]
+
+
+def quality_to_lambda(quality: float) -> float:
+    """Quality 1..100 to a Lagrangian multiplier, log-linear over the trained range."""
+    t = (quality - 1) / 99
+    return math.exp((1 - t) * math.log(LAMBDAS[0]) + t * math.log(LAMBDAS[-1]))
+
+
+def count_parameters(modules: Sequence[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())

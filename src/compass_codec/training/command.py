@@ -1,0 +1,227 @@
+"""``compass train``: trains one stage for the time given and exports its weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+    from compass_codec.training.data import Pictures
+    from compass_codec.training.stages import Stage
+    from compass_codec.training.trainer import Run
+
+# Nothing above needs torch, so that listing the commands stays quick.
+
+
+class Integers(click.ParamType):
+    """Positive whole numbers separated by commas."""
+
+    name = "N[,N...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or min(numbers) < 1:
+            self.fail(f"{value!r}: not positive whole numbers separated by commas", param, ctx)
+        return numbers
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Turn what is wrong with the user's input into click's one-line error."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise click.ClickException(" ".join(str(error).split())) from error
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this process; ValueError when there is no such device. Sets up the processes under torchrun."""
+    import os
+
+    import torch
+    import torch.distributed as dist
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: use --device cpu or auto")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return device
+
+
+def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int) -> str:
+    """Give ``stage`` something better than random weights to start from; returns what that was, in words.
+
+    ``weights``: a folder of exported weights (None: the installed ones) or one file with CompressAI's names. A base
+    layer that is not there starts as a block transform, a residual codec as a copy of the base layer, LIFF as
+    bicubic interpolation.
+    """
+    import torch
+
+    from compass_codec.training.export import import_start, load_parts
+    from compass_codec.training.start import block_transform
+    from compass_codec.weights import folder_or_default
+
+    if weights is not None and weights.is_file():
+        import_start(stage, weights)
+        found = {"base"}
+    else:
+        if weights is not None and not weights.is_dir():
+            raise ValueError(f"{weights}: no such file or folder of weights")
+        found = load_parts(stage, folder_or_default(weights))
+    words = [f"{part} from weights" for part in ("base", "residual", "liff") if part in found]
+    if "base" not in found:
+        crops = pictures.sample(32, 128, torch.Generator().manual_seed(seed))
+        block_transform(stage.base.codec, crops, seed)
+        words.append("base from the block transform")
+    if "residual" not in found:
+        stage.residual.load_state_dict(stage.base.state_dict())
+        words.append("residual from base")
+    if "liff" not in found:
+        words.append("liff from bicubic")
+    return ", ".join(words)
+
+
+def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...], start: str) -> list[Path]:
+    """Export the EMA weights to ``out``, next to copies of the parts that this stage did not train."""
+    import datetime
+    from dataclasses import asdict
+
+    import torch
+
+    from compass_codec.training.export import PARTS, export
+    from compass_codec.weights import folder_or_default
+
+    plan, device = asdict(run.plan), run.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    entry = {
+        "stage": plan.pop("stage"),
+        "minutes": round(run.seconds / 60, 1),
+        "device": f"{run.world} x {name}" if run.world > 1 else name,
+        "steps": run.step,
+        "patches": run.patches,
+        "pictures": {"count": len(run.pictures), "sources": [source.name for source in sources]},
+        "start": start,
+        "settings": plan | {"precision": "bf16" if run.bf16 else "fp32"},
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+    run.put(run.ema)
+    out.mkdir(parents=True, exist_ok=True)
+    folder = folder_or_default(weights)
+    if folder.is_dir():
+        others = [f"{part}.safetensors" for part in PARTS if part not in run.stage.trains]
+        for file in [*others, "history.json"]:
+            if (folder / file).exists() and not (out / file).exists():
+                shutil.copyfile(folder / file, out / file)
+    return export(run.stage, out, entry)
+
+
+@click.command("train")
+@click.argument("stage", type=click.Choice(["base", "liff", "residual", "joint"]))
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="Tar file or folder of pictures; can be given several times.",
+)
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=20, show_default=True)
+@click.option("--steps", type=click.IntRange(0), default=0, help="Length of the schedule in steps instead of minutes.")
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder of the checkpoint and the log; a run found there goes on.",
+)
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="What to start from: folder or file; default: the installed ones.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Where the weights go; default: RESUME/weights."
+)
+@click.option("--batch", type=Integers(), default="16", show_default=True, help="Crops a step in each process.")
+@click.option("--side", type=Integers(), default="128,256", show_default=True, help="Of a crop, over the schedule.")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), default=3e-4, show_default=True)
+@click.option("--hyper-lr", type=click.FloatRange(0), default=2.0, show_default=True, help="Relative to --lr.")
+@click.option("--optimiser", type=click.Choice(["adam", "adamw", "muon"]), default="adam", show_default=True)
+@click.option("--ema", type=click.FloatRange(0, 1, max_open=True), default=0.999, show_default=True)
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def train(
+    stage: str,
+    data: tuple[Path, ...],
+    resume: Path,
+    weights: Path | None,
+    out: Path | None,
+    device: str,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Train STAGE on pictures for the time given, and export its weights.
+
+    Stops at any moment (Ctrl-C, SIGTERM) and goes on when the same command is given again. A schedule counts the
+    minutes or steps of all sittings together.
+
+    \b
+    compass train base --data photos.tar --minutes 20 --resume runs/a
+    compass train residual --data photos/ --weights runs/a/weights --resume runs/a
+    torchrun --nproc-per-node 8 -m compass_codec train joint --data photos.tar --resume runs/b
+    """
+    import torch
+    import torch.distributed as dist
+
+    from compass_codec.training.data import Pictures
+    from compass_codec.training.trainer import Plan, Run, make_stage
+
+    try:
+        with one_line():
+            plan = Plan(stage, **settings)
+            chosen = choose_device(device)
+            resume.mkdir(parents=True, exist_ok=True)
+            pictures = Pictures(list(data), chosen, smallest=max(256, *plan.side))
+            torch.manual_seed(plan.seed)
+            networks = make_stage(stage)
+            start = fill(networks, weights, pictures, plan.seed)
+            run = Run(plan, networks, pictures, resume, chosen)
+            chief = run.rank == 0
+            if run.checkpoint.exists():
+                changed = run.load()
+                if changed and chief:
+                    click.echo(f"note: not as in the checkpoint: {', '.join(changed)}", err=True)
+        if chief and not quiet:
+            origin = f"step {run.step}, {run.seconds / 60:.1f} minutes" if run.step else start
+            click.echo(f"{stage}: {len(pictures)} pictures; start: {origin}")
+        finished = run.go(resume / f"{stage}.jsonl", quiet)
+        if not chief:
+            return
+        if finished:
+            with one_line():
+                files = finish(run, weights, out or resume / "weights", data, start)
+            report = ", ".join(f"{file} ({file.stat().st_size / 1e6:.1f} MB)" for file in files)
+        else:
+            report = f"stopped at step {run.step}; the same command goes on from there"
+        if not quiet:
+            click.echo(report)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

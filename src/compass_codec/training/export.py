@@ -1,0 +1,117 @@
+"""Weights as files: three float16 safetensors, each with the integer tables its streams are coded with."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compass_codec.entropy import frequencies, gaussian_tables
+from compass_codec.training.density import FactorizedDensity
+from compass_codec.training.stages import RatedCodec, Stage
+from compass_codec.weights import PARTS
+
+REACH = 32  # hyper-latent symbols -REACH..REACH have a frequency of their own; beyond them, an escape
+
+
+@torch.no_grad()
+def z_table(density: FactorizedDensity) -> Tensor:
+    """Integer frequencies of each channel's symbols -REACH..REACH and an escape, int32 [C, 2 * REACH + 2]."""
+    exact = copy.deepcopy(density).cpu().double()
+    n = torch.arange(-REACH, REACH + 1, dtype=torch.float64)
+    mass = exact(n.expand(len(exact.quantiles), 1, -1))[:, 0]
+    return torch.from_numpy(np.stack([frequencies(row) for row in mass.numpy()]))
+
+
+def tensors_of(part: torch.nn.Module) -> dict[str, Tensor]:
+    """The tensors of one weights file. Raises ValueError when a weight is not a finite float16."""
+    if isinstance(part, RatedCodec):
+        tensors = {name: value.half() for name, value in part.codec.state_dict().items()}
+        tensors |= {f"bottleneck.{name}": value.float() for name, value in part.bottleneck.state_dict().items()}
+        tensors["tables.z"] = z_table(part.bottleneck)
+        tensors["tables.y"], tensors["tables.y_lengths"] = map(torch.from_numpy, gaussian_tables())
+    else:
+        tensors = {name: value.half() for name, value in part.state_dict().items()}
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name}: not finite in float16, so these weights are not exported")
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def export(stage: Stage, folder: Path, card_entry: dict[str, Any] | None = None) -> list[Path]:
+    """Write the parts that ``stage`` trains to ``folder``; returns the files.
+
+    ``card_entry`` says how they were trained and is appended to ``folder``/history.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for part in stage.trains:
+        path = folder / f"{part}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors_of(getattr(stage, part)), temporary)
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+        temporary.replace(path)
+        written.append(path)
+    if card_entry is not None:
+        history = folder / "history.json"
+        entries = json.loads(history.read_text()) if history.exists() else []
+        history.write_text(json.dumps([*entries, card_entry], indent=1) + "\n")
+    return written
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
+def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load ``module`` from those of ``tensors`` that it has a name for."""
+    own = module.state_dict()
+    for name, value in own.items():
+        if name not in tensors or tensors[name].shape != value.shape:
+            raise ValueError(f"{path}: not weights of this architecture (no {name} of shape {tuple(value.shape)})")
+    module.load_state_dict({name: tensors[name].to(value.dtype) for name, value in own.items()})
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def load_parts(stage: Stage, folder: Path) -> set[str]:
+    """Load into ``stage`` the weights files that ``folder`` has; returns which parts were there.
+
+    Raises ValueError naming the file that cannot be read or belongs to another architecture.
+    """
+    found = {part for part in PARTS if (folder / f"{part}.safetensors").exists()}
+    for part in found:
+        path = folder / f"{part}.safetensors"
+        tensors, module = _read(path), getattr(stage, part)
+        if isinstance(module, RatedCodec):
+            _fill(module.codec, tensors, path)
+            _fill(module.bottleneck, _below(tensors, "bottleneck."), path)
+        else:
+            _fill(module, tensors, path)
+    return found
+
+
+def import_start(stage: Stage, path: Path) -> None:
+    """Load the base layer from one file with CompressAI's names, trained on pictures in 0..1.
+
+    Pictures are centred on zero here: the offset of 1/2 moves into the first and the last bias.
+    """
+    tensors = _read(path)
+    _fill(stage.base.codec, tensors, path)
+    _fill(stage.base.bottleneck, _below(tensors, "entropy_bottleneck."), path)
+    with torch.no_grad():
+        weights = dict(stage.base.codec.named_parameters())
+        weights["g_a.0.bias"].add_(0.5 * weights["g_a.0.weight"].sum((1, 2, 3)))
+        weights["g_s.6.bias"].sub_(0.5)

@@ -1,0 +1,221 @@
+"""What each training stage minimises.
+
+Every stage is a module whose ``forward`` takes crops and per-sample levels and gives one loss and its parts, so
+that one trainer drives them all. Rates are in bits per pixel of the layer they code, on noisy latents;
+distortions are on rounded latents with a straight-through gradient (paper, 3.3: noisy ones cost 13 %).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from compass_codec.liff import LIFF, bicubic
+from compass_codec.networks import LAMBDAS, ImageCodec, lower_bound
+from compass_codec.training.data import resize
+from compass_codec.training.density import FactorizedDensity
+
+SCALE_MIN = 0.11  # smallest standard deviation that has a probability table
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """round(x) with the gradient of x."""
+    return x + (x.round() - x).detach()
+
+
+def gaussian_bits(y: Tensor, scales: Tensor, means: Tensor) -> Tensor:
+    """-log2 of the mass that N(means, scales^2) gives the unit interval around y (Balle et al. 2018)."""
+    scales = lower_bound(scales, SCALE_MIN)
+    v = (y - means).abs()
+    root = math.sqrt(0.5)
+    mass = 0.5 * (torch.erfc((v - 0.5) / scales * root) - torch.erfc((v + 0.5) / scales * root))
+    return -lower_bound(mass, 1e-9).log2()
+
+
+class RatedCodec(nn.Module):
+    """An ImageCodec with the density of its hyper-latent: what training needs beyond coding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codec = ImageCodec()
+        self.bottleneck = FactorizedDensity(self.codec.n)
+
+    def forward(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """Centred picture [B, 3, H, W], level [B] to (reconstruction, bits [B])."""
+        y = self.codec.analysis(x, level)
+        z = self.codec.hyper_analysis(y)
+        with torch.autocast(x.device.type, enabled=False):
+            z = z.float()
+            noisy = z + torch.rand_like(z) - 0.5 if self.training else z.round()
+            likelihood = self.bottleneck(noisy.transpose(0, 1).flatten(1).unsqueeze(1))
+            z_bits = -lower_bound(likelihood, 1e-9).log2().reshape(z.shape[1], len(x), -1).sum((0, 2))
+        scales, means = self.codec.hyper_synthesis(round_ste(z).to(y.dtype), (y.shape[-2], y.shape[-1]))
+        y, scales, means = y.float(), scales.float(), means.float()
+        centred = y - means
+        noisy = centred + torch.rand_like(y) - 0.5 if self.training else centred.round()
+        y_bits = gaussian_bits(noisy, scales, torch.zeros_like(means)).sum((1, 2, 3))
+        out = self.codec.synthesis(round_ste(centred) + means, level, (x.shape[-2], x.shape[-1]))
+        return out.float(), y_bits + z_bits
+
+
+def cost(x: Tensor, rec: Tensor, bits: Tensor, lam: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """R + lambda 255^2 MSE per pixel of this layer, evened out over lambda so that no rate dominates."""
+    bpp = bits / (x.shape[-1] * x.shape[-2])
+    mse = (x - rec).square().mean((1, 2, 3))
+    loss = (bpp + lam * 255**2 * mse) / (lam / 0.013).sqrt()
+    psnr = -10 * rec.detach().clamp(0, 1).sub(x).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+    return loss.mean(), {"bpp": bpp.mean().detach(), "psnr": psnr.mean()}
+
+
+def to_8bit(x: Tensor) -> Tensor:
+    """Clamp and round to 8 bits with a straight-through gradient, as the codec does between layers."""
+    return round_ste(x.clamp(0, 1) * 255) / 255
+
+
+class Stage(nn.Module):
+    """Base, residual codec and LIFF together; a subclass says which of them it trains and how."""
+
+    trains: tuple[str, ...] = ()
+    layered = True  # whether a crop is reduced to lower layers
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.residual, self.liff = RatedCodec(), RatedCodec(), LIFF()
+
+    def freeze(self) -> None:
+        for name, child in self.named_children():
+            child.requires_grad_(name in self.trains)
+        # an untrained LIFF is its bicubic skip exactly: do not pay for adding zero
+        last = self.liff.mlp_last
+        self.only_skip = "liff" not in self.trains and not (last.weight.any() or last.bias.any())
+
+    def predict(self, below: Tensor, size: tuple[int, int]) -> Tensor:
+        return (bicubic(below, size) if self.only_skip else self.liff(below, size)).float()
+
+    def code_base(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        rec, bits = self.base(x - 0.5, level)
+        return rec + 0.5, bits
+
+    @torch.no_grad()
+    def lower(self, x: Tensor, level: Tensor) -> Tensor:
+        """The frozen base layer's real reconstruction of x: rounded latents, 8 bits."""
+        mode = self.base.training
+        self.base.eval()
+        rec = to_8bit(self.code_base(x, level)[0])
+        self.base.train(mode)
+        return rec
+
+    def enhance(self, x: Tensor, below: Tensor, level: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """One enhancement layer: (reconstruction, loss, parts)."""
+        prediction = self.predict(below, (x.shape[-2], x.shape[-1]))
+        res, bits = self.residual(x - prediction, level)
+        rec = prediction + res
+        loss, parts = cost(x, rec, bits, lam)
+        return rec, loss, parts
+
+    def forward(
+        self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Crops [B, 3, H, W] in 0..1, lambda [B] and its level [B], steps between layers to (loss, parts)."""
+        raise NotImplementedError
+
+
+def shrink(x: Tensor, factor: float) -> Tensor:
+    return resize(x, (max(1, round(x.shape[-2] / factor)), max(1, round(x.shape[-1] / factor))))
+
+
+class BaseStage(Stage):
+    """The image codec alone, at every rate at once."""
+
+    trains = ("base",)
+    layered = False
+
+    def forward(
+        self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        rec, bits = self.code_base(x, level)
+        return cost(x, rec, bits, lam)
+
+
+class LiffStage(Stage):
+    """Prediction alone, from real reconstructions of the base layer and (one sample in four) clean pictures."""
+
+    trains = ("liff",)
+
+    def forward(
+        self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        clean = shrink(x, factors[0])
+        below = self.lower(clean, level)
+        below[::4] = clean[::4]
+        prediction = self.liff(below, (x.shape[-2], x.shape[-1])).float()
+        # a low rate's larger error must not drown a high rate's smaller one: weigh as the joint cost does
+        mse = (x - prediction).square().mean((1, 2, 3))
+        loss = (lam.sqrt() * 255**2 * mse).mean()
+        psnr = -10 * mse.detach().clamp(min=1e-10).log10().mean()
+        return loss, {"bpp": torch.zeros_like(psnr), "psnr": psnr}
+
+
+class ResidualStage(Stage):
+    """The residual codec above a frozen base layer and a frozen LIFF."""
+
+    trains = ("residual",)
+
+    def forward(
+        self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        below = self.lower(shrink(x, factors[0]), level)
+        with torch.no_grad():
+            prediction = self.predict(below, (x.shape[-2], x.shape[-1]))
+        res, bits = self.residual(x - prediction, level)
+        return cost(x, prediction + res, bits, lam)
+
+
+class JointStage(Stage):
+    """LIFF and residual codec through recursive enhancement layers, base frozen (paper, equation 5).
+
+    ``factors`` are the steps between layers from the top down; the loss sums over the enhancement layers, each
+    per pixel of the top layer as in the paper.
+    """
+
+    trains = ("residual", "liff")
+
+    def forward(
+        self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        pyramid, total = [x], 1.0
+        for factor in factors:
+            total *= factor
+            pyramid.append(shrink(x, total))
+        rec = self.lower(pyramid.pop(), level)
+        loss = x.new_zeros(())
+        parts: dict[str, Tensor] = {}
+        while pyramid:
+            target = pyramid.pop()
+            share = target.shape[-1] * target.shape[-2] / (x.shape[-1] * x.shape[-2])
+            rec, part, parts = self.enhance(target, rec, level, lam)
+            loss = loss + share * part
+            rec = to_8bit(rec)
+        return loss, parts
+
+
+STAGES: dict[str, type[Stage]] = {
+    "base": BaseStage,
+    "liff": LiffStage,
+    "residual": ResidualStage,
+    "joint": JointStage,
+}
+
+
+def draw_lambdas(batch: int, generator: torch.Generator) -> Tensor:
+    """Log-uniform over the trained range."""
+    t = torch.rand(batch, generator=generator)
+    return ((1 - t) * math.log(LAMBDAS[0]) + t * math.log(LAMBDAS[-1])).exp()
+
+
+def draw_factors(generator: torch.Generator) -> tuple[float, float]:
+    """Steps between layers from the top down: the first U(1, 4), the second U(1, 2)."""
+    first, second = torch.rand(2, generator=generator).tolist()
+    return 1 + 3 * first, 1 + second

@@ -1,0 +1,108 @@
+"""The weights on disk: three safetensors files, and the identity that ties a .cmps file to them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compass_codec.container import MODEL_BYTES
+from compass_codec.errors import WeightsError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from compass_codec.entropy import Tables
+    from compass_codec.hyper import HyperDecoder
+    from compass_codec.liff import LIFF
+    from compass_codec.networks import ImageCodec
+
+PARTS = ("base", "residual", "liff")
+
+
+@dataclass(frozen=True)
+class CodecWeights:
+    """One image codec ready for use: transforms, integer hyper-decoder, probability tables."""
+
+    codec: ImageCodec
+    hyper: HyperDecoder
+    tables: Tables
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Everything a file is decoded with. ``identity`` is the start of the SHA-256 over the three files, in hex."""
+
+    base: CodecWeights
+    residual: CodecWeights
+    liff: LIFF
+    identity: str
+
+
+def folder_or_default(folder: Path | None) -> Path:
+    """``folder``, or the weights installed with the package."""
+    return folder if folder is not None else Path(str(resources.files("compass_codec.models")))
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    try:
+        return {part: (folder / f"{part}.safetensors").read_bytes() for part in PARTS}
+    except OSError as e:
+        raise WeightsError(f"{e.filename or folder}: cannot read the weights ({e.strerror})") from e
+
+
+def _identity(files: dict[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in PARTS:
+        digest.update(files[part])
+    return digest.digest()[:MODEL_BYTES].hex()
+
+
+def identity(folder: Path | None = None) -> str:
+    """The identity of the weights in ``folder`` without loading them."""
+    return _identity(_read(folder_or_default(folder)))
+
+
+def load(folder: Path | None, device: torch.device) -> Weights:
+    """Load the three parts to ``device``, as float32. Raises WeightsError if one is missing or does not fit."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load as parse
+
+    from compass_codec.liff import LIFF
+
+    folder = folder_or_default(folder)
+    files = _read(folder)
+    try:
+        tensors = {part: parse(files[part]) for part in PARTS}
+        with torch.inference_mode():
+            liff = _fill(LIFF, tensors["liff"], device)
+            base, residual = (_codec(tensors[part], device) for part in ("base", "residual"))
+    except (SafetensorError, RuntimeError, KeyError, ValueError) as e:
+        reason = str(e).splitlines()[0]
+        raise WeightsError(f"{folder}: these weights cannot be used ({reason})") from e
+    return Weights(base, residual, liff, _identity(files))
+
+
+def _fill(kind: type[nn.Module], tensors: dict[str, Tensor], device: torch.device):
+    """A network of ``kind`` holding ``tensors``, without ever drawing random weights."""
+    import torch
+
+    with torch.device("meta"):
+        network = kind()
+    network.load_state_dict({k: tensors[k].float() for k in network.state_dict()}, assign=True)
+    network.requires_grad_(False).eval()
+    return network.to(device).to(memory_format=torch.channels_last)
+
+
+def _codec(tensors: dict[str, Tensor], device: torch.device) -> CodecWeights:
+    from compass_codec.entropy import Tables
+    from compass_codec.hyper import HyperDecoder
+    from compass_codec.networks import ImageCodec
+
+    codec = _fill(ImageCodec, tensors, device)
+    tables = Tables(*(tensors[f"tables.{k}"].numpy() for k in ("z", "y", "y_lengths")))
+    return CodecWeights(codec, HyperDecoder(codec).to(device), tables)

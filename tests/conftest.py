@@ -1,0 +1,68 @@
+"""Pictures that any machine has, and the command run in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from compass_codec import cli
+
+KODAK = Path(__file__).parents[2] / "shared" / "data" / "kodak"
+
+
+def photo() -> Image.Image:
+    """The public-domain portrait that matplotlib ships, 512 x 600."""
+    import matplotlib
+
+    return Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").convert("RGB")
+
+
+def crop(width: int, height: int) -> Image.Image:
+    """A piece of the portrait of this size, enlarged first if it must be."""
+    image = photo()
+    factor = max(1, width / image.width, height / image.height)
+    image = image.resize((max(width, round(image.width * factor)), max(height, round(image.height * factor))))
+    left, top = (image.width - width) // 2, (image.height - height) // 3
+    return image.crop((left, top, left + width, top + height))
+
+
+@pytest.fixture(scope="session")
+def codec():
+    from compass_codec.codec import shared
+
+    return shared("cpu")
+
+
+@pytest.fixture(scope="session")
+def small_file(codec) -> bytes:
+    """A three-layer file of 80 x 60, 40 x 30 and 20 x 15."""
+    return codec.encode(crop(80, 60), [1, 2, 4], 50).data
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def compass(*args: object) -> Result:
+    """Run the command line in this process: same entry point, no second start-up."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main([str(a) for a in args])
+        except SystemExit as e:
+            code = e.code or 0
+    assert isinstance(code, int)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    return cli.psnr(np.asarray(a), np.asarray(b))

@@ -1,0 +1,157 @@
+"""Whole files through the Python calls."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import KODAK, crop, psnr
+from PIL import Image
+
+import compass_codec
+from compass_codec import container
+from compass_codec.codec import Codec, layer_sizes
+from compass_codec.errors import (
+    CompassError,
+    DamagedError,
+    LimitError,
+    OptionError,
+    PictureError,
+    TruncatedError,
+    WeightsError,
+)
+
+
+def test_sizes_follow_the_rule():
+    assert layer_sizes((1000, 600), [1, 2.0, 3.2]) == [(312, 188), (625, 375), (1000, 600)]
+    assert layer_sizes((1, 1), [1, 7.7]) == [(1, 1), (1, 1)]
+    assert layer_sizes((3, 2), [1, 100]) == [(1, 1), (3, 2)]
+
+
+def test_decoder_sees_what_the_encoder_saw(codec):
+    result = codec.encode(crop(90, 70), [1, 1.37, 2.9], 70)
+    header = container.read_header(result.data)
+    for k, layer in enumerate(result.layers):
+        assert (np.asarray(codec.decode(result.data, k)) == layer).all()
+        assert layer.shape == (header.layers[k].height, header.layers[k].width, 3)
+    assert codec.decode(result.data).size == (90, 70)
+
+
+def test_public_calls(small_file):
+    image = compass_codec.decode(small_file, layer=1, device="cpu")
+    assert image.size == (40, 30) and image.mode == "RGB"
+    again = compass_codec.encode(crop(80, 60), [1, 2, 4], 50, device="cpu")
+    assert again == small_file
+    assert issubclass(CompassError, ValueError)
+
+
+def test_it_is_the_picture(codec):
+    image = crop(128, 128)
+    for quality, least in ((1, 24), (60, 28), (100, 30)):
+        assert psnr(codec.decode(codec.encode(image, [1, 2], quality).data), image) > least
+
+
+def test_quality_buys_bits_and_decibels(codec):
+    image = crop(128, 96)
+    coded = [codec.encode(image, [1, 2], q).data for q in (10, 50, 90)]
+    assert len(coded[0]) < len(coded[1]) < len(coded[2])
+    values = [psnr(codec.decode(data), image) for data in coded]
+    assert values == sorted(values)
+
+
+def test_cut_anywhere_every_complete_layer_decodes_bit_for_bit(codec, small_file):
+    header = container.read_header(small_file)
+    whole = [np.asarray(codec.decode(small_file, k)) for k in range(3)]
+    for k, entry in enumerate(header.layers):
+        for size in (entry.end, min(entry.end + 1, len(small_file))):
+            part = small_file[:size]
+            for below in range(k + 1):
+                assert (np.asarray(codec.decode(part, below)) == whole[below]).all()
+            assert (np.asarray(codec.decode(part)) == whole[k]).all()
+        with pytest.raises(TruncatedError):
+            codec.decode(small_file[: entry.end - 1], k)
+
+
+def test_layers_above_are_neither_read_nor_computed(codec, small_file, monkeypatch):
+    header = container.read_header(small_file)
+    end = header.layers[0].end
+    garbage = small_file[:end] + bytes(255 - b for b in small_file[end:])
+
+    def never(*args):
+        raise AssertionError("an enhancement layer was computed")
+
+    expected = np.asarray(codec.decode(small_file, 0))
+    monkeypatch.setattr(codec.residual, "decode", never)
+    monkeypatch.setattr(codec, "liff", never)
+    assert (np.asarray(codec.decode(garbage, 0)) == expected).all()
+
+
+def test_sixteen_layers_and_equal_factors(codec):
+    scales = [1, 1, 1.1, 1.2, 1.3, 1.5, 1.5, 1.7, 2, 2.2, 2.5, 2.5, 3, 3.3, 3.7, 4]
+    data = codec.encode(crop(40, 30), scales, 40).data
+    assert len(container.read_header(data).layers) == 16
+    assert codec.decode(data).size == (40, 30)
+    twice = codec.encode(crop(64, 64), [1, 1], 60)
+    assert psnr(Image.fromarray(twice.layers[1]), crop(64, 64)) > psnr(Image.fromarray(twice.layers[0]), crop(64, 64))
+
+
+def test_same_input_same_bytes_with_one_thread_or_two(codec):
+    image = crop(70, 50)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = codec.encode(image, [1, 2], 60).data
+        pictures = np.asarray(codec.decode(one)).astype(int)
+        torch.set_num_threads(2)
+        assert codec.encode(image, [1, 2], 60).data == codec.encode(image, [1, 2], 60).data
+        assert np.abs(np.asarray(codec.decode(one)).astype(int) - pictures).max() <= 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_damage_is_found_before_decoding(codec, small_file):
+    broken = bytearray(small_file)
+    broken[container.read_header(small_file).layers[1].start] ^= 255
+    with pytest.raises(DamagedError, match=r"layer 1 is damaged .* layer 0 decodes"):
+        codec.decode(bytes(broken))
+    assert codec.decode(bytes(broken), 0).size == (20, 15)
+
+
+def test_other_weights_are_named(codec, small_file):
+    data = container.write("00" * 6, [(4, 4)], [1], [50], [b"x"])
+    with pytest.raises(WeightsError, match=f"000000000000.*{codec.model}"):
+        codec.decode(data)
+
+
+def test_bad_options(codec):
+    image = crop(8, 8)
+    for scales, quality in (([2, 1], 50), ([1], 0), ([1], 101), ([1], float("nan")), ([], 50)):
+        with pytest.raises(OptionError):
+            codec.encode(image, scales, quality)
+    with pytest.raises(PictureError):
+        codec.encode(Image.new("F", (4, 4)), [1], 50)
+    with pytest.raises(LimitError):
+        codec.decode(codec.encode(image, [1], 50).data, max_pixels=63)
+
+
+def test_weights_folder_problems(tmp_path):
+    with pytest.raises(WeightsError, match=r"base\.safetensors"):
+        Codec.load("cpu", tmp_path)
+    for part in ("base", "residual", "liff"):
+        (tmp_path / f"{part}.safetensors").write_bytes(b"not safetensors at all")
+    with pytest.raises(WeightsError, match="cannot be used"):
+        Codec.load("cpu", tmp_path)
+
+
+@pytest.mark.skipif(not KODAK.is_dir(), reason="the Kodak pictures are not at hand")
+def test_kodak_three_layers_beat_three_files(codec):
+    """Three of the 24 pictures here; `make kodak` measures all of them."""
+    layered = separate = 0
+    values = []
+    for number in (5, 15, 23):
+        image = Image.open(KODAK / f"kodim{number:02}.png")
+        result = codec.encode(image, [1, 2, 4])
+        layered += len(result.data)
+        sources = [image.resize((r.shape[1], r.shape[0]), Image.Resampling.BICUBIC) for r in result.layers]
+        separate += sum(len(codec.encode(source, [1]).data) for source in sources)
+        values.append([psnr(Image.fromarray(r), s) for r, s in zip(result.layers, sources, strict=True)])
+    assert layered < separate
+    assert np.mean(values, axis=0).min() >= 26

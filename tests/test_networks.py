@@ -1,0 +1,129 @@
+"""The transforms: layer-wise padding, GDN, gains, and the integer hyper-decoder."""
+
+import pytest
+import torch
+
+from compass_codec import networks
+from compass_codec.hyper import HyperDecoder
+from compass_codec.networks import GDN, LAMBDAS, ImageCodec, half, level_of, quality_to_lambda, stages
+
+
+@pytest.fixture(scope="module")
+def image_codec() -> ImageCodec:
+    torch.manual_seed(1)
+    return ImageCodec(n=8, m=12).eval()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (17, 31), (33, 64), (65, 127)])
+def test_any_size_survives(image_codec, size):
+    level = torch.tensor([2.5])
+    y = image_codec.analysis(torch.rand(1, 3, *size), level)
+    z = image_codec.hyper_analysis(y)
+    assert tuple(y.shape[-2:]) == ImageCodec.latent_size(size) == stages(size, 4)[-1]
+    assert tuple(z.shape[-2:]) == ImageCodec.hyper_size(size)
+    scales, means = image_codec.hyper_synthesis(z, tuple(y.shape[-2:]))
+    assert scales.shape == means.shape == y.shape
+    assert tuple(image_codec.synthesis(y, level, size).shape) == (1, 3, *size)
+
+
+def test_latent_of_odd_sides_is_the_ceiling():
+    assert [half(n) for n in (1, 2, 3, 517)] == [1, 1, 2, 259]
+    assert ImageCodec.latent_size((517, 389)) == (33, 25)
+
+
+def test_padding_replicates_the_edge(image_codec):
+    """An odd picture codes as the even one with its last row repeated."""
+    x = torch.rand(1, 3, 15, 16)
+    longer = torch.cat([x, x[:, :, -1:]], 2)
+    assert torch.equal(networks.descend(image_codec.g_a[:1], x), networks.descend(image_codec.g_a[:1], longer))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gdn_is_compressais(inverse):
+    from compressai.layers import GDN as Reference
+
+    ours, theirs = GDN(6, inverse), Reference(6, inverse)
+    with torch.no_grad():
+        ours.beta.copy_(torch.rand(6) + 0.01)
+        ours.gamma.copy_(torch.rand(6, 6) - 0.2)
+        theirs.beta.copy_(ours.beta)
+        theirs.gamma.copy_(ours.gamma)
+    x = torch.randn(2, 6, 5, 4)
+    torch.testing.assert_close(ours(x), theirs(x))
+    ours(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    torch.testing.assert_close(ours.gamma.grad, theirs.gamma.grad)
+
+
+def test_levels_and_qualities():
+    torch.testing.assert_close(
+        level_of(torch.tensor(LAMBDAS)), torch.arange(6.0, dtype=torch.float64), atol=1e-5, rtol=0
+    )
+    assert quality_to_lambda(1) == pytest.approx(LAMBDAS[0])
+    assert quality_to_lambda(100) == pytest.approx(LAMBDAS[-1])
+    assert 2 < float(level_of(0.01)) < 3
+
+
+def test_gain_is_interpolated_geometrically():
+    table = torch.tensor([[0.0], [2.0], [3.0], [3.0], [3.0], [5.0]])
+    gain = ImageCodec._gain(table, torch.tensor([0.0, 0.5, 1.0, 5.0])).flatten()
+    torch.testing.assert_close(gain, torch.tensor([0.0, 1.0, 2.0, 5.0]).exp())
+
+
+@pytest.fixture
+def real(codec):
+    """The shipped base layer's parts."""
+    return codec.base
+
+
+class TestHyperDecoder:
+    def symbols(self, batch: int = 1) -> torch.Tensor:
+        torch.manual_seed(2)
+        return (torch.randn(batch, 128, 3, 5) * 3).round()
+
+    def test_near_the_float_network(self, real):
+        z = self.symbols()
+        index, means = real.hyper(z, (11, 18))
+        scales, float_means = real.codec.hyper_synthesis(z, (11, 18))
+        torch.testing.assert_close(means, float_means, atol=0.01, rtol=0.001)
+        expected = torch.bucketize(scales.double().contiguous(), real.hyper.bounds / 2**12)
+        assert (expected != index).double().mean() < 0.02
+        assert (expected - index).abs().max() <= 1
+
+    def test_threads_batch_and_layout_change_nothing(self, real):
+        z = self.symbols(3)
+        index, means = real.hyper(z, (11, 18))
+        threads = torch.get_num_threads()
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                for variant in (z[:1], z.contiguous(memory_format=torch.channels_last)[:1], z[:1].long()):
+                    one, mean = real.hyper(variant, (11, 18))
+                    assert torch.equal(one, index[:1]) and torch.equal(mean, means[:1])
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_onednn_off_changes_nothing(self, real):
+        z = self.symbols()
+        index, means = real.hyper(z, (9, 17))
+        with torch.backends.mkldnn.flags(enabled=False):
+            again, mean = real.hyper(z, (9, 17))
+        assert torch.equal(index, again) and torch.equal(means, mean)
+
+    def test_everything_is_an_integer(self, real):
+        assert all((b == b.round()).all() for b in real.hyper.buffers())
+        _, means = real.hyper(self.symbols(), (12, 20))
+        assert (means * 2**12 == (means * 2**12).round()).all()
+
+    def test_absurd_symbols_stay_finite(self, real):
+        index, means = real.hyper(self.symbols() * 2**40, (12, 20))
+        assert means.isfinite().all() and index.max() < 64
+
+    def test_weights_too_large_for_exactness_are_refused(self):
+        from compass_codec.errors import WeightsError
+
+        bad = ImageCodec(n=8, m=12)
+        with torch.no_grad():
+            bad.h_s[0].weight.fill_(1e4)
+        with pytest.raises(WeightsError):
+            HyperDecoder(bad)

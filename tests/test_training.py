@@ -1,0 +1,378 @@
+"""Training: what it starts from, that every stage learns, resumes exactly, and exports what the codec reads."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from compass_codec.codec import Codec
+from compass_codec.entropy import PRECISION
+from compass_codec.liff import LIFF, bicubic
+from compass_codec.networks import LAMBDAS, ImageCodec
+from compass_codec.training import stages
+from compass_codec.training.command import train
+from compass_codec.training.data import HELD_OUT, Pictures
+from compass_codec.training.density import FactorizedDensity
+from compass_codec.training.export import REACH, export, import_start, load_parts, z_table
+from compass_codec.training.start import block_transform, noise_pictures
+from compass_codec.training.trainer import Plan, Run, at, learning_rate, make_stage
+
+CPU = torch.device("cpu")
+
+
+def shrink_networks() -> None:
+    """Networks small enough that a step takes milliseconds."""
+    stages.ImageCodec = functools.partial(ImageCodec, 16, 24)  # type: ignore[misc, assignment]
+    stages.LIFF = functools.partial(LIFF, 8, 16)  # type: ignore[misc, assignment]
+    torch.set_num_threads(1)  # more would only wait for each other
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(stages, "ImageCodec", stages.ImageCodec)
+    monkeypatch.setattr(stages, "LIFF", stages.LIFF)
+    threads = torch.get_num_threads()
+    shrink_networks()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def portrait() -> Image.Image:
+    return Image.open(Path(matplotlib.__file__).parent / "mpl-data/sample_data/grace_hopper.jpg").convert("RGB")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, portrait) -> Path:
+    path = tmp_path_factory.mktemp("pictures")
+    for i in range(6):
+        left, top = i % 3 * 128, i // 3 * 300
+        portrait.crop((left, top, left + 256, top + 300)).save(path / f"{i}.png")
+    for i, picture in enumerate(noise_pictures(4, 256)):
+        Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy()).save(path / f"noise{i}.png")
+    (path / "notes.txt").write_text("not a picture")
+    (path / "damaged.jpg").write_bytes(b"\xff\xd8\xff\xe0 damaged")
+    return path
+
+
+@pytest.fixture(scope="session")
+def pictures(folder) -> Pictures:
+    return Pictures([folder], CPU)
+
+
+def started(name: str) -> stages.Stage:
+    torch.manual_seed(0)
+    stage = make_stage(name)
+    block_transform(stage.base.codec)
+    stage.residual.load_state_dict(stage.base.state_dict())
+    return stage
+
+
+def tensors(run: Run) -> dict[str, torch.Tensor]:
+    found = {f"weights.{n}": p.detach().clone() for n, p in run.trained.items()}
+    found |= {f"ema.{n}": p.clone() for n, p in run.ema.items()}
+    for n, p in run.trained.items():
+        found |= {f"{n}.{k}": v.clone() for k, v in run.optimiser.state[p].items()}
+    return found
+
+
+def python(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """A process of its own, with the small networks."""
+    here = str(Path(__file__).parent)
+    paths = os.pathsep.join([here, str(Path(stages.__file__).parents[2])])
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", f"import test_training as t; t.shrink_networks()\n{code}"]
+        + [str(a) for a in arguments],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+class TestStart:
+    def test_untrained_codec_reconstructs(self, portrait):
+        x = torch.from_numpy(np.array(portrait)[:400, 100:452]).permute(2, 0, 1)[None].float() / 255
+        codec = ImageCodec()
+        block_transform(codec)
+        level = torch.tensor([3.0])
+        with torch.no_grad():
+            y = codec.analysis(x - 0.5, level)
+            psnr = [
+                float(-10 * ((codec.synthesis(v, level, (400, 352)) + 0.5).clamp(0, 1) - x).square().mean().log10())
+                for v in (y, y.round())
+            ]
+        print(f"untrained start: {psnr[0]:.2f} dB, {psnr[1]:.2f} dB rounded")
+        assert psnr[0] > 31.8 and psnr[1] > 30.0
+
+    def test_gains_follow_lambda(self):
+        codec = ImageCodec(16, 24)
+        block_transform(codec, torch.rand(2, 3, 70, 50))
+        ratio = codec.log_gain.exp()[-1] / codec.log_gain.exp()[0]
+        assert torch.allclose(ratio, torch.tensor((LAMBDAS[-1] / LAMBDAS[0]) ** 0.5))
+        assert torch.equal(codec.log_inv_gain, -codec.log_gain)
+
+    def test_untrained_liff_is_bicubic(self):
+        x = torch.rand(1, 3, 9, 12)
+        with torch.no_grad():
+            assert torch.equal(LIFF(8, 16)(x, (20, 31)), bicubic(x, (20, 31)))
+
+
+class TestPictures:
+    def test_sample(self, pictures):
+        for side in (16, 128, 200):
+            x = pictures.sample(3, side, torch.Generator().manual_seed(1))
+            assert x.shape == (3, 3, side, side) and x.dtype == torch.float32
+            assert 0 <= x.min() < x.max() <= 1
+            assert torch.equal(x, pictures.sample(3, side, torch.Generator().manual_seed(1)))
+
+    def test_crops_stay_within_their_picture(self, tmp_path):
+        for i in range(12):
+            Image.new("RGB", (256 + 7 * i, 300 - i), (20 * i, 5, 250 - 20 * i)).save(tmp_path / f"{i:02}.png")
+        flat = Pictures([tmp_path], CPU)
+        assert len(flat) == 12 - HELD_OUT == len(flat.held_out)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(8):
+            x = flat.sample(4, 128, generator)
+            assert (x - x[:, :, :1, :1]).abs().max() < 1e-5
+
+    def test_tar_is_read_like_a_folder(self, folder, pictures, tmp_path):
+        with tarfile.open(tmp_path / "p.tar", "w") as tar:
+            for file in sorted(folder.iterdir()):
+                info = tarfile.TarInfo(f"inside/{file.name}")
+                info.size = file.stat().st_size
+                tar.addfile(info, io.BytesIO(file.read_bytes()))
+        assert torch.equal(Pictures([tmp_path / "p.tar"], CPU).flat, pictures.flat)
+
+
+class TestLearning:
+    @pytest.mark.parametrize("name", ["base", "liff", "residual", "joint"])
+    def test_stage_lowers_its_held_out_loss(self, small, pictures, tmp_path, name):
+        plan = Plan(name, steps=16, batch=(3,), side=(64,), lr=5e-4, ema=0.5)
+        run = Run(plan, started(name), pictures, tmp_path, CPU)
+        frozen = {n: p.clone() for n, p in run.stage.named_parameters() if not p.requires_grad}
+        before = sum(p["loss"] for p in run.held_out())
+        assert run.go(tmp_path / "log.jsonl", quiet=True)
+        after = sum(p["loss"] for p in run.held_out())
+        print(f"{name}: held-out loss {before:.4f} -> {after:.4f}")
+        assert after < before
+        assert all(torch.equal(p, frozen[n]) for n, p in run.stage.named_parameters() if n in frozen)
+        log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert {"step", "seconds", "lr", "lambda", "loss", "bpp", "psnr", "patches_per_second"} <= log[0].keys()
+        assert log[-1]["step"] == 16 and len(log[-1]["held_out"]) == 3
+
+    def test_muon_learns(self, small, pictures, tmp_path):
+        plan = Plan("base", steps=20, batch=(4,), side=(64,), lr=5e-4, ema=0.5, optimiser="muon")
+        run = Run(plan, started("base"), pictures, tmp_path, CPU)
+        before = sum(p["loss"] for p in run.held_out())
+        run.go(tmp_path / "log.jsonl", quiet=True)
+        assert sum(p["loss"] for p in run.held_out()) < before
+
+    def test_not_finite_gradients_change_nothing_but_momentum(self, small, pictures, tmp_path, monkeypatch):
+        run = Run(Plan("base", steps=9, batch=(2,), side=(64,)), started("base"), pictures, tmp_path, CPU)
+        monkeypatch.setattr(pictures, "sample", lambda *_: torch.full((2, 3, 64, 64), torch.nan))
+        before = {n: p.detach().clone() for n, p in run.trained.items()}
+        run.advance(0.5)
+        assert all(torch.equal(p, before[n]) for n, p in run.trained.items())
+
+    def test_schedule(self):
+        plan = Plan("base", lr=1.0, warmup=0.1, lr_end=0.02)
+        rates = [learning_rate(plan, p / 100) for p in range(101)]
+        assert rates[0] == pytest.approx(0.02) and max(rates) == rates[10] == 1 and rates[-1] == pytest.approx(0.02)
+        assert [at((128, 256), p) for p in (0, 0.49, 0.5, 1, 1.2)] == [128, 128, 256, 256, 256]
+
+    def test_schedule_in_minutes(self, small, pictures, tmp_path):
+        run = Run(Plan("base", minutes=0.01, batch=(2,), side=(32,)), started("base"), pictures, tmp_path, CPU)
+        assert run.go(tmp_path / "log.jsonl", quiet=True) and run.step > 0 and run.seconds > 0.6
+        again = Run(run.plan, started("base"), pictures, tmp_path, CPU)
+        assert again.load() == [] and again.progress() >= 1
+
+
+class TestResume:
+    @pytest.mark.parametrize("optimiser", ["adam", "adamw", "muon"])
+    def test_continues_exactly(self, small, pictures, tmp_path, optimiser):
+        plan = Plan("joint", steps=6, batch=(2, 3), side=(64, 96), optimiser=optimiser)
+
+        def steps(run: Run, count: int) -> list[float]:
+            return [run.advance(run.progress())["lr"] for _ in range(count)]
+
+        whole = Run(plan, started("joint"), pictures, tmp_path, CPU)
+        rates = steps(whole, 6)
+        first = Run(plan, started("joint"), pictures, tmp_path, CPU)
+        assert steps(first, 2) == rates[:2]
+        first.save()
+        torch.rand(5)  # whatever else draws random numbers must not matter
+        second = Run(plan, make_stage("joint"), pictures, tmp_path, CPU)
+        assert second.load() == [] and second.step == 2
+        assert steps(second, 4) == rates[2:]
+        expected, found = tensors(whole), tensors(second)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[k], found[k]) for k in expected)
+        assert second.patches == whole.patches == 15
+
+    def test_changed_settings_are_named(self, small, pictures, tmp_path):
+        Run(Plan("base", lr=1e-3), started("base"), pictures, tmp_path, CPU).save()
+        assert Run(Plan("base", lr=2e-3), started("base"), pictures, tmp_path, CPU).load() == ["lr"]
+
+    def test_damaged_checkpoint(self, small, pictures, tmp_path):
+        run = Run(Plan("base"), started("base"), pictures, tmp_path, CPU)
+        run.checkpoint.write_bytes(b"damaged")
+        with pytest.raises(ValueError, match="not a checkpoint"):
+            run.load()
+
+    def test_sigterm_saves_a_checkpoint(self, small, folder, tmp_path):
+        code = "from compass_codec.training.command import train; train()"
+        options = ["base", "--data", folder, "--batch", 2, "--side", 64, "--resume", tmp_path, "--device", "cpu"]
+        process = python(code, *options, "--weights", tmp_path, "--steps", 10**6)
+        log = tmp_path / "base.jsonl"
+        for _ in range(600):
+            if process.poll() is not None or (log.exists() and log.read_text()):
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 0, output
+        assert "stopped at step" in output and "Traceback" not in output
+        step = json.loads(log.read_text().splitlines()[-1])["step"]
+        result = CliRunner().invoke(train, [str(a) for a in [*options, "--weights", tmp_path, "--steps", step + 2]])
+        assert result.exit_code == 0 and f"start: step {step}" in result.output, result.output
+        history = json.loads((tmp_path / "weights" / "history.json").read_text())
+        assert history[-1]["steps"] == step + 2 and history[-1]["stage"] == "base"
+        assert load_parts(make_stage("base"), tmp_path / "weights") == {"base"}
+
+
+def work(folder: str, out: str) -> None:
+    """What each of several processes does, under the environment that torchrun makes."""
+    from compass_codec.training.command import choose_device
+
+    device = choose_device("cpu")
+    plan = Plan("residual", steps=4, batch=(2,), side=(64,))
+    stage = started("residual")
+    run = Run(plan, stage, Pictures([Path(folder)], device), Path(out), device)
+    run.go(Path(out) / "residual.jsonl", quiet=True)
+    save_file({k: v.contiguous() for k, v in tensors(run).items()}, Path(out) / f"{run.rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_agree(small, folder, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    code = "import sys; t.work(*sys.argv[1:])"
+    processes = [python(code, folder, tmp_path, RANK=r, LOCAL_RANK=r, **shared) for r in ("0", "1")]
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    log = [json.loads(line) for line in (tmp_path / "residual.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 4 and (tmp_path / "residual.state.safetensors").exists()
+
+
+class TestExport:
+    def test_codec_reads_what_training_writes(self, tmp_path):
+        stage = started("base")
+        for name in ("base", "liff", "residual"):
+            stage.trains = (name,)
+            export(stage, tmp_path, {"stage": name})
+        sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
+        assert len(sizes) == 3 and max(sizes) < 15e6
+        assert [entry["stage"] for entry in json.loads((tmp_path / "history.json").read_text())] == [
+            "base", "liff", "residual",
+        ]  # fmt: skip
+        other = make_stage("joint")
+        assert load_parts(other, tmp_path) == {"base", "residual", "liff"}
+        for name, value in other.state_dict().items():
+            expected = stage.state_dict()[name]
+            assert torch.equal(value, expected if ".bottleneck." in name else expected.half().float())
+        codec = Codec.load("cpu", tmp_path)
+        layers = [np.random.default_rng(0).integers(0, 256, (h, 2 * h, 3), dtype=np.uint8) for h in (9, 20)]
+        encoded = codec.encode_layers(layers, [1, 2.2], 50)
+        assert np.array_equal(np.asarray(codec.decode(encoded.data)), encoded.layers[-1])
+
+    def test_tables(self):
+        density = FactorizedDensity(5)
+        table = z_table(density)
+        assert table.dtype == torch.int32 and table.shape == (5, 2 * REACH + 2) and table.min() >= 1
+        assert (table.sum(1, dtype=torch.int64) == 2**PRECISION).all()
+        zero = density(torch.zeros(5, 1, 1)).flatten()
+        assert torch.allclose(table[:, REACH] / 2**PRECISION, zero, atol=1e-6)
+
+    def test_density_is_compressais(self):
+        models = pytest.importorskip("compressai.entropy_models")
+        theirs, ours = models.EntropyBottleneck(4), FactorizedDensity(4)
+        with torch.no_grad():
+            for p in theirs.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+        ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if k in ours.state_dict()})
+        x = torch.linspace(-6, 6, 30).expand(4, 1, -1)
+        assert torch.allclose(ours(x), theirs._likelihood(x)[0], atol=1e-6)
+
+    def test_import_of_weights_for_pictures_from_zero_to_one(self, small, tmp_path):
+        stage = started("base")
+        theirs = {k: v.half() for k, v in stage.base.codec.state_dict().items()}
+        theirs |= {f"entropy_bottleneck.{k}": v for k, v in stage.base.bottleneck.state_dict().items()}
+        save_file(theirs, tmp_path / "start.safetensors")
+        ours = make_stage("base")
+        import_start(ours, tmp_path / "start.safetensors")
+        x, first, last = torch.rand(1, 3, 32, 32), ours.base.codec.g_a[0], ours.base.codec.g_s[6]
+        with torch.no_grad():  # away from the border, where theirs is padded with black and ours with grey
+            expected = torch.nn.functional.conv2d(x, theirs["g_a.0.weight"].float(), stride=2, padding=2)
+            assert torch.allclose(first(x - 0.5)[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], atol=1e-5)
+            assert torch.allclose(last.bias, torch.full((3,), -0.5))
+
+    def test_not_finite_weights_are_refused(self, small, tmp_path):
+        stage = started("liff")
+        with torch.no_grad():
+            stage.liff.mlp_last.bias[0] = 1e6
+        with pytest.raises(ValueError, match="not finite in float16"):
+            export(stage, tmp_path)
+        assert not list(tmp_path.glob("*.safetensors"))
+
+    def test_weights_of_another_shape(self, small, tmp_path):
+        save_file({"first.weight": torch.zeros(3)}, tmp_path / "liff.safetensors")
+        with pytest.raises(ValueError, match=r"liff\.safetensors: not weights of this architecture"):
+            load_parts(make_stage("liff"), tmp_path)
+
+
+class TestCommand:
+    def run(self, *arguments: object) -> str:
+        result = CliRunner().invoke(train, [str(a) for a in arguments])
+        assert result.exit_code and isinstance(result.exception, SystemExit), result
+        return result.output
+
+    def test_bad_data_is_one_line(self, folder, tmp_path):
+        for data, words in (
+            (tmp_path / "none.tar", "no such tar file or folder"),
+            (folder / "notes.txt", "neither a folder nor a tar file"),
+            (tmp_path, "fewer than"),
+        ):
+            output = self.run("base", "--data", data, "--resume", tmp_path / "run", "--device", "cpu")
+            assert output.startswith("Error: ") and words in output and output.count("\n") == 1
+
+    def test_bad_weights_are_one_line(self, small, folder, tmp_path):
+        (tmp_path / "base.safetensors").write_bytes(b"damaged")
+        for weights in (tmp_path, tmp_path / "base.safetensors", tmp_path / "none"):
+            output = self.run("base", "--data", folder, "--resume", tmp_path / "run", "--weights", weights)
+            assert output.startswith("Error: ") and str(weights) in output and output.count("\n") == 1
+
+    def test_bad_options(self, folder, tmp_path):
+        for option in (["--side", "0"], ["--batch", "a"], ["--minutes", "0"], ["--lr", "-1"]):
+            assert "Invalid value" in self.run("base", "--data", folder, "--resume", tmp_path, *option)
