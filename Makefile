@@ -7,7 +7,7 @@ RUN ?= runs/new
 DATA ?= $(wildcard ../shared/data/train-*.tar)
 CURVES ?= ../shared/anchors/kodak_single_layer_rd.json
 
-.PHONY: demo test check format install kodak weights-check train clean
+.PHONY: demo test check format install kodak weights-check train fuzz golden clean
 
 demo: install  ## encode a photograph in three sizes, decode all three, print the table
 	@mkdir -p out
@@ -48,6 +48,14 @@ train: install
 	rm -f $(RUN)/weights/residual.safetensors
 	$(BIN)/compass train residual $(DATA:%=--data %) --minutes 6 --batch 64 --side 128 --lr 4e-4 --resume $(RUN) --weights $(RUN)/weights
 	$(BIN)/compass train joint $(DATA:%=--data %) --minutes 5 --batch 32 --side 192 --lr 1e-4 --resume $(RUN) --weights $(RUN)/weights
+
+fuzz: install  ## 100,000 broken files, then the coverage-guided fuzzer on the container
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0
+	cd tests && ../$(BIN)/python -W ignore mutate.py 100000
+	cd tests && ../$(BIN)/python fuzz_container.py -runs=1000000 -max_total_time=120
+
+golden: install  ## new golden files, after new weights
+	cd tests && ../$(BIN)/python -W ignore make_golden.py
 
 clean:
 	rm -rf out build .mypy_cache .pytest_cache .ruff_cache

@@ -71,7 +71,7 @@ def test_info(coded):
     assert facts["size"] == len(data) == facts["layers"][-1]["end"]
     assert [(e["width"], e["height"]) for e in facts["layers"]] == [(20, 15), (40, 30), (80, 60)]
     assert [e["scale"] for e in facts["layers"]] == [1, 2, 4]
-    assert all(e["quality"] == 50 and e["complete"] for e in facts["layers"])
+    assert all(e["quality"] == 50 and e["state"] == "ok" for e in facts["layers"])
     text = compass("info", coded).out
     assert str(facts["layers"][1]["end"]) in text and facts["model"] in text
 

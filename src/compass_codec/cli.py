@@ -203,6 +203,7 @@ def encode(
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
 @click.option("-l", "--layer", type=click.IntRange(0), help="Which layer; default: the highest that the file holds.")
 @click.option("--all", "every", is_flag=True, help="Write every layer that the file holds.")
+@click.option("--best-effort", is_flag=True, help="From a damaged file, take the highest layer that is sound.")
 @click.option(
     "-o",
     "--output",
@@ -218,6 +219,7 @@ def decode(
     file: Path,
     layer: int | None,
     every: bool,
+    best_effort: bool,
     output: Path | None,
     force: bool,
     device: str,
@@ -237,6 +239,11 @@ def decode(
     if every and output == STDIO:
         raise click.UsageError("--all cannot write to standard output")
     data, header, last = read_prefix(file, layer, max_pixels)
+    if best_effort:
+        sound = [state == "ok" for state in container.states(header, data)]
+        last = min(last, [*sound, False].index(False) - 1)
+        if last < 0:
+            raise click.ClickException(f"{file}: layer 0 is damaged; nothing decodes")
     name = output or (Path("decoded.png") if file == STDIO else file.with_suffix(".png"))
     wanted = {
         k: name if output and not every else name.with_name(f"{name.stem}.layer{k}{name.suffix}")
@@ -271,13 +278,9 @@ def decode(
 def info(file: Path, as_json: bool) -> None:
     """Show what FILE holds: sizes, scale factors, quality, and the bytes that each layer needs."""
     with blame(file):
-        if file == STDIO:
-            data = sys.stdin.buffer.read()
-            size = len(data)
-        else:
-            with file.open("rb") as handle:
-                data, size = handle.read(HEADER_READ), os.fstat(handle.fileno()).st_size
+        data = sys.stdin.buffer.read() if file == STDIO else file.read_bytes()
         header = container.read_header(data, max_pixels=container.MAX_SIDE**2)
+        states = container.states(header, data)
     if as_json:
         layers = [
             {
@@ -289,17 +292,17 @@ def info(file: Path, as_json: bool) -> None:
                 "start": e.start,
                 "length": e.length,
                 "end": e.end,
-                "complete": e.end <= size,
+                "state": states[k],
             }
             for k, e in enumerate(header.layers)
         ]
-        facts = {"file": str(file), "size": size, "version": container.VERSION, "model": header.model}
+        facts = {"file": str(file), "size": len(data), "version": container.VERSION, "model": header.model}
         click.echo(json.dumps(facts | {"header": header.length, "layers": layers}, indent=2))
         return
-    click.echo(f"{file}: compass version {container.VERSION}, {size} bytes, weights {header.model}")
+    click.echo(f"{file}: compass version {container.VERSION}, {len(data)} bytes, weights {header.model}")
     rows = [["layer", "size", "scale", "quality", "bytes", "first N bytes", ""]]
     for k, e in enumerate(header.layers):
-        state = "" if e.end <= size else "cut off"
+        state = "" if states[k] == "ok" else states[k]
         row = [str(k), f"{e.width} x {e.height}", f"{e.scale:g}", f"{e.quality:g}", str(e.length), str(e.end), state]
         rows.append(row)
     click.echo("\n".join(line.rstrip() for line in table(rows).splitlines()))

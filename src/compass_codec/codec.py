@@ -53,17 +53,24 @@ class LayerCodec:
 
     def encode(self, x: Tensor, quality: float) -> tuple[bytes, Tensor]:
         """Picture [1, 3, H, W] centred on zero to (bytes, reconstruction of the same shape)."""
-        level = self._level(quality)
-        y = self.codec.analysis(x, level)
+        y = self.codec.analysis(x, self._level(quality))
         z = self.codec.hyper_analysis(y).round().clamp(-SYMBOL_LIMIT, SYMBOL_LIMIT)
         index, means = self.hyper(z, (y.shape[-2], y.shape[-1]))
         symbols = (y - means).round().clamp(-SYMBOL_LIMIT, SYMBOL_LIMIT)
         z_np, y_np, i_np = (t[0].cpu().numpy().astype(np.int64) for t in (z, symbols, index))
         data = entropy.encode(z_np, y_np, i_np, self.tables)
-        return data, self.codec.synthesis(symbols + means, level, (x.shape[-2], x.shape[-1]))
+        return data, self.reconstruct(symbols, means, quality, (x.shape[-2], x.shape[-1]))
 
     def decode(self, data: bytes, size: tuple[int, int], quality: float) -> Tensor:
         """Bytes to the picture [1, 3, height, width] that the encoder reconstructed."""
+        _, symbols, means = self.parse(data, size)
+        return self.reconstruct(symbols, means, quality, size)
+
+    def parse(self, data: bytes, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Bytes of a layer of ``size`` (height, width) to the symbols of z and of y and the means of y.
+
+        Integer arithmetic throughout: the same on every device, whatever computes the pixels.
+        """
         z_size, y_size = ImageCodec.hyper_size(size), ImageCodec.latent_size(size)
         n, m = self.codec.n, self.codec.m
         most = n * z_size[0] * z_size[1] + m * y_size[0] * y_size[1]
@@ -71,7 +78,11 @@ class LayerCodec:
         z = torch.from_numpy(decoder.z(n, *z_size))[None].to(self.device)
         index, means = self.hyper(z, y_size)
         symbols = torch.from_numpy(decoder.y(index[0].cpu().numpy()))[None].to(self.device)
-        y_hat = symbols.float().contiguous(memory_format=torch.channels_last) + means
+        return z, symbols, means
+
+    def reconstruct(self, symbols: Tensor, means: Tensor, quality: float, size: tuple[int, int]) -> Tensor:
+        """Symbols and means of y to the picture, in floating point; encoder and decoder both come here."""
+        y_hat = (symbols.float() + means).contiguous(memory_format=torch.channels_last)
         return self.codec.synthesis(y_hat, self._level(quality), size)
 
     def _level(self, quality: float) -> Tensor:

@@ -198,6 +198,17 @@ def pick(header: Header, size: int, layer: int | None) -> int:
     return layer
 
 
+def states(header: Header, data: bytes) -> list[str]:
+    """What became of each layer in ``data``: "ok", "damaged" or "cut off"."""
+    found = []
+    for entry in header.layers:
+        part = data[entry.start : entry.end]
+        found.append(
+            "cut off" if len(part) < entry.length else "ok" if zlib.crc32(part) == entry.checksum else "damaged"
+        )
+    return found
+
+
 def payload(header: Header, data: bytes, layer: int) -> bytes:
     """The bytes of one layer, checked. Raises DamagedError, naming the layers below that still decode."""
     entry = header.layers[layer]

@@ -1,0 +1,163 @@
+"""Golden files: the same symbols and pictures on every path, device and later version."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import crop
+from make_golden import FOLDER, KINDS, symbol_hashes
+from PIL import Image
+
+from compass_codec import container, networks
+from compass_codec.codec import Codec
+
+GOLDEN = json.loads((FOLDER / "golden.json").read_text())
+
+
+def file_of(name: str) -> bytes:
+    return (FOLDER / f"{name}.cmps").read_bytes()
+
+
+def pictures(codec: Codec, name: str) -> list[np.ndarray]:
+    data = file_of(name)
+    header = container.read_header(data)
+    return [p.astype(int) for p in codec.decode_layers(data, header, len(header.layers) - 1)]
+
+
+def expected(name: str) -> list[np.ndarray]:
+    return [np.asarray(Image.open(FOLDER / f"{name}.layer{k}.png")).astype(int) for k in range(len(KINDS[name][1]))]
+
+
+def check_pictures(codec: Codec) -> None:
+    """At most 1 of 255 apart from the golden pictures, and equal on 99.9 % of all samples."""
+    different = total = 0
+    for name in KINDS:
+        for found, golden in zip(pictures(codec, name), expected(name), strict=True):
+            assert found.shape == golden.shape and np.abs(found - golden).max() <= 1, name
+            different, total = different + int((found != golden).sum()), total + golden.size
+    assert different <= total * 0.001
+
+
+def check_symbols(codec: Codec) -> None:
+    for name in KINDS:
+        assert symbol_hashes(codec, file_of(name)) == GOLDEN["symbols"][name], name
+
+
+@contextlib.contextmanager
+def threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def channels_first():
+    """Every conversion to channels_last ignored, weights included."""
+    keep = torch.channels_last
+    torch.channels_last = torch.contiguous_format
+    try:
+        yield
+    finally:
+        torch.channels_last = keep
+
+
+VARIANTS = {
+    "as it is": contextlib.nullcontext,
+    "one thread": lambda: threads(1),
+    "two threads": lambda: threads(2),
+    "oneDNN off": lambda: torch.backends.mkldnn.flags(enabled=False),
+    "channels first": channels_first,
+}
+
+
+def test_golden_files_belong_to_these_weights(codec):
+    assert GOLDEN["model"] == codec.model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_path_decodes_the_same(variant):
+    with VARIANTS[variant](), torch.inference_mode():
+        codec = Codec.load("cpu")
+        check_symbols(codec)
+        check_pictures(codec)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_pixel_path(monkeypatch, kind):
+    """The same symbols; in float16 also the same quality, within 0.02 dB (bfloat16 has too few digits for that)."""
+    codec, synthesis = Codec.load("cpu"), networks.ascend
+
+    def half(layers, x, size):
+        with torch.autocast("cpu", dtype=kind):
+            return synthesis(layers, x, size).float()
+
+    monkeypatch.setattr(networks, "ascend", half)
+    check_symbols(codec)
+    source, golden = np.asarray(crop(*KINDS["portrait"][0])).astype(int), expected("portrait")[-1]
+    found = pictures(codec, "portrait")[-1]
+    assert (found != golden).any()
+    errors = [10 * np.log10(255**2 / np.square(p - source).mean()) for p in (golden, found)]
+    assert errors[1] > errors[0] - (0.02 if kind is torch.float16 else 0.5)
+
+
+def test_integers_cost_next_to_nothing_in_rate(codec, monkeypatch):
+    """Bytes with the float hyper-decoder in the encoder instead (which no other device could decode)."""
+    image, total = crop(256, 192), {}
+    for name in ("integer", "float"):
+        if name == "float":
+            for layer in (codec.base, codec.residual):
+
+                def floating(z, size, layer=layer, exact=layer.hyper):
+                    scales, means = layer.codec.hyper_synthesis(z, size)
+                    bounds = exact.get_buffer("bounds") * 2.0**-12
+                    return torch.bucketize(scales.double().contiguous(), bounds), means
+
+                monkeypatch.setattr(layer, "hyper", floating)
+        total[name] = sum(len(codec.encode(image, [1, 2], q).data) for q in (20, 60, 95))
+    assert total["integer"] < total["float"] * 1.003, total
+
+
+def test_symbols_do_not_care_about_the_pixel_path(monkeypatch):
+    """A pixel path that is off by up to 1e-3 decodes the same symbols, and nearly the same picture."""
+    codec = Codec.load("cpu")
+    generator = torch.Generator().manual_seed(1)
+    for layer in (codec.base, codec.residual):
+        exact = layer.codec.synthesis
+
+        def noisy(*args, exact=exact):
+            x = exact(*args)
+            return x + (torch.rand(x.shape, generator=generator) * 2 - 1) * 1e-3
+
+        monkeypatch.setattr(layer.codec, "synthesis", noisy)
+    check_symbols(codec)
+    found = pictures(codec, "portrait")
+    assert any((p != g).any() for p, g in zip(found, expected("portrait"), strict=True))
+    assert all(np.abs(p - g).mean() < 0.5 for p, g in zip(found, expected("portrait"), strict=True))
+
+
+def test_hyper_decoder_in_a_batch(codec):
+    """Several pictures at once get the symbols' parameters that each gets alone."""
+    torch.manual_seed(1)
+    z = (torch.randn(4, 128, 2, 3) * 3).round()
+    index, means = codec.residual.hyper(z, (7, 11))
+    for i in range(4):
+        one, mean = codec.residual.hyper(z[i : i + 1], (7, 11))
+        assert torch.equal(one[0], index[i]) and torch.equal(mean[0], means[i])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_decodes_what_the_cpu_wrote_and_the_reverse(codec):
+    cuda = Codec.load("cuda")
+    check_symbols(cuda)
+    check_pictures(cuda)
+    data = cuda.encode(crop(97, 61), [1, 1.6, 3.2], 55).data
+    assert symbol_hashes(codec, data) == symbol_hashes(cuda, data)
+    here, there = (np.asarray(c.decode(data)).astype(int) for c in (codec, cuda))
+    assert np.abs(here - there).max() <= 1 and (here == there).mean() >= 0.999

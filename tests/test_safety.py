@@ -1,0 +1,140 @@
+"""Files from strangers, and writes that are interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mutate
+import pytest
+import torch
+from conftest import compass, crop
+
+from compass_codec import container
+
+
+def test_broken_files_give_a_picture_or_one_clean_error(codec):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        outcomes = mutate.run(codec, mutate.samples(codec), 300, seed=7)
+    finally:
+        torch.set_num_threads(threads)
+    # the set reaches the decoder as well as every kind of refusal
+    assert {"picture", "DamagedError", "FormatError", "TruncatedError", "LimitError"} <= set(outcomes)
+
+
+def test_header_checks_survive_the_fuzzers_own_seeds(small_file, monkeypatch):
+    """The fuzz target's checks, on honest files and all their prefixes, without the fuzzer."""
+
+    class Stub:
+        @staticmethod
+        def instrument_imports():
+            import contextlib
+
+            return contextlib.nullcontext()
+
+    monkeypatch.setitem(sys.modules, "atheris", Stub)
+    import fuzz_container
+
+    for size in range(0, len(small_file), 7):
+        fuzz_container.one_input(small_file[:size])
+        fuzz_container.one_input(small_file[6:size])
+    fuzz_container.one_input(small_file)
+
+
+def damaged(small_file: bytes, layer: int) -> bytes:
+    data = bytearray(small_file)
+    data[container.read_header(small_file).layers[layer].start + 1] ^= 4
+    return bytes(data)
+
+
+def test_best_effort(tmp_path, small_file):
+    file = tmp_path / "d.cmps"
+    for layer in range(3):
+        file.write_bytes(damaged(small_file, layer))
+        assert compass("info", file).out.count("damaged") == 1
+        result = compass("decode", file, "-o", tmp_path / "out.png")
+        assert result.code == 1 and f"layer {layer} is damaged" in result.err and not (tmp_path / "out.png").exists()
+        result = compass("decode", file, "--best-effort", "-o", tmp_path / f"best{layer}.png")
+        if layer:
+            assert result.code == 0 and f"layer {layer - 1}," in result.out
+        else:
+            assert result.code == 1 and "nothing decodes" in result.err
+    file.write_bytes(small_file)
+    assert "layer 2," in compass("decode", file, "--best-effort", "-o", tmp_path / "all.png").out
+
+
+def test_pixel_limit(tmp_path, small_file):
+    file = tmp_path / "x.cmps"
+    file.write_bytes(small_file)
+    result = compass("decode", file, "--max-pixels", 4799)
+    assert result.code == 1 and "80 x 60" in result.err and "4799" in result.err
+    assert compass("decode", file, "--max-pixels", 4800).code == 0
+
+
+WRITE = "import os, sys, signal\nfrom pathlib import Path\nfrom compass_codec.pictures import write_file\n"
+
+
+def interrupted(target: Path, how: str) -> subprocess.CompletedProcess:
+    """Write 1 MB to ``target`` in a process of its own that ``how`` (code) interrupts."""
+    code = WRITE + how + f"\nwrite_file(Path({str(target)!r}), bytes(10**6))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True)
+
+
+@pytest.mark.parametrize("old", [b"the old file", None])
+def test_killed_while_writing(tmp_path, old):
+    target = tmp_path / "t.cmps"
+    if old is not None:
+        target.write_bytes(old)
+    done = interrupted(target, "os.fsync = lambda f: os.kill(os.getpid(), signal.SIGKILL)")
+    assert done.returncode == -signal.SIGKILL
+    assert (target.read_bytes() if target.exists() else None) == old
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))",  # as a full disk does, in the middle
+        "os.fsync = lambda f: os.kill(os.getpid(), signal.SIGINT)",  # Ctrl-C
+    ],
+)
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, how):
+    target = tmp_path / "t.cmps"
+    target.write_bytes(b"the old file")
+    assert interrupted(target, how).returncode != 0
+    assert [p.name for p in tmp_path.iterdir()] == ["t.cmps"] and target.read_bytes() == b"the old file"
+
+
+def test_full_disk_is_one_line(tmp_path):
+    crop(32, 32).save(tmp_path / "p.png")
+    code = (
+        "import resource, signal, sys; from compass_codec.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50)); main()"
+    )
+    args = ["encode", str(tmp_path / "p.png"), "--scales", "1", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "p.cmps" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
+
+
+def test_closed_pipe_is_quiet(tmp_path, small_file):
+    file = tmp_path / "x.cmps"
+    file.write_bytes(small_file)
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "compass_codec", "info", str(file)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.returncode == 1 and done.stderr == b""
+
+
+def test_no_pickle_in_the_package():
+    """Nothing that reads a file can run code from it."""
+    package = Path(container.__file__).parent
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        for word in ("torch.load(", "pickle", "allow_pickle", "yaml.load(", "eval(", "exec("):
+            assert word not in text.replace(".eval(", ""), (path, word)
