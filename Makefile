@@ -1,5 +1,5 @@
 # What people do every day. `make demo` and `make test` work on a fresh machine with Python 3.11 and make.
-PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 0 2>/dev/null && echo $$p && break; done)
 BIN = .venv/bin
 KODAK ?= ../shared/data/kodak
 OLD ?= models
@@ -48,6 +48,7 @@ train: install
 	rm -f $(RUN)/weights/residual.safetensors
 	$(BIN)/compass train residual $(DATA:%=--data %) --minutes 6 --batch 64 --side 128 --lr 4e-4 --resume $(RUN) --weights $(RUN)/weights
 	$(BIN)/compass train joint $(DATA:%=--data %) --minutes 5 --batch 32 --side 192 --lr 1e-4 --resume $(RUN) --weights $(RUN)/weights
+	$(BIN)/python -m compass_codec.training.tables $(RUN)/weights $(DATA:%=--data %)
 
 fuzz: install  ## 100,000 broken files, then the coverage-guided fuzzer on the container
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compass_codec import cli
+from compass_codec import cli, pictures
 
 KODAK = Path(__file__).parents[2] / "shared" / "data" / "kodak"
 
@@ -65,4 +65,4 @@ def compass(*args: object) -> Result:
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    return cli.psnr(np.asarray(a), np.asarray(b))
+    return pictures.psnr(np.asarray(a), np.asarray(b))

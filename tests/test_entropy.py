@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from compass_codec import entropy
-from compass_codec.errors import CompassError
+from compass_codec.errors import CompassError, DamagedError
 
 CHANNELS = 3
 
@@ -26,7 +26,7 @@ def symbols(seed: int, h: int, w: int):
 
 
 def read(data, tables, z, index):
-    decoder = entropy.Decoder(data, tables, z.size + index.size)
+    decoder = entropy.Decoder(data, tables, z[0].size, index.size)
     return decoder.z(*z.shape), decoder.y(index)
 
 
@@ -77,6 +77,17 @@ def test_coder_keeps_integer_frequencies():
         encoder = stream.queue.RangeEncoder()
         encoder.encode(np.full(50_000, symbol, np.int32), entropy.Table(freq).model)
         assert encoder.num_bits() / 50_000 == pytest.approx(24 - np.log2(f), abs=0.002)
+
+
+def test_too_few_bytes_for_the_size(tables):
+    """No honest stream is refused, not even the cheapest; a forged size is."""
+    index = np.zeros((5, 300, 300), np.int64)
+    z = np.zeros((CHANNELS, 60, 60), np.int64)
+    data = entropy.encode(z, np.zeros_like(index), index, tables)
+    assert tables.least_bytes(3600, index.size) <= len(data) < tables.least_bytes(3600, index.size) + 40
+    assert (read(data, tables, z, index)[0] == z).all()
+    with pytest.raises(DamagedError, match="too short"):
+        entropy.Decoder(data, tables, 4000, index.size)
 
 
 def test_garbage_gives_symbols_or_one_error(tables):

@@ -120,6 +120,29 @@ def test_full_disk_is_one_line(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
 
 
+def test_not_enough_memory_is_one_line(tmp_path, small_file):
+    (tmp_path / "x.cmps").write_bytes(small_file)
+    code = (
+        "import sys, torch; from compass_codec import cli, codec\n"
+        "codec.LayerCodec.reconstruct = lambda *a: torch.empty(2**60)\ncli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "decode", str(tmp_path / "x.cmps")], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.splitlines() == [f"compass: {tmp_path / 'x.cmps'}: not enough memory"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.cmps"]
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path, small_file):
+    (tmp_path / "x.cmps").write_bytes(small_file)
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE)
+    assert compass("decode", tmp_path / "x.cmps", "--layer", 0, "-o", pipe).code == 0
+    assert reader.communicate(timeout=30)[0].startswith(b"\x89PNG")
+    assert pipe.is_fifo()
+
+
 def test_closed_pipe_is_quiet(tmp_path, small_file):
     file = tmp_path / "x.cmps"
     file.write_bytes(small_file)

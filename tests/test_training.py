@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -376,3 +377,38 @@ class TestCommand:
     def test_bad_options(self, folder, tmp_path):
         for option in (["--side", "0"], ["--batch", "a"], ["--minutes", "0"], ["--lr", "-1"]):
             assert "Invalid value" in self.run("base", "--data", folder, "--resume", tmp_path, *option)
+
+
+class TestTables:
+    def test_counted_tables_make_smaller_files_of_the_same_picture(self, folder, tmp_path):
+        """From ideal tables, counting the symbols of the very pictures that are then coded must save bytes."""
+        from compass_codec.entropy import gaussian_tables
+        from compass_codec.training.tables import main, rewrite
+        from compass_codec.weights import PARTS, folder_or_default
+
+        for part in PARTS:
+            shutil.copy(folder_or_default(None) / f"{part}.safetensors", tmp_path)
+        ideal, lengths = gaussian_tables()
+        for part in ("base", "residual"):
+            file = tmp_path / f"{part}.safetensors"
+            rewrite(file, load_file(file)["tables.z"].numpy(), ideal)
+        image = Image.open(folder / "0.png").crop((0, 0, 160, 128))
+        before = Codec.load("cpu", tmp_path).encode(image, [1, 2], 60)
+        args = [str(tmp_path), "--data", str(folder), "--crops", "6", "--side", "96"]
+        result = CliRunner().invoke(main, args, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        codec = Codec.load("cpu", tmp_path)
+        after = codec.encode(image, [1, 2], 60)
+        assert len(after.data) < len(before.data)
+        assert all((a == b).all() for a, b in zip(after.layers, before.layers, strict=True))
+        assert (np.asarray(codec.decode(after.data)) == after.layers[-1]).all()
+        for part in ("base", "residual"):
+            tensors = load_file(tmp_path / f"{part}.safetensors")
+            assert (tensors["tables.z"].sum(1) == 2**PRECISION).all()
+            assert all(t.sum() == 2**PRECISION and t.min() > 0 for t in tensors["tables.y"].split(lengths.tolist()))
+
+    def test_bad_folder_is_one_line(self, tmp_path, folder):
+        from compass_codec.training.tables import main
+
+        result = CliRunner().invoke(main, [str(tmp_path), "--data", str(folder)])
+        assert result.exit_code == 1 and str(tmp_path) in result.output

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from compass_codec import __version__, container
 from compass_codec.errors import CompassError, OptionError
 from compass_codec.training.command import train
-
-if TYPE_CHECKING:
-    import numpy as np
 
 STDIO = Path("-")
 HEADER_READ = 4096  # more than any header
@@ -53,7 +49,10 @@ def blame(path: Path) -> Iterator[None]:
         raise
     except OSError as e:
         raise click.ClickException(f"{e.filename or name}: {e.strerror or e}") from e
-    except MemoryError as e:
+    except (MemoryError, RuntimeError) as e:
+        # PyTorch has no error of its own for this on the CPU
+        if isinstance(e, RuntimeError) and "allocate memory" not in str(e) and "out of memory" not in str(e):
+            raise
         raise click.ClickException(f"{name}: not enough memory") from e
 
 
@@ -65,7 +64,7 @@ def check_target(path: Path, force: bool, source: Path) -> None:
         raise click.ClickException(f"{path}: the output would overwrite the input")
     if path.is_dir():
         raise click.ClickException(f"{path}: is a directory")
-    if path.exists() and not force:
+    if path.is_file() and not force:
         raise click.ClickException(f"{path}: exists already; --force overwrites it")
     if not path.parent.is_dir():
         raise click.ClickException(f"{path}: no such directory")
@@ -104,14 +103,6 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, the first row as their heads, aligned to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB; infinite when they are equal."""
-    import numpy as np
-
-    mse = float(np.square(a.astype(np.float32) - b).mean(dtype=np.float64))
-    return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
 device_option = click.option(
@@ -194,7 +185,7 @@ def encode(
             pixels, length = entry.width * entry.height, entry.end - (header.layers[k - 1].end if k else 0)
             row = [str(k), f"{entry.width} x {entry.height}", f"{entry.scale:g}", str(length)]
             row += [f"{8 * length / pixels:.3f}", str(entry.end), f"{8 * entry.end / pixels:.3f}"]
-            rows.append([*row, f"{psnr(layers[k], result.layers[k]):.2f}"])
+            rows.append([*row, f"{pictures.psnr(layers[k], result.layers[k]):.2f}"])
         note = ", verified" if verify else ""
         click.echo(f"{table(rows)}\n{output}: {len(result.data)} bytes, quality {quality:g}{note}", err=output == STDIO)
 

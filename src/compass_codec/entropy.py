@@ -18,7 +18,6 @@ from compass_codec.errors import DamagedError
 PRECISION = 24  # frequencies of a table sum to 2**24, constriction's own precision, so that it keeps them as they are
 LEVELS = 64
 SCALE_RANGE = (0.11, 256.0)
-ESCAPES_PER_SYMBOL = 1  # more than this many is no honest stream
 
 
 def scale_levels() -> np.ndarray:
@@ -62,6 +61,10 @@ class Table:
         # constriction gives every symbol 1 and shares out the rest in proportion; handed f - 1 it arrives at f
         return stream.model.Categorical((self.freq - 1).astype(np.float64), perfect=False)
 
+    @cached_property
+    def least_bits(self) -> float:
+        return PRECISION - math.log2(int(self.freq.max()))
+
     def indices(self, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions in the table (int32) and the values that had to be escaped."""
         escaped = np.abs(symbols) > self.width
@@ -74,6 +77,13 @@ class Tables:
     def __init__(self, z: np.ndarray, y: np.ndarray, y_lengths: np.ndarray) -> None:
         self.z = [Table(freq) for freq in z]
         self.y = [Table(freq) for freq in np.split(y, np.cumsum(y_lengths)[:-1])]
+
+    def least_bytes(self, z_count: int, y_count: int) -> int:
+        """Bytes below which no stream of ``z_count`` symbols in each channel of z and ``y_count`` of y can be: what
+        the likeliest symbols cost."""
+        z_bits = sum(t.least_bits for t in self.z) * z_count
+        y_bits = min(t.least_bits for t in self.y) * y_count
+        return max(0, math.floor((z_bits + y_bits) / 8) - 8)
 
 
 def _zigzag(values: np.ndarray) -> bytes:
@@ -100,18 +110,22 @@ def encode(z: np.ndarray, y: np.ndarray, index: np.ndarray, tables: Tables) -> b
             encoder.encode(positions, table.model)
             escapes.append(escaped)
     values = np.concatenate(escapes)
-    words = encoder.get_compressed().astype(">u4").tobytes().rstrip(b"\0")
+    words = encoder.get_compressed().astype(">u4").tobytes()
+    words = words[:-3] + words[-3:].rstrip(b"\0")
     return _zigzag(np.array([len(values)])) + _zigzag(values) + words
 
 
 class Decoder:
     """Reads one layer's symbols back: z first, then y once the scale indices are known from z."""
 
-    def __init__(self, data: bytes, tables: Tables, most: int) -> None:
-        """``most``: how many symbols the layer has. Raises DamagedError if the escape list cannot be right."""
+    def __init__(self, data: bytes, tables: Tables, z_count: int, y_count: int) -> None:
+        """``z_count``: symbols in each channel of z; ``y_count``: symbols of y. Raises DamagedError if so few bytes
+        cannot hold so many symbols, which is found before anything is allocated for them."""
         self.tables, self.at, self.data = tables, 0, data
+        if len(data) < tables.least_bytes(z_count, y_count):
+            raise DamagedError(f"a layer of {len(data)} bytes is too short for its size")
         count = self._varint()
-        if not 0 <= count <= most * ESCAPES_PER_SYMBOL or count > len(data):
+        if not 0 <= count <= min(len(data), z_count * len(tables.z) + y_count):
             raise DamagedError("a layer's symbols make no sense")
         self.escapes = iter([self._varint() for _ in range(count)])
         words = data[self.at :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import tempfile
 import warnings
@@ -22,12 +23,12 @@ def read(path: Path | BinaryIO) -> Image.Image:
     """Open a picture as 8-bit RGB, turned as its EXIF orientation says. Raises PictureError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error follows at twice the size
             with Image.open(path) as image:
                 return to_rgb(ImageOps.exif_transpose(image))
     except Image.UnidentifiedImageError as e:
         raise PictureError("not a picture that Pillow can read") from e
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
+    except Image.DecompressionBombError as e:
         raise PictureError(f"the picture is too large ({str(e).split(', could')[0]})") from e
     except (OSError, SyntaxError, ValueError, EOFError) as e:
         raise PictureError(getattr(e, "strerror", None) or f"damaged picture ({e})") from e
@@ -53,6 +54,14 @@ def pyramid(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.nda
     return [np.array(image if image.size == s else image.resize(s, Image.Resampling.BICUBIC)) for s in sizes]
 
 
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures of one shape, in dB; infinite when they are equal."""
+    import numpy as np
+
+    mse = float(np.square(a.astype(np.float32) - b).mean(dtype=np.float64))
+    return 10 * math.log10(255**2 / mse) if mse else math.inf
+
+
 def check_format(path: Path) -> str:
     """Pillow's name of the format that the file name asks for. Raises PictureError if it cannot be written."""
     Image.init()
@@ -73,8 +82,14 @@ def to_bytes(image: Image.Image, path: Path) -> bytes:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: beside it first, flushed to disk, then renamed. Raises OSError."""
+    """Write a file whole or not at all: beside it first, flushed to disk, then renamed. Raises OSError.
+
+    What is there and no regular file, such as a device or a pipe, is written to as it is.
+    """
     path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:

@@ -14,7 +14,8 @@ import click
 import numpy as np
 
 from compass_codec.measure.bd_rate import FEWEST, BDRate
-from compass_codec.measure.ratchet import PUBLISHED, Curve, Numbers, layers_of, pictures_in, psnr, published, rows
+from compass_codec.measure.ratchet import PUBLISHED, Curve, Numbers, layers_of, pictures_in, published, rows
+from compass_codec.pictures import psnr
 
 PEERS = (PUBLISHED, "jpeg", "webp", "jpeg2000")
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from compass_codec.errors import CompassError
 from compass_codec.measure.bd_rate import FEWEST, BDRate, bd_rate
+from compass_codec.pictures import psnr
 
 if TYPE_CHECKING:
     from compass_codec.codec import Codec
@@ -46,12 +47,6 @@ def layers_of(picture: Image.Image, scales: Scales) -> list[np.ndarray]:
     sizes = sizes_of(picture.size, scales)
     rgb = picture.convert("RGB")
     return [np.array(rgb if size == rgb.size else rgb.resize(size, Image.Resampling.BICUBIC)) for size in sizes]
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """PSNR in dB of two uint8 pictures; 100 when they are equal."""
-    mse = float(np.square(a.astype(np.float64) - b).mean())
-    return 10 * math.log10(255**2 / mse) if mse else 100.0
 
 
 @dataclass
