@@ -91,17 +91,17 @@ class LIFF(nn.Module):
         nn.init.zeros_(self.mlp_last.bias)
 
     def _maps(self, features: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What depends on the lower resolution alone: first layer A [B, hidden, h, w], last layer G
-        [B, 3 * hidden, h, w] and its bias B [B, 3, h, w]."""
+        """What depends on the lower resolution alone, from features with a margin of 1: first layer A
+        [B, hidden, h, w], last layer G [B, 3 * hidden, h, w] and its bias B [B, 3, h, w]."""
         c, n = self.channels, self.hidden
         first = self.mlp_first.weight[:, : c * 9].reshape(n, c, 3, 3)
         bias = self.mlp_first.bias + self.mlp_first.weight[:, c * 9 + 2 :] @ cell
         # mlp_last row (k * 3 + o) makes filter tap k of output channel o
         last = self.mlp_last.weight.reshape(c, 9, 3, n).permute(2, 3, 0, 1).reshape(3 * n, c, 3, 3)
         last_bias = self.mlp_last.bias.reshape(c, 9, 3).permute(2, 0, 1).reshape(3, c, 3, 3)
-        a = F.conv2d(features, first, bias, padding=1)
-        g = F.conv2d(features, last, padding=1)
-        b = F.conv2d(features, last_bias, padding=1)
+        a = F.conv2d(features, first, bias)
+        g = F.conv2d(features, last)
+        b = F.conv2d(features, last_bias)
         return a, g, b
 
     def forward(self, low: Tensor, size: tuple[int, int], strip: int | None = None) -> Tensor:
@@ -111,25 +111,27 @@ class LIFF(nn.Module):
         """
         height, width = size
         strip = strip or max(1, STRIP_PIXELS[low.device.type] // (width * len(low)))
-        features = self.extractor(low)
+        features = F.pad(self.extractor(low), (1, 1, 1, 1))
         cell = torch.tensor([2 * low.shape[-2] / height, 2 * low.shape[-1] / width]).to(low, non_blocking=True)
-        a, g, b = self._maps(features, cell)
         rows, dy = nearest(low.shape[-2], height, low.device)
         cols, dx = nearest(low.shape[-1], width, low.device)
-        grid = self.mlp_first.weight[:, self.channels * 9 : self.channels * 9 + 2].to(a.dtype)
-        skip = bicubic(low, size)
+        grid = self.mlp_first.weight[:, self.channels * 9 : self.channels * 9 + 2]
         strips = []
-        for top in range(0, height, strip):
-            part = slice(top, min(top + strip, height))
-            # the source rows this strip looks up, known without asking the device
-            first, last = ((2 * i + 1) * low.shape[-2] // (2 * height) for i in (part.start, part.stop - 1))
-            maps = [t[:, :, first : last + 1].permute(0, 2, 3, 1) for t in (a, g, b)]
-            strips.append(self._strip(maps, rows[part] - first, cols, dy[part].to(a.dtype), dx.to(a.dtype), grid))
-        return skip + torch.cat(strips, 2) if len(strips) > 1 else skip + strips[0]
+        # the maps are 16 times the size of what they are made from, so they too are made for a few rows at a time
+        for block in range(0, height, 8 * strip):
+            end = min(block + 8 * strip, height)
+            # the source rows that are looked up, known without asking the device
+            first, last = ((2 * i + 1) * low.shape[-2] // (2 * height) for i in (block, end - 1))
+            maps = [t.permute(0, 2, 3, 1) for t in self._maps(features[:, :, first : last + 3], cell)]
+            for top in range(block, end, strip):
+                part = slice(top, min(top + strip, end))
+                strips.append(self._strip(maps, rows[part] - first, cols, dy[part], dx, grid))
+        return bicubic(low, size) + torch.cat(strips, 2)
 
     def _strip(self, maps: list[Tensor], rows: Tensor, cols: Tensor, dy: Tensor, dx: Tensor, grid: Tensor) -> Tensor:
         """Rows of the target from the maps A, G and B, channels last: what is looked up is then contiguous."""
         a, g, b = (t[:, rows][:, :, cols] for t in maps)
+        dy, dx, grid = (t.to(a.dtype) for t in (dy, dx, grid))
         h = F.relu(a + (dy[:, None, None] * grid[:, 0] + dx[:, None] * grid[:, 1]))
         for layer in self.mlp_hidden:
             h = F.relu(layer(h))
