@@ -119,7 +119,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
         "pictures": {"count": len(run.pictures), "sources": [source.name for source in sources]},
         "start": start,
         "settings": plan | {"precision": "bf16" if run.bf16 else "fp32"},
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     run.put(run.ema)
     out.mkdir(parents=True, exist_ok=True)
