@@ -159,5 +159,5 @@ def test_no_pickle_in_the_package():
     package = Path(container.__file__).parent
     for path in package.rglob("*.py"):
         text = path.read_text()
-        for word in ("torch.load(", "pickle", "allow_pickle", "yaml.load(", "eval(", "exec("):
+        for word in ("torch.load", "pickle", "yaml.load", "eval(", "exec("):
             assert word not in text.replace(".eval(", ""), (path, word)
