@@ -126,23 +126,29 @@ class Codec:
         return self.encode_layers(pictures.pyramid(pictures.to_rgb(image), sizes), scales, quality)
 
     @torch.inference_mode()
-    def encode_layers(self, layers: Sequence[np.ndarray], scales: Sequence[float], quality: float) -> Encoded:
-        """Encode pictures that were reduced elsewhere: uint8 [height, width, 3] each, smallest first."""
-        scales, quality = container.check_scales(scales), check_quality(quality)
+    def encode_layers(
+        self, layers: Sequence[np.ndarray], scales: Sequence[float], quality: float | Sequence[float]
+    ) -> Encoded:
+        """Encode pictures that were reduced elsewhere: uint8 [height, width, 3] each, smallest first. ``quality`` is
+        one number for all layers or one for each."""
+        scales = container.check_scales(scales)
+        qualities = [check_quality(q) for q in (quality if isinstance(quality, Sequence) else [quality] * len(layers))]
+        if not len(layers) == len(scales) == len(qualities):
+            raise OptionError(f"{len(layers)} layers, {len(scales)} scale factors, {len(qualities)} qualities")
         if layers[-1].shape[0] * layers[-1].shape[1] > container.MAX_PIXELS:
             raise LimitError(f"more than {container.MAX_PIXELS} pixels")
         payloads: list[bytes] = []
         done: list[np.ndarray] = []
-        for picture in layers:
+        for picture, q in zip(layers, qualities, strict=True):
             with float32_convolutions():
                 x = self._to_tensor(picture)
                 below = self._predict(done[-1] if done else None, (picture.shape[0], picture.shape[1]))
                 codec = self.residual if done else self.base
-                data, rec = codec.encode((x - below).contiguous(memory_format=torch.channels_last), quality)
+                data, rec = codec.encode((x - below).contiguous(memory_format=torch.channels_last), q)
                 done.append(self._to_bytes(below + rec))
             payloads.append(data)
         sizes = [(p.shape[1], p.shape[0]) for p in layers]
-        return Encoded(container.write(self.model, sizes, scales, [quality] * len(layers), payloads), done)
+        return Encoded(container.write(self.model, sizes, scales, qualities, payloads), done)
 
     def decode(self, data: bytes, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:
         """Decode one layer (default: the highest that ``data`` holds whole) as an RGB picture."""

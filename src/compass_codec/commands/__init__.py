@@ -1,0 +1,1 @@
+"""The subcommands of ``compass``, a module each; none is imported before it is asked for."""
