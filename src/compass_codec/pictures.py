@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import math
 import os
+import struct
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from compass_codec.errors import PictureError
 
@@ -19,13 +22,55 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def read(path: Path | BinaryIO) -> Image.Image:
-    """Open a picture as 8-bit RGB, turned as its EXIF orientation says. Raises PictureError."""
+ANIMATED = {"GIF", "PNG", "WEBP", "AVIF", "JXL"}  # formats whose further frames are an animation
+WITH_ALPHA = {"PNG", "WEBP", "AVIF", "TIFF", "JPEG2000"}
+WITH_EXTRAS = {"PNG", "JPEG", "WEBP", "AVIF", "TIFF"}
+SAVING: dict[str, dict[str, Any]] = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"quality": 95},
+    "AVIF": {"quality": 90, "subsampling": "4:4:4"},
+}
+MARKER = 65533  # bytes that a JPEG marker holds
+GREYS = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"}
+WORDS = {"P": "palette", "PA": "palette", "1": "1-bit samples"} | dict.fromkeys(GREYS - {"1"}, "greyscale")
+IFDS = (0x8769, 0x8825)  # tags that point to the EXIF and GPS tags
+DESCRIPTIVE = (270, 271, 272, 305, 306, 315, 316, 33432, *IFDS)  # words, device, time, owner
+
+
+class Extras(Protocol):
+    """What goes beside the pixels: an ICC profile, EXIF (a TIFF structure) and XMP (UTF-8), each None if absent."""
+
+    @property
+    def icc(self) -> bytes | None: ...
+    @property
+    def exif(self) -> bytes | None: ...
+    @property
+    def xmp(self) -> bytes | None: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture as it was found: ``image`` RGB with 8 bits, upright; ``alpha`` L of the same size, or None when it is
+    opaque all over; its profile, EXIF (orientation 1) and XMP; and a sentence for everything that was converted."""
+
+    image: Image.Image
+    alpha: Image.Image | None = None
+    icc: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def read(path: Path | BinaryIO) -> Source:
+    """Open a picture, upright as its EXIF orientation says. CMYK and grey profiles are applied; the RGB pixels are then
+    sRGB and carry none. Raises PictureError; also for an animation and for samples of 32 bits."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error follows at twice the size
             with Image.open(path) as image:
-                return to_rgb(ImageOps.exif_transpose(image))
+                return _source(image)
+    except PictureError:
+        raise
     except Image.UnidentifiedImageError as e:
         raise PictureError("not a picture that Pillow can read") from e
     except Image.DecompressionBombError as e:
@@ -34,17 +79,109 @@ def read(path: Path | BinaryIO) -> Image.Image:
         raise PictureError(getattr(e, "strerror", None) or f"damaged picture ({e})") from e
 
 
+def _source(image: Image.Image) -> Source:
+    notes = []
+    if (frames := getattr(image, "n_frames", 1)) > 1:
+        if image.format in ANIMATED:
+            raise PictureError(f"an animation of {frames} frames; only still pictures can be coded")
+        notes.append(f"only the first of {frames} pictures in the file is taken")
+    # Pillow reduces RGB to 8 bits while it reads; only the layout of the file's samples tells
+    deep = any(";16" in str(tile) or (tile[0] == "ppm" and tile[3][-1] > 255) for tile in getattr(image, "tile", ()))
+    image.load()
+    try:
+        image, exif = ImageOps.exif_transpose(image), _exif(image)
+    except Exception:  # Pillow's reader has no error of its own for bad EXIF; the pixels are sound
+        exif = None
+        notes.append("damaged EXIF left out")
+    xmp = image.info.get("xmp")
+    xmp = xmp.encode() if isinstance(xmp, str) else bytes(xmp) if xmp else None
+    if image.mode == "I" and deep:
+        image = image.convert("I;16")
+    if deep or image.mode.startswith("I;16"):
+        notes.append("16-bit samples reduced to 8 bits")
+    rgba = _to_rgba(image)
+    alpha = rgba.getchannel("A") if rgba and rgba.getchannel("A").getextrema() != (255, 255) else None
+    rgb, icc = _to_srgb(image, rgba.convert("RGB") if rgba else to_rgb(image), notes)
+    return Source(rgb, alpha, icc, exif, xmp, notes)
+
+
+def _to_rgba(image: Image.Image) -> Image.Image | None:
+    """The picture with its transparency, or None if it has none."""
+    if not image.has_transparency_data:
+        return None
+    if image.mode.startswith("I;16"):
+        clear = image.info["transparency"]
+        alpha = image.convert("I").point([255 * (v != clear) for v in range(65536)], "L")
+        return Image.merge("RGBA", [image.point(lambda v: v / 256).convert("L")] * 3 + [alpha])
+    return image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+
+
+def _to_srgb(image: Image.Image, rgb: Image.Image, notes: list[str]) -> tuple[Image.Image, bytes | None]:
+    """``rgb`` and the profile that holds for it. A profile of ``image`` that is not for RGB is applied and dropped."""
+    icc = image.info.get("icc_profile") or None
+    if image.mode == "RGB" or image.mode in ("RGBA", "RGBa", "RGBX"):
+        space = "RGB"
+    else:
+        space = "GRAY" if image.mode in GREYS else "RGB" if image.mode in ("P", "PA") else image.mode
+        notes.append(f"{WORDS.get(image.mode, image.mode)} converted to RGB")
+    if icc is None or (icc[16:20] == b"RGB " and space in ("RGB", "GRAY")):
+        return rgb, icc
+    if icc[16:20].decode("latin1").strip() == space and space in ("GRAY", "CMYK"):
+        from PIL import ImageCms
+
+        try:
+            converted = ImageCms.profileToProfile(
+                rgb.convert("L") if space == "GRAY" else image,
+                ImageCms.ImageCmsProfile(io.BytesIO(icc)),
+                ImageCms.createProfile("sRGB"),
+                ImageCms.Intent.RELATIVE_COLORIMETRIC,
+                "RGB",
+                flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+            )
+        except (ImageCms.PyCMSError, OSError):
+            pass
+        else:
+            assert converted is not None
+            notes[-1] = f"{notes[-1].removesuffix('RGB')}sRGB by its ICC profile"
+            return converted, None
+    notes.append("ICC profile left out, which does not fit the picture")
+    return rgb, None
+
+
+def _descriptive(exif: Image.Exif) -> Image.Exif:
+    """What describes the picture: a TIFF file keeps the layout of its samples among the same tags."""
+    tags = Image.Exif()
+    for tag in DESCRIPTIVE:
+        if value := exif.get_ifd(tag) if tag in IFDS else exif.get(tag):
+            tags[tag] = value
+    return tags
+
+
+def _exif(image: Image.Image) -> bytes | None:
+    """EXIF as a TIFF structure whose orientation is 1, all else as it was. Raises anything on garbage."""
+    exif = image.info.get("exif")
+    if not exif:
+        tags = _descriptive(image.getexif())
+        exif = tags.tobytes() if tags else b""
+    exif = bytearray(exif.removeprefix(b"Exif\0\0"))
+    if not exif:
+        return None
+    order = {b"II*\0": "<", b"MM\0*": ">"}[bytes(exif[:4])]
+    (at,) = struct.unpack_from(f"{order}I", exif, 4)
+    (count,) = struct.unpack_from(f"{order}H", exif, at)
+    for entry in range(at + 2, at + 2 + 12 * count, 12):
+        if struct.unpack_from(f"{order}HHI", exif, entry) == (0x0112, 3, 1):
+            struct.pack_into(f"{order}H", exif, entry + 8, 1)
+    return bytes(exif)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB; transparency is flattened onto white, 16-bit samples keep their upper 8 bits."""
     if image.mode.startswith("I;16"):
         image = image.point(lambda v: v / 256).convert("L")
     elif image.mode in ("I", "F"):
         raise PictureError(f"pictures of mode {image.mode} (32-bit samples) are not supported")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return flatten(image) if image.has_transparency_data else image.convert("RGB")
 
 
 def pyramid(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
@@ -71,14 +208,51 @@ def check_format(path: Path) -> str:
     return name
 
 
-def to_bytes(image: Image.Image, path: Path) -> bytes:
-    """The picture as a file in the format that ``path`` asks for."""
+def flatten(image: Image.Image) -> Image.Image:
+    """A picture with transparency laid onto white, as RGB."""
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def to_bytes(image: Image.Image, path: Path, extras: Extras | None = None) -> bytes:
+    """The picture, RGB or RGBA, as a file in the format that ``path`` asks for. Raises PictureError.
+
+    PNG, WebP, AVIF, TIFF and JPEG 2000 keep alpha, the others show it on white. ICC, EXIF and XMP go into PNG, JPEG,
+    WebP, AVIF and TIFF, as far as they fit. JPEG has quality 95 and full chroma, WebP 95, AVIF 90 and full chroma.
+    """
+    name = check_format(path)
+    if image.mode == "RGBA" and name not in WITH_ALPHA:
+        image = flatten(image)
+    options = SAVING.get(name, {}) | (_metadata(extras, name) if extras and name in WITH_EXTRAS else {})
     buffer = io.BytesIO()
     try:
-        image.save(buffer, check_format(path))
+        image.save(buffer, name, **options)
     except (OSError, ValueError) as e:
         raise PictureError(f"cannot be written as {path.suffix} ({e})") from e
     return buffer.getvalue()
+
+
+def _metadata(extras: Extras, name: str) -> dict[str, Any]:
+    """Pillow's options to save ``extras`` in the format ``name``; what no marker of a JPEG can hold is left out."""
+    options: dict[str, Any] = {}
+    if extras.icc:
+        options["icc_profile"] = extras.icc
+    if extras.exif and (name != "JPEG" or len(extras.exif) + 6 <= MARKER):
+        options["exif"] = b"Exif\0\0" + extras.exif
+    if name == "TIFF":
+        tags = Image.Exif()
+        tags.load(options.get("exif", b""))
+        for tag in set(tags) - set(DESCRIPTIVE):
+            del tags[tag]
+        if extras.xmp:
+            tags[700] = extras.xmp
+        options["exif"] = tags
+    elif extras.xmp and name == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", extras.xmp)
+    elif extras.xmp and (name != "JPEG" or len(extras.xmp) + 29 <= MARKER):
+        options["xmp"] = extras.xmp
+    return options
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -59,7 +59,7 @@ def encode(
     from compass_codec import pictures
 
     with blame(image):
-        picture = pictures.read(io.BytesIO(sys.stdin.buffer.read()) if image == STDIO else image)
+        picture = pictures.read(io.BytesIO(sys.stdin.buffer.read()) if image == STDIO else image).image
     with blame(image):
         from compass_codec import codec
 
