@@ -35,3 +35,7 @@ class PictureError(CompassError):
 
 class OptionError(CompassError):
     """Scale factors or a quality that make no sense."""
+
+
+class RemoteError(CompassError):
+    """A file on a web server that cannot be fetched."""

@@ -1,0 +1,184 @@
+"""A .cmps file on a web server: only the bytes that a layer needs are fetched, with HTTP Range requests."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email.message import Message
+from urllib.parse import urlsplit
+
+from compass_codec import __version__, container
+from compass_codec.errors import RemoteError, TruncatedError
+
+TIMEOUT = 30.0  # seconds without a byte
+FIRST_READ = 512  # holds every header of 16 layers
+HEADER_LIMIT = 2**16
+
+
+def is_url(text: str) -> bool:
+    """Whether ``text`` is the address of something remote, of whatever scheme."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
+
+
+class Remote:
+    """The first part of a file on a web server, fetched as it is asked for.
+
+    ``data`` holds what was fetched so far, ``size`` the bytes of the whole file, or None where the server does not
+    say. A server that knows no ranges sends everything: it is read as far as needed, then the connection is closed.
+    """
+
+    def __init__(self, url: str, timeout: float = TIMEOUT) -> None:
+        """Nothing is fetched yet. Raises RemoteError unless ``url`` begins with http:// or https://."""
+        self.url, self.timeout = url, timeout
+        self.data: bytes = b""
+        self.size: int | None = None
+        self._version: tuple[str | None, ...] = ()
+        self._whole: http.client.HTTPResponse | None = None
+        with self._in_one_line():
+            if urlsplit(url).scheme.lower() not in ("http", "https"):
+                raise RemoteError("only http and https addresses can be read")
+
+    def __enter__(self) -> Remote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._whole is not None:
+            self._whole.close()
+
+    def read(self, end: int) -> bytes:
+        """The first ``end`` bytes of the file, or all of it where it is shorter. Raises RemoteError."""
+        while len(self.data) < end and len(self.data) != self.size:
+            with self._in_one_line():
+                self._fetch(end)
+        return self.data[:end]
+
+    def header(self, max_pixels: int = container.MAX_PIXELS) -> container.Header:
+        """The file's header, as ``container.read_header`` gives it."""
+        length = FIRST_READ
+        while True:
+            data = self.read(length)
+            try:
+                return container.read_header(data, max_pixels)
+            except TruncatedError:
+                if len(data) < length or length >= HEADER_LIMIT:
+                    raise
+            length *= 4
+
+    def _fetch(self, end: int) -> None:
+        """Add bytes up to ``end`` to ``data``: at least one, or the size becomes known."""
+        start = len(self.data)
+        if self._whole is None:
+            answer = self._ask(start, end)
+            if answer is None:
+                return
+            if answer.status == 206:
+                with answer:
+                    self._take(answer, self._range(answer.headers, start, end) - start)
+                return
+            self._whole = answer
+        if not self._take(self._whole, (end if self.size is None else min(end, self.size)) - start):
+            self.size = start
+
+    def _ask(self, start: int, end: int) -> http.client.HTTPResponse | None:
+        """Send a request for bytes ``start`` to ``end``; None means that the file ends before."""
+        headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        etag = self._version[0] if self._version else None
+        if etag and not etag.startswith("W/"):
+            headers["If-Range"] = etag
+        request = urllib.request.Request(self.url, headers={"User-Agent": f"compass/{__version__}", **headers})
+        try:
+            answer = _opener().open(request, timeout=self.timeout)
+        except urllib.error.HTTPError as e:
+            if e.code != 416:
+                raise
+            if self.size is not None:
+                raise RemoteError("the file changed on the server while it was read") from e
+            self.size = start
+            return None
+        if answer.status not in (200, 206):
+            raise RemoteError(f"the server answers {answer.status} {answer.reason}")
+        if answer.headers.get("Content-Encoding", "identity") != "identity":
+            raise RemoteError(f"the server sends it as {answer.headers['Content-Encoding']}, which has no byte ranges")
+        version = (answer.headers.get("ETag"), answer.headers.get("Last-Modified"))
+        if start and (answer.status == 200 or version != self._version):
+            raise RemoteError("the file changed on the server while it was read")
+        self._version, self.url = version, answer.url
+        if answer.status == 200 and (length := answer.headers.get("Content-Length")):
+            self.size = int(length)
+        return answer
+
+    def _range(self, headers: Message, start: int, end: int) -> int:
+        """The end of the range that the server says it sends, and the file's size; both checked."""
+        text = headers.get("Content-Range", "")
+        match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", text)
+        if not match:
+            raise RemoteError(f"the server sends a range that makes no sense ({text[:60] or 'no Content-Range'})")
+        first, stop = int(match[1]), int(match[2]) + 1
+        size = None if match[3] == "*" else int(match[3])
+        if first != start or not start < stop <= end or (size is not None and stop > size):
+            raise RemoteError(f"the server sends another range than it was asked for ({text[:60]})")
+        if start and size != self.size:
+            raise RemoteError("the file changed on the server while it was read")
+        self.size = size
+        return stop
+
+    def _take(self, answer: http.client.HTTPResponse, count: int) -> int:
+        """Read ``count`` bytes of an answer; less only where nobody promised more."""
+        part = answer.read(count)
+        self.data += part
+        if len(part) < count and (answer.status == 206 or self.size is not None):
+            raise RemoteError(f"the connection ended after {len(self.data)} bytes, before what the server promised")
+        return len(part)
+
+    @contextmanager
+    def _in_one_line(self) -> Iterator[None]:
+        """Everything that can go wrong on the way becomes a RemoteError of one line."""
+        try:
+            yield
+        except RemoteError:
+            raise
+        except urllib.error.HTTPError as e:
+            with e:
+                raise RemoteError(f"the server answers {e.code} {str(e.reason).splitlines()[0]}".strip()) from e
+        except (OSError, http.client.HTTPException, ValueError) as e:
+            cause = e.reason if isinstance(e, urllib.error.URLError) else e
+            if isinstance(cause, TimeoutError):
+                raise RemoteError(f"the server is silent for {self.timeout:g} seconds") from e
+            text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+            raise RemoteError(f"cannot be fetched ({' '.join(text.split())})") from e
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """One that follows redirects and proxies, and knows http and https alone (urlopen would follow to ftp)."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
+def read_prefix(
+    url: str, layer: int | None, max_pixels: int = container.MAX_PIXELS, timeout: float = TIMEOUT
+) -> tuple[bytes, container.Header, int]:
+    """Fetch what ``layer`` (default: the highest that the file holds whole) needs of the file at ``url``.
+
+    Returns the first bytes of the file, its header and the layer's index. The header comes first, and nothing more if
+    it breaks a limit. Raises RemoteError and what ``container.read_header`` and ``container.pick`` raise.
+    """
+    with Remote(url, timeout) as remote:
+        header = remote.header(max_pixels)
+        end = header.layers[-1 if layer is None else min(layer, len(header.layers) - 1)].end
+        size = len(remote.read(end)) if remote.size is None else remote.size
+        last = container.pick(header, size, layer)
+        return remote.read(header.layers[last].end), header, last
