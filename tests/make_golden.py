@@ -32,7 +32,7 @@ def symbol_hashes(codec: Codec, data: bytes) -> list[str]:
         z, y, _ = layer.parse(container.payload(header, data, k), (entry.height, entry.width))
         digest = hashlib.sha256()
         for symbols in (z, y):
-            digest.update(symbols.cpu().numpy().astype("<i4").tobytes())
+            digest.update(symbols.astype("<i4").tobytes())
         hashes.append(digest.hexdigest())
     return hashes
 

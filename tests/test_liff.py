@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compass_codec.liff import LIFF, bicubic
+from compass_codec import liff as module
+from compass_codec.liff import LIFF, bicubic, bicubic_matrix
 
 
 def coordinates(n: int) -> torch.Tensor:
@@ -70,13 +71,34 @@ def test_shipped_weights_too(codec):
         torch.testing.assert_close(codec.liff(x, (16, 27)), naive(codec.liff, x, (16, 27)), atol=1e-5, rtol=0)
 
 
-def test_strips_change_nothing(liff):
-    x = torch.rand(1, 3, 12, 9)
-    whole = liff(x, (31, 20), strip=31)
-    for strip in (1, 7, 16):
-        torch.testing.assert_close(liff(x, (31, 20), strip=strip), whole, atol=1e-6, rtol=0)
+def test_tiles_change_nothing(liff, monkeypatch):
+    x = torch.rand(1, 3, 62, 49)
+    whole = liff(x, (131, 70))
+    monkeypatch.setitem(module.STRIP_PIXELS, "cpu", 100)
+    for tile in (1, 7, 40):
+        monkeypatch.setitem(module.TILE, "cpu", tile)
+        parts = [liff.rows(x, (131, 70), rows) for rows in ((0, 1), (1, 64), (64, 131))]
+        torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-6, rtol=0)
+
+
+def test_bytes_as_well_as_floats(liff):
+    x = torch.randint(0, 256, (1, 3, 9, 7), dtype=torch.uint8)
+    assert torch.equal(liff.rows(x, (12, 13), (0, 12)), liff(x.float() / 255, (12, 13)))
+
+
+@pytest.mark.parametrize(("low", "high"), [(5, 5), (7, 11), (3, 12), (1, 4), (40, 41)])
+def test_bicubic_as_a_matrix(low, high):
+    x = torch.rand(1, 1, low, low)
+    weights = bicubic_matrix(low, high, (0, high), 0, low)
+    torch.testing.assert_close(weights @ x @ weights.T, bicubic(x, (high, high)), atol=5e-6, rtol=0)
 
 
 def test_untrained_is_bicubic():
     x = torch.rand(1, 3, 6, 6)
-    assert torch.equal(LIFF(channels=8, hidden=8)(x, (9, 13)), bicubic(x, (9, 13)))
+    liff = LIFF(channels=8, hidden=8)
+    torch.testing.assert_close(liff(x, (9, 13)), bicubic(x, (9, 13)), atol=5e-6, rtol=0)
+
+
+def test_size_is_read_from_the_weights():
+    sizes = {"channels": 8, "hidden": 12, "depth": 3, "growth": 4, "blocks": 2, "convs": 5}
+    assert LIFF.dimensions(LIFF(**sizes).state_dict()) == sizes

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import tee
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compass_codec import container, entropy, pictures
+from compass_codec import container, entropy, pictures, strips
 from compass_codec.errors import LimitError, OptionError, WeightsError
 from compass_codec.networks import ImageCodec, level_of, quality_to_lambda
 from compass_codec.weights import CodecWeights, Weights
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DEFAULT_QUALITY = 60.0
-SYMBOL_LIMIT = 2.0**20  # no honest symbol comes near; keeps garbage from overflowing integers
 # A latent this close to its mean becomes 0 rather than 1 or -1: the bits saved are worth more than the error
 # (1.4 % BD-rate on training pictures; the decoder does not care).
 DEAD_ZONE = 0.6
@@ -50,52 +50,136 @@ def check_quality(quality: float) -> float:
 
 
 class LayerCodec:
-    """One image codec with its entropy coder: a centred picture to bytes and back."""
+    """One image codec with its entropy coder: a layer less its prediction to bytes and back, a strip at a time."""
 
     def __init__(self, parts: CodecWeights, device: torch.device) -> None:
         self.codec, self.hyper, self.tables, self.device = parts.codec, parts.hyper, parts.tables, device
+        self.tile = strips.TILE[device.type]
 
-    def encode(self, x: Tensor, quality: float) -> tuple[bytes, Tensor]:
-        """Picture [1, 3, H, W] centred on zero to (bytes, reconstruction of the same shape)."""
-        z, symbols, index, means = self.analyse(x, quality)
-        z_np, y_np, i_np = (t[0].cpu().numpy().astype(np.int64) for t in (z, symbols, index))
-        data = entropy.encode(z_np, y_np, i_np, self.tables)
-        return data, self.reconstruct(symbols, means, quality, (x.shape[-2], x.shape[-1]))
+    def encode(self, picture: np.ndarray, prediction: Iterable[Tensor], quality: float) -> tuple[bytes, np.ndarray]:
+        """A layer, uint8 [height, width, 3], and what is known of it, in strips [1, 3, rows, width] or broadcast to
+        them, to its bytes and what the decoder will see."""
+        size = (picture.shape[0], picture.shape[1])
+        predicted, known = tee(prediction)
+        analysed = self.analyse(residual_strips(picture, predicted, self.device), size, quality)
+        shape = (self.codec.m, *ImageCodec.latent_size(size))
+        y, index = np.empty(shape, np.int32), np.empty(shape, np.uint8)
 
-    def analyse(self, x: Tensor, quality: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Picture to the symbols of z and of y, and the scale indices and means of y."""
-        y = self.codec.analysis(x, self._level(quality))
-        z = self.codec.hyper_analysis(y).round().clamp(-SYMBOL_LIMIT, SYMBOL_LIMIT)
-        index, means = self.hyper(z, (y.shape[-2], y.shape[-1]))
-        centred = y - means
-        symbols = torch.where(centred.abs() < DEAD_ZONE, 0.0, centred.round())
-        return z, symbols.clamp(-SYMBOL_LIMIT, SYMBOL_LIMIT), index, means
+        def latents() -> Iterator[Tensor]:
+            row = 0
+            for symbols, part, means in analysed.latents:
+                rows = slice(row, row := row + symbols.shape[2])
+                y[:, rows], index[:, rows] = symbols[0].cpu().numpy(), part[0].cpu().numpy()
+                yield symbols + means
 
-    def decode(self, data: bytes, size: tuple[int, int], quality: float) -> Tensor:
-        """Bytes to the picture [1, 3, height, width] that the encoder reconstructed."""
-        _, symbols, means = self.parse(data, size)
-        return self.reconstruct(symbols, means, quality, size)
+        done = self.reconstruct(latents(), known, quality, size)
+        z = torch.cat(analysed.z, 2)[0].cpu().numpy().astype(np.int32)
+        return entropy.encode(z, y, index, self.tables), done
 
-    def parse(self, data: bytes, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Bytes of a layer of ``size`` (height, width) to the symbols of z and of y and the means of y.
+    def analyse(self, residual: Iterable[Tensor], size: tuple[int, int], quality: float) -> Analysis:
+        """Strips of a layer less its prediction, of ``size`` in all, to the symbols of z and of y."""
+        latent, hyper_latent = ImageCodec.latent_size(size), ImageCodec.hyper_size(size)
+        level = self.level(quality)
+        down = strips.Network(lambda x, _: self.codec.analysis(x, level), 16, 1, 2, self.tile // 16)
+        hyper_down = strips.Network(lambda y, _: self.codec.hyper_analysis(y), 4, 1, 2, self.tile // 64)
+        for_hyper, for_symbols = tee(strips.run(down, residual, size[0], latent))
+        z: list[Tensor] = []
+
+        def hyper_latents() -> Iterator[Tensor]:
+            for strip in strips.run(hyper_down, for_hyper, latent[0], hyper_latent):
+                z.append(strip.round().clamp(-entropy.SYMBOL_LIMIT, entropy.SYMBOL_LIMIT))
+                yield z[-1]
+
+        def latents() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            y = strips.Rows(for_symbols)
+            for index, means in self.parameters(hyper_latents(), size):
+                centred = y.take(means.shape[2]) - means
+                symbols = torch.where(centred.abs() < DEAD_ZONE, 0.0, centred.round())
+                yield symbols.clamp(-entropy.SYMBOL_LIMIT, entropy.SYMBOL_LIMIT), index, means
+
+        return Analysis(z, latents())
+
+    def parameters(self, z: Iterable[Tensor], size: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Strips of z to strips of the scale indices (uint8) and means (float32) of y, for a layer of ``size``.
 
         Integer arithmetic throughout: the same on every device, whatever computes the pixels.
         """
-        z_size, y_size = ImageCodec.hyper_size(size), ImageCodec.latent_size(size)
-        n, m = self.codec.n, self.codec.m
+        m = self.codec.m
+
+        def both(part: Tensor, part_size: tuple[int, int]) -> Tensor:
+            index, means = self.hyper(part, part_size)
+            return torch.cat([index.to(means), means], 1)
+
+        network = strips.Network(both, 1, 4, 2, self.tile // 64)
+        for strip in strips.run(network, z, ImageCodec.hyper_size(size)[0], ImageCodec.latent_size(size)):
+            yield strip[:, :m].to(torch.uint8), strip[:, m:]
+
+    def decode(self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float) -> np.ndarray:
+        """Bytes, and what is known of the layer, to the layer: uint8 [height, width, 3] of ``size``."""
+        _, y, means = self.parse(data, size)
+        heights = strips.spans(y.shape[1], strips.STRIP[self.device.type] // 16)
+        y_hat = (torch.from_numpy(y[None, :, a:b]).to(self.device) + means[:, :, a:b] for a, b in heights)
+        return self.reconstruct(y_hat, prediction, quality, size)
+
+    def parse(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """Bytes of a layer of ``size`` (height, width) to the symbols of z [N, h, w] and of y [M, h, w], int32, and
+        the means of y [1, M, h, w]."""
+        z_size, y_size, m = ImageCodec.hyper_size(size), ImageCodec.latent_size(size), self.codec.m
         decoder = entropy.Decoder(data, self.tables, z_size[0] * z_size[1], m * y_size[0] * y_size[1])
-        z = torch.from_numpy(decoder.z(n, *z_size))[None].to(self.device)
-        index, means = self.hyper(z, y_size)
-        symbols = torch.from_numpy(decoder.y(index[0].cpu().numpy()))[None].to(self.device)
-        return z, symbols, means
+        z = decoder.z(self.codec.n, *z_size)
+        index, means = np.empty((m, *y_size), np.uint8), []
+        heights = strips.spans(z_size[0], strips.STRIP[self.device.type] // 64)
+        row = 0
+        for part, mean in self.parameters(
+            (torch.from_numpy(z[None, :, a:b]).to(self.device) for a, b in heights), size
+        ):
+            rows = slice(row, row := row + part.shape[2])
+            index[:, rows] = part[0].cpu().numpy()
+            means.append(mean)
+        return z, decoder.y(index), means[0] if len(means) == 1 else torch.cat(means, 2)
 
-    def reconstruct(self, symbols: Tensor, means: Tensor, quality: float, size: tuple[int, int]) -> Tensor:
-        """Symbols and means of y to the picture, in floating point; encoder and decoder both come here."""
-        y_hat = (symbols.float() + means).contiguous(memory_format=torch.channels_last)
-        return self.codec.synthesis(y_hat, self._level(quality), size)
+    def reconstruct(
+        self, y_hat: Iterable[Tensor], prediction: Iterable[Tensor], quality: float, size: tuple[int, int]
+    ) -> np.ndarray:
+        """Strips of the quantised latent and of the prediction to the layer, uint8 [height, width, 3]; in floating
+        point. Encoder and decoder both come here."""
+        level, known = self.level(quality), strips.Rows(prediction)
+        up = strips.Network(lambda y, part: self.codec.synthesis(y, level, part), 1, 16, 2, self.tile // 16)
+        done, row = np.empty((*size, 3), np.uint8), 0
+        for strip in strips.run(up, y_hat, ImageCodec.latent_size(size)[0], size):
+            rows = slice(row, row := row + strip.shape[2])
+            done[rows] = to_bytes(known.take(strip.shape[2]) + strip)
+        return done
 
-    def _level(self, quality: float) -> Tensor:
+    def level(self, quality: float) -> Tensor:
         return level_of(quality_to_lambda(quality))[None].to(self.device)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A layer's symbols as they become known: strips of (symbols, scale indices, means) of y; ``z`` fills meanwhile."""
+
+    z: list[Tensor]
+    latents: Iterator[tuple[Tensor, Tensor, Tensor]]
+
+
+def residual_strips(picture: np.ndarray, prediction: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Strips of ``picture``, uint8 [height, width, 3], less those of its prediction [1, 3, rows, width], in 0..1."""
+    row = 0
+    for strip in prediction:
+        rows = slice(row, row := row + strip.shape[2])
+        yield to_tensor(picture[rows], device).float().div_(255).sub_(strip)
+
+
+def to_tensor(picture: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 [height, width, 3] to uint8 [1, 3, height, width]; on the CPU a view."""
+    return torch.from_numpy(np.ascontiguousarray(picture)).to(device).permute(2, 0, 1)[None]
+
+
+def to_bytes(x: Tensor) -> np.ndarray:
+    """[1, 3, height, width] in 0..1 to uint8 [height, width, 3]. Layers are predicted from this, at both ends, so
+    differences between devices in the last bit of a float cannot grow from layer to layer."""
+    return (x[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 class Codec:
@@ -141,12 +225,10 @@ class Codec:
         done: list[np.ndarray] = []
         for picture, q in zip(layers, qualities, strict=True):
             with float32_convolutions():
-                x = self._to_tensor(picture)
-                below = self._predict(done[-1] if done else None, (picture.shape[0], picture.shape[1]))
-                codec = self.residual if done else self.base
-                data, rec = codec.encode((x - below).contiguous(memory_format=torch.channels_last), q)
-                done.append(self._to_bytes(below + rec))
+                prediction = self.predict(done[-1] if done else None, (picture.shape[0], picture.shape[1]))
+                data, seen = (self.residual if done else self.base).encode(picture, prediction, q)
             payloads.append(data)
+            done.append(seen)
         sizes = [(p.shape[1], p.shape[0]) for p in layers]
         return Encoded(container.write(self.model, sizes, scales, qualities, payloads), done)
 
@@ -170,24 +252,17 @@ class Codec:
             part = container.payload(header, data, k)
             codec = self.base if below is None else self.residual
             with torch.inference_mode(), float32_convolutions():
-                prediction = self._predict(below, size)
-                below = self._to_bytes(prediction + codec.decode(part, size, entry.quality))
+                below = codec.decode(part, size, self.predict(below, size), entry.quality)
             yield below
 
-    def _predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Tensor:
-        """What a layer adds to: mid-grey for the base layer, LIFF's prediction from ``below`` for the others."""
-        if below is None:
-            return torch.full((1, 3, 1, 1), 0.5, device=self.device)
-        return self.liff(self._to_tensor(below), size)
-
-    def _to_tensor(self, picture: np.ndarray) -> Tensor:
-        x = torch.from_numpy(np.ascontiguousarray(picture)).to(self.device).permute(2, 0, 1)[None]
-        return (x.float() / 255).contiguous(memory_format=torch.channels_last)
-
-    def _to_bytes(self, x: Tensor) -> np.ndarray:
-        """Round to 8 bits. Layers are predicted from this, at both ends, so differences between devices in the
-        last bit of a float cannot grow from layer to layer."""
-        return (x[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
+        """Strips [1, 3, rows, width] of what a layer of ``size`` adds to: mid-grey for the base layer, LIFF's
+        prediction from ``below`` for the others."""
+        for rows in strips.spans(size[0], strips.STRIP[self.device.type]):
+            if below is None:
+                yield torch.full((1, 3, 1, 1), 0.5, device=self.device).expand(1, 3, rows[1] - rows[0], size[1])
+            else:
+                yield self.liff.rows(to_tensor(below, self.device), size, rows)
 
 
 def float32_convolutions() -> AbstractContextManager[None]:

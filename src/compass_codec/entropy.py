@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 from constriction import stream
@@ -18,6 +19,8 @@ from compass_codec.errors import DamagedError
 PRECISION = 24  # frequencies of a table sum to 2**24, constriction's own precision, so that it keeps them as they are
 LEVELS = 64
 SCALE_RANGE = (0.11, 256.0)
+SYMBOL_LIMIT = 2**20  # no honest symbol comes near; keeps garbage from overflowing integers
+PIECE = 2**22  # symbols coded in one call, which bounds what the calls need beside them
 
 
 def scale_levels() -> np.ndarray:
@@ -68,7 +71,8 @@ class Table:
     def indices(self, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions in the table (int32) and the values that had to be escaped."""
         escaped = np.abs(symbols) > self.width
-        return np.where(escaped, 2 * self.width + 1, symbols + self.width).astype(np.int32), symbols[escaped]
+        positions = np.where(escaped, 2 * self.width + 1, symbols + self.width).astype(np.int32, copy=False)
+        return positions, symbols[escaped]
 
 
 class Tables:
@@ -98,15 +102,13 @@ def _zigzag(values: np.ndarray) -> bytes:
 
 
 def encode(z: np.ndarray, y: np.ndarray, index: np.ndarray, tables: Tables) -> bytes:
-    """Code one layer's symbols: z [channels, h, w], y and its scale indices ``index`` of one shape; all integers."""
+    """Code one layer's symbols: z [channels, h, w] and y in int32, and the scale indices of y in uint8."""
     encoder, escapes = stream.queue.RangeEncoder(), []
-    y, index = y.ravel(), index.ravel()
-    order, counts = _grouping(index)
-    groups = [(table, z[c].ravel()) for c, table in enumerate(tables.z)]
-    groups += [(tables.y[i], part) for i, part in enumerate(np.split(y[order], np.cumsum(counts)[:-1]))]
-    for table, symbols in groups:
-        if len(symbols):
-            positions, escaped = table.indices(symbols)
+    groups = ((table, z[c].ravel()) for c, table in enumerate(tables.z))
+    y_groups = ((tables.y[i], y[index == i]) for i in np.flatnonzero(_counts(index)))
+    for table, symbols in chain(groups, y_groups):
+        for at in range(0, len(symbols), PIECE):
+            positions, escaped = table.indices(symbols[at : at + PIECE])
             encoder.encode(positions, table.model)
             escapes.append(escaped)
     values = np.concatenate(escapes)
@@ -142,13 +144,20 @@ class Decoder:
             value |= (byte & 127) << shift
             shift += 7
             if byte < 128:
-                return value // 2 if value % 2 == 0 else -(value + 1) // 2
+                break
+        if value > 2 * SYMBOL_LIMIT:
+            raise DamagedError("a layer's symbols make no sense")
+        return value // 2 if value % 2 == 0 else -(value + 1) // 2
 
     def _group(self, table: Table, count: int) -> np.ndarray:
-        try:
-            symbols = self.coder.decode(table.model, count).astype(np.int64) - table.width
-        except AssertionError as e:  # how constriction says that no encoder writes such data
-            raise DamagedError("a layer's symbols make no sense") from e
+        symbols = np.empty(count, np.int32)
+        for at in range(0, count, PIECE):
+            part = symbols[at : at + PIECE]
+            try:
+                part[:] = self.coder.decode(table.model, len(part))
+            except AssertionError as e:  # how constriction says that no encoder writes such data
+                raise DamagedError("a layer's symbols make no sense") from e
+        symbols -= table.width
         for i in np.flatnonzero(symbols > table.width):
             symbols[i] = next(self.escapes, 0)
         return symbols
@@ -158,14 +167,16 @@ class Decoder:
         return np.stack([self._group(t, height * width) for t in self.tables.z]).reshape(channels, height, width)
 
     def y(self, index: np.ndarray) -> np.ndarray:
-        """The latent's symbols, in the shape of their scale indices ``index``."""
-        order, counts = _grouping(index.ravel())
-        out = np.empty(index.size, np.int64)
-        parts = [self._group(t, int(n)) for t, n in zip(self.tables.y, counts, strict=True) if n]
-        out[order] = np.concatenate(parts)
-        return out.reshape(index.shape)
+        """The latent's symbols, in the shape of their scale indices ``index`` (uint8)."""
+        out = np.empty(index.shape, np.int32)
+        counts = _counts(index)
+        for i in np.flatnonzero(counts):
+            out[index == i] = self._group(self.tables.y[i], int(counts[i]))
+        return out
 
 
-def _grouping(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Order that brings equal scale indices together, first come first, and how many there are of each."""
-    return np.argsort(index.astype(np.uint8), kind="stable"), np.bincount(index, minlength=LEVELS)
+def _counts(index: np.ndarray) -> np.ndarray:
+    """How many symbols there are of each scale index."""
+    flat = index.ravel()
+    parts = (flat[at : at + PIECE] for at in range(0, max(1, len(flat)), PIECE))
+    return np.sum([np.bincount(part, minlength=LEVELS) for part in parts], 0)

@@ -9,13 +9,17 @@ A bicubic skip is added: the network predicts what bicubic interpolation misses.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compass_codec.strips import spans
+
 
 class ResidualDenseBlock(nn.Module):
-    """Four 3x3 convolutions, each seeing all before it, fused by a 1x1 convolution and added to the input."""
+    """3x3 convolutions, each seeing all before it, fused by a 1x1 convolution and added to the input."""
 
     def __init__(self, channels: int, growth: int, convs: int) -> None:
         super().__init__()
@@ -23,16 +27,16 @@ class ResidualDenseBlock(nn.Module):
         self.fuse = nn.Conv2d(channels + convs * growth, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = [x]
+        features = x
         for conv in self.convs:
-            features.append(F.relu(conv(torch.cat(features, 1))))
-        return x + self.fuse(torch.cat(features, 1))
+            features = torch.cat([features, F.relu(conv(features), inplace=True)], 1)
+        return self.fuse(features).add_(x)
 
 
 class FeatureExtractor(nn.Module):
     """Residual dense network without upsampling: [B, 3, H, W] in 0..1 to [B, channels, H, W]."""
 
-    def __init__(self, channels: int = 64, growth: int = 32, blocks: int = 4, convs: int = 4) -> None:
+    def __init__(self, channels: int, growth: int, blocks: int, convs: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
@@ -40,6 +44,7 @@ class FeatureExtractor(nn.Module):
         self.fuse = nn.Sequential(
             nn.Conv2d(blocks * channels, channels, 1), nn.Conv2d(channels, channels, 3, padding=1)
         )
+        self.reach = 3 + blocks * convs  # pixels that a feature sees to every side
 
     def forward(self, x: Tensor) -> Tensor:
         shallow = self.first(x - 0.5)
@@ -47,22 +52,23 @@ class FeatureExtractor(nn.Module):
         for block in self.blocks:
             x = block(x)
             features.append(x)
-        return shallow + self.fuse(torch.cat(features, 1))
+        return self.fuse(torch.cat(features, 1)).add_(shallow)
 
 
-# Target pixels in hand at a time. On the CPU the largest array of a strip then stays below what malloc maps and
-# unmaps anew each time (32 MB); a GPU wants few launches.
+# Pixels in hand at a time: of the lower layer on a side of a tile, and of the target in a strip within it. On the CPU a
+# strip's arrays then stay below what malloc maps and unmaps anew each time (32 MB); a GPU wants few launches.
+TILE = {"cpu": 384, "cuda": 1024}
 STRIP_PIXELS = {"cpu": 2**13, "cuda": 2**20}
 
 
-def nearest(low: int, high: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """For each of ``high`` target samples along an axis: index of the nearest of ``low`` samples, and the offset.
+def nearest(low: int, high: int, span: tuple[int, int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """For ``span`` of the ``high`` target samples along an axis: index of the nearest of ``low`` samples, and offset.
 
     The offset is the paper's local grid, target minus source coordinate in -1..1 coordinates, times ``low`` so
     that it spans -1..1 within a source sample (LIIF's convention). Integer arithmetic decides the index, so every
     device agrees.
     """
-    i = torch.arange(high, device=device)
+    i = torch.arange(*span, device=device)
     source = ((2 * i + 1) * low).div(2 * high, rounding_mode="floor")
     offset = ((2 * i + 1) * low - (2 * source + 1) * high).double() / high
     return source, offset.float()
@@ -73,67 +79,118 @@ def bicubic(low: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(low, size=size, mode="bicubic", align_corners=False)
 
 
+def bicubic_matrix(low: int, high: int, span: tuple[int, int], first: int, last: int) -> Tensor:
+    """Weights [target samples of ``span``, source samples first..last - 1] with which ``bicubic`` works along an axis:
+    Keys' kernel with a = -0.75, the edge sample repeated."""
+    position = (torch.arange(*span, dtype=torch.float64) + 0.5) * low / high - 0.5
+    nearest_below = position.floor()
+    weights = torch.zeros(len(position), last - first, dtype=torch.float64)
+    for tap in range(-1, 3):
+        source = nearest_below + tap
+        t = (position - source).abs()
+        inner = (1.25 * t - 2.25) * t * t + 1
+        outer = -0.75 * (((t - 5) * t + 8) * t - 4)
+        column = source.clamp(0, low - 1).long() - first
+        weights.scatter_add_(1, column[:, None], torch.where(t <= 1, inner, outer)[:, None])
+    return weights.float()
+
+
 class LIFF(nn.Module):
     """Local implicit filter function: predicts a picture of any larger size from a smaller one.
 
-    The four MLP hidden layers are ``hidden`` wide. ``mlp_first`` sees the unfolded features (in_channels * 9,
-    channel-major like ``F.unfold``), the local grid (2) and the cell (2); ``mlp_last`` gives the 3 filters.
+    The MLP has ``depth`` hidden layers of width ``hidden``. ``mlp_first`` sees the unfolded features (channels * 9,
+    channel-major like ``F.unfold``), the local grid (2) and the cell (2); ``mlp_last`` gives the 3 filters. The paper
+    has 64 channels, growth 32 and a width of 256.
     """
 
-    def __init__(self, channels: int = 64, hidden: int = 256, depth: int = 4) -> None:
+    def __init__(
+        self, channels: int = 64, hidden: int = 256, depth: int = 4, growth: int = 32, blocks: int = 4, convs: int = 4
+    ) -> None:
         super().__init__()
         self.channels, self.hidden = channels, hidden
-        self.extractor = FeatureExtractor(channels)
+        self.extractor = FeatureExtractor(channels, growth, blocks, convs)
         self.mlp_first = nn.Linear(channels * 9 + 4, hidden)
         self.mlp_hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth - 1))
         self.mlp_last = nn.Linear(hidden, channels * 9 * 3)
         nn.init.zeros_(self.mlp_last.weight)  # at first the prediction is bicubic interpolation
         nn.init.zeros_(self.mlp_last.bias)
 
-    def _maps(self, features: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What depends on the lower resolution alone, from features with a margin of 1: first layer A
-        [B, hidden, h, w], last layer G [B, 3 * hidden, h, w] and its bias B [B, 3, h, w]."""
+    @staticmethod
+    def dimensions(weights: Mapping[str, Tensor]) -> dict[str, int]:
+        """The arguments with which a network is made that fits ``weights``."""
+
+        def count(prefix: str) -> int:
+            return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
+
+        return {
+            "channels": weights["extractor.first.weight"].shape[0],
+            "hidden": weights["mlp_first.weight"].shape[0],
+            "depth": count("mlp_hidden.") + 1,
+            "growth": weights["extractor.blocks.0.convs.0.weight"].shape[0],
+            "blocks": count("extractor.blocks."),
+            "convs": count("extractor.blocks.0.convs."),
+        }
+
+    def _maps(self, features: Tensor, cell: Tensor) -> Tensor:
+        """What depends on the lower resolution alone, from features with a margin of 1, channels last: the MLP's
+        first layer A [hidden], its last layer G [3 * hidden] and that one's bias B [3], at [B, h, w]."""
         c, n = self.channels, self.hidden
         first = self.mlp_first.weight[:, : c * 9].reshape(n, c, 3, 3)
         bias = self.mlp_first.bias + self.mlp_first.weight[:, c * 9 + 2 :] @ cell
         # mlp_last row (k * 3 + o) makes filter tap k of output channel o
         last = self.mlp_last.weight.reshape(c, 9, 3, n).permute(2, 3, 0, 1).reshape(3 * n, c, 3, 3)
         last_bias = self.mlp_last.bias.reshape(c, 9, 3).permute(2, 0, 1).reshape(3, c, 3, 3)
-        a = F.conv2d(features, first, bias)
-        g = F.conv2d(features, last)
-        b = F.conv2d(features, last_bias)
-        return a, g, b
+        maps = F.conv2d(features, torch.cat([first, last, last_bias]), F.pad(bias, (0, 3 * n + 3)))
+        return maps.permute(0, 2, 3, 1)
 
-    def forward(self, low: Tensor, size: tuple[int, int], strip: int | None = None) -> Tensor:
-        """Prediction [B, 3, *size], about 0..1, from the layer below ``low`` [B, 3, h, w] in 0..1.
+    def forward(self, low: Tensor, size: tuple[int, int]) -> Tensor:
+        """Prediction [B, 3, *size], about 0..1, from the layer below ``low`` [B, 3, h, w] in 0..1."""
+        return self._tile(low, size, (0, size[0]), (0, size[1]))
 
-        ``strip`` rows of the target are evaluated at a time, which bounds memory and changes nothing else.
-        """
-        height, width = size
-        strip = strip or max(1, STRIP_PIXELS[low.device.type] // (width * len(low)))
-        features = F.pad(self.extractor(low), (1, 1, 1, 1))
-        cell = torch.tensor([2 * low.shape[-2] / height, 2 * low.shape[-1] / width]).to(low, non_blocking=True)
-        rows, dy = nearest(low.shape[-2], height, low.device)
-        cols, dx = nearest(low.shape[-1], width, low.device)
-        grid = self.mlp_first.weight[:, self.channels * 9 : self.channels * 9 + 2]
+    def rows(self, low: Tensor, size: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+        """Rows ``rows`` of ``forward``, a tile at a time. ``low`` may be uint8 in 0..255."""
+        tiles = [self._tile(low, size, rows, cols) for cols in self._column_tiles(low, size)]
+        return tiles[0] if len(tiles) == 1 else torch.cat(tiles, 3)
+
+    @staticmethod
+    def _column_tiles(low: Tensor, size: tuple[int, int]) -> list[tuple[int, int]]:
+        return spans(size[1], max(1, TILE[low.device.type] * size[1] // low.shape[-1]))
+
+    def _tile(self, low: Tensor, size: tuple[int, int], rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
+        """The prediction at target ``rows`` and ``cols`` (first, last + 1)."""
+        axes = []
+        for low_side, high, span in ((low.shape[-2], size[0], rows), (low.shape[-1], size[1], cols)):
+            # the samples that are looked up, known without asking the device, and what their features see
+            first, last = ((2 * i + 1) * low_side // (2 * high) for i in (span[0], span[1] - 1))
+            reach = self.extractor.reach + 1
+            axes.append((first, last + 1, max(0, first - reach), min(low_side, last + 1 + reach), low_side, high, span))
+        (top, bottom, y0, y1, *_), (left, right, x0, x1, *_) = axes
+        part = low[..., y0:y1, x0:x1]
+        if part.dtype == torch.uint8:
+            part = part.float() / 255
+        part = part.contiguous(memory_format=torch.channels_last)
+        features = F.pad(self.extractor(part), (1, 1, 1, 1))  # zeros around the picture, as a convolution has them
+        features = features[..., top - y0 : bottom - y0 + 2, left - x0 : right - x0 + 2]
+        cell = torch.tensor([2 * low.shape[-2] / size[0], 2 * low.shape[-1] / size[1]]).to(part, non_blocking=True)
+        maps = self._maps(features, cell)
+        (row, dy), (col, dx) = (nearest(a[4], a[5], a[6], low.device) for a in axes)
+        out = self._query(maps, row - top, col - left, dy, dx)
+        weights = [bicubic_matrix(a[4], a[5], a[6], a[2], a[3]).to(part, non_blocking=True) for a in axes]
+        return out + weights[0] @ part @ weights[1].T
+
+    def _query(self, maps: Tensor, row: Tensor, col: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
+        """The MLP at every target pixel, some rows at a time: the filtered picture [B, 3, rows, cols]."""
+        n, batch = self.hidden, len(maps)
+        grid = self.mlp_first.weight[:, self.channels * 9 : self.channels * 9 + 2].T
         strips = []
-        # the maps are 16 times the size of what they are made from, so they too are made for a few rows at a time
-        for block in range(0, height, 8 * strip):
-            end = min(block + 8 * strip, height)
-            # the source rows that are looked up, known without asking the device
-            first, last = ((2 * i + 1) * low.shape[-2] // (2 * height) for i in (block, end - 1))
-            maps = [t.permute(0, 2, 3, 1) for t in self._maps(features[:, :, first : last + 3], cell)]
-            for top in range(block, end, strip):
-                part = slice(top, min(top + strip, end))
-                strips.append(self._strip(maps, rows[part] - first, cols, dy[part], dx, grid))
-        return bicubic(low, size) + torch.cat(strips, 2)
-
-    def _strip(self, maps: list[Tensor], rows: Tensor, cols: Tensor, dy: Tensor, dx: Tensor, grid: Tensor) -> Tensor:
-        """Rows of the target from the maps A, G and B, channels last: what is looked up is then contiguous."""
-        a, g, b = (t[:, rows][:, :, cols] for t in maps)
-        dy, dx, grid = (t.to(a.dtype) for t in (dy, dx, grid))
-        h = F.relu(a + (dy[:, None, None] * grid[:, 0] + dx[:, None] * grid[:, 1]))
-        for layer in self.mlp_hidden:
-            h = F.relu(layer(h))
-        out = torch.einsum("bhwon,bhwn->bhwo", g.reshape(*g.shape[:3], 3, self.hidden), h) + b
-        return out.permute(0, 3, 1, 2)
+        strip = max(1, STRIP_PIXELS[maps.device.type] // (len(col) * batch))
+        for i in range(0, len(row), strip):
+            y, v = row[i : i + strip], dy[i : i + strip]
+            found = maps[:, y[:, None], col]
+            offsets = torch.stack(torch.broadcast_tensors(v[:, None], dx), -1).to(grid.dtype)
+            a, g, b = found.split([n, 3 * n, 3], -1)
+            h = F.relu(a + offsets @ grid, inplace=True)
+            for layer in self.mlp_hidden:
+                h = F.relu(layer(h), inplace=True)
+            strips.append((g.unflatten(-1, (3, n)) * h[..., None, :]).sum(-1) + b)
+        return torch.cat(strips, 1).permute(0, 3, 1, 2)

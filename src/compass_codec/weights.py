@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from compass_codec.container import MODEL_BYTES
 from compass_codec.errors import WeightsError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from compass_codec.liff import LIFF
     from compass_codec.networks import ImageCodec
 
+N = TypeVar("N", bound="nn.Module")
 PARTS = ("base", "residual", "liff")
 
 
@@ -79,7 +81,7 @@ def load(folder: Path | None, device: torch.device) -> Weights:
     try:
         tensors = {part: parse(files[part]) for part in PARTS}
         with torch.inference_mode():
-            liff = _fill(LIFF, tensors["liff"], device)
+            liff = _fill(lambda: LIFF(**LIFF.dimensions(tensors["liff"])), tensors["liff"], device)
             base, residual = (_codec(tensors[part], device) for part in ("base", "residual"))
     except (SafetensorError, RuntimeError, KeyError, ValueError) as e:
         reason = str(e).splitlines()[0]
@@ -87,12 +89,12 @@ def load(folder: Path | None, device: torch.device) -> Weights:
     return Weights(base, residual, liff, _identity(files))
 
 
-def _fill(kind: type[nn.Module], tensors: dict[str, Tensor], device: torch.device):
-    """A network of ``kind`` holding ``tensors``, without ever drawing random weights."""
+def _fill(make: Callable[[], N], tensors: dict[str, Tensor], device: torch.device) -> N:
+    """The network that ``make`` makes, holding ``tensors``, without ever drawing random weights."""
     import torch
 
     with torch.device("meta"):
-        network = kind()
+        network = make()
     network.load_state_dict({k: tensors[k].float() for k in network.state_dict()}, assign=True)
     network.requires_grad_(False).eval()
     return network.to(device).to(memory_format=torch.channels_last)

@@ -30,13 +30,15 @@ class Counts:
 
     def add(self, x: Tensor, quality: float) -> Tensor:
         """Count the symbols of a picture [1, 3, H, W] centred on zero; returns its reconstruction."""
-        z, y, index, means = self.layer.analyse(x, quality)
-        for counts, symbols in zip(self.z, z[0].flatten(1).long().cpu().numpy(), strict=True):
+        size = (x.shape[-2], x.shape[-1])
+        analysed = self.layer.analyse([x], size, quality)
+        ((y, index, means),) = analysed.latents
+        for counts, symbols in zip(self.z, torch.cat(analysed.z, 2)[0].flatten(1).long().cpu().numpy(), strict=True):
             _count(counts, symbols)
         flat, groups = y.long().flatten().cpu().numpy(), index.flatten().cpu().numpy()
         for i in np.unique(groups):
             _count(self.y[i], flat[groups == i])
-        return self.layer.reconstruct(y, means, quality, (x.shape[-2], x.shape[-1]))
+        return self.layer.codec.synthesis(y + means, self.layer.level(quality), size)
 
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
         """New frequencies, laid out as in the weights file."""

@@ -1,0 +1,88 @@
+"""Networks over pictures of any height, a strip of rows at a time, with the same result as all at once.
+
+A network here turns cells into cells: ``cell_in`` rows and columns of its input belong to ``cell_out`` of its output,
+and an output cell depends on input cells at most ``reach`` away. A strip is therefore computed with that many cells
+more on either side, which are then cut off. Tensors are [1, channels, height, width].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Sides of what is computed at once, in pixels of the layer: rows of a strip, columns of a tile. The arrays of a tile
+# take some hundred MB, and what is computed twice at its borders stays a small part.
+STRIP = {"cpu": 512, "cuda": 2048}
+TILE = {"cpu": 768, "cuda": 4096}
+
+
+def spans(length: int, largest: int) -> list[tuple[int, int]]:
+    """Starts and ends of the fewest pieces, none longer than ``largest``, that 0..length is cut into evenly."""
+    count = max(1, -(-length // largest))
+    return [(length * i // count, length * (i + 1) // count) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Network:
+    """``apply`` takes a part of the input, and (height, width) of the output that belongs to it.
+
+    ``tile``: cells that are computed at once along a row.
+    """
+
+    apply: Callable[[Tensor, tuple[int, int]], Tensor]
+    cell_in: int
+    cell_out: int
+    reach: int
+    tile: int
+
+
+def run(network: Network, strips: Iterable[Tensor], rows: int, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Strips of the output, of ``size`` in all, as soon as the strips of the input (``rows`` in all) allow."""
+    cells = -(-rows // network.cell_in)
+    buffer: Tensor | None = None
+    start = done = received = 0  # the buffer's first cell, the first cell not yet put out, the rows that have come
+    for strip in strips:
+        buffer = strip if buffer is None else torch.cat([buffer, strip], 2)
+        received += strip.shape[2]
+        ready = cells if received == rows else received // network.cell_in - network.reach
+        if ready <= done:
+            continue
+        end = min(cells, ready + network.reach)
+        part = buffer[:, :, : (end - start) * network.cell_in]
+        top, bottom = ((cell - start) * network.cell_out for cell in (done, ready))
+        yield _columns(
+            network, part, min(size[0] - start * network.cell_out, (end - start) * network.cell_out), size[1]
+        )[:, :, top:bottom]
+        done = ready
+        keep = max(0, done - network.reach)
+        buffer, start = buffer[:, :, (keep - start) * network.cell_in :], keep
+
+
+def _columns(network: Network, x: Tensor, height: int, width: int) -> Tensor:
+    """``run`` along a row: a strip of output ``height`` and ``width``, a tile at a time."""
+    cells = -(-x.shape[3] // network.cell_in)
+    tiles = []
+    for left, right in spans(cells, network.tile):
+        first, last = max(0, left - network.reach), min(cells, right + network.reach)
+        part = x[..., first * network.cell_in : last * network.cell_in].contiguous(memory_format=torch.channels_last)
+        out = network.apply(part, (height, min(width, last * network.cell_out) - first * network.cell_out))
+        tiles.append(out[..., (left - first) * network.cell_out : (right - first) * network.cell_out])
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, 3)
+
+
+class Rows:
+    """Rows of a picture that comes in strips, taken in any other numbers."""
+
+    def __init__(self, strips: Iterable[Tensor]) -> None:
+        self.strips, self.kept = iter(strips), list[Tensor]()
+
+    def take(self, count: int) -> Tensor:
+        """The next ``count`` rows."""
+        while sum(strip.shape[2] for strip in self.kept) < count:
+            self.kept.append(next(self.strips))
+        rows = self.kept[0] if len(self.kept) == 1 else torch.cat(self.kept, 2)
+        self.kept = [rows[:, :, count:]] if rows.shape[2] > count else []
+        return rows[:, :, :count]
