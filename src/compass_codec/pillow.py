@@ -1,0 +1,134 @@
+"""The .cmps format for Pillow; importing this module registers it.
+
+>>> import compass_codec.pillow
+>>> with Image.open("photo.cmps") as image:
+...     image.thumbnail((160, 160))
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from typing import IO, Any
+
+from PIL import Image, ImageFile
+
+from compass_codec import container
+from compass_codec.errors import CompassError, PictureError
+
+HEADER_READ = 4096  # more than any header
+SCALES = (1.0, 2.0, 4.0)
+QUALITY = 60.0
+
+
+def _accept(prefix: bytes) -> bool:
+    return prefix.startswith(container.MAGIC)
+
+
+class CompassImageFile(ImageFile.ImageFile):
+    """A .cmps file. Its frames are the layers, smallest first, of which one at a time is decoded when it is loaded.
+
+    ``n_frames`` counts the layers that the file holds whole. Unlike other formats it opens at the last of them, the
+    largest picture. Opening reads the header alone; ``load`` reads and decodes what the layer needs, and raises
+    OSError if that is damaged, cut off or made with other weights.
+    """
+
+    format = "CMPS"
+    format_description = "COMPASS layered image"
+
+    def _open(self) -> None:
+        assert self.fp is not None
+        try:
+            # Pillow has its own limit on pixels
+            self._header = container.read_header(self.fp.read(HEADER_READ), max_pixels=container.MAX_SIDE**2)
+        except CompassError as e:
+            raise SyntaxError(str(e)) from e
+        self._fp = self.fp
+        size = self.fp.seek(0, os.SEEK_END)
+        self.n_frames = max(1, sum(entry.end <= size for entry in self._header.layers))
+        self.is_animated = self.n_frames > 1
+        self.info["scales"] = [entry.scale for entry in self._header.layers]
+        self.info["layers"] = len(self._header.layers)
+        self._show(self.n_frames - 1)
+
+    def _show(self, frame: int) -> None:
+        """Make ``frame`` the one that will be loaded."""
+        entry = self._header.layers[frame]
+        self._frame, self._size, self._mode, self._im = frame, (entry.width, entry.height), "RGB", None
+        self.info["quality"] = entry.quality
+        self.tile = [ImageFile._Tile("raw", (0, 0, *self.size), 0, self.mode)]
+
+    def tell(self) -> int:
+        """The layer that is, or will be, loaded."""
+        return self._frame
+
+    def seek(self, frame: int) -> None:
+        """Go to layer ``frame``; EOFError if the file does not hold it whole."""
+        if self._seek_check(frame):
+            self._show(frame)
+
+    def draft(self, mode: str | None, size: tuple[int, int] | None) -> tuple[str, tuple[int, int, float, float]] | None:
+        """Before loading: go to the smallest layer that is at least as large as ``size`` both ways, and no layer above
+        the present one. The mode stays RGB. Returns (mode, box), the box being all of that layer, or None after
+        loading."""
+        if not self.tile or size is None:
+            return None
+        sides = [(entry.width, entry.height) for entry in self._header.layers[: self._frame]]
+        self.seek(next((k for k, (w, h) in enumerate(sides) if w >= size[0] and h >= size[1]), self._frame))
+        return self.mode, (0, 0, *self.size)
+
+    def load(self) -> Image.core.PixelAccess | None:
+        """Decode the present layer. Raises OSError."""
+        if self.tile:
+            picture = self._decode()
+            if self._exclusive_fp and not self.is_animated:
+                self._fp.close()
+            self.fp = io.BytesIO(picture)
+        return super().load()
+
+    def _decode(self) -> bytes:
+        from compass_codec import codec
+
+        try:
+            data = self._read(self._header.layers[self._frame].end)
+            *_, picture = codec.shared().decode_layers(data, self._header, self._frame)
+        except CompassError as e:
+            raise OSError(str(e)) from e
+        return picture.tobytes()
+
+    def _read(self, end: int) -> bytes:
+        self._fp.seek(0)
+        return self._fp.read(end)
+
+    def load_seek(self, pos: int) -> None:
+        """Nothing to seek: ``load`` hands over the decoded picture."""
+
+    def verify(self) -> None:
+        """Compare the layers' checksums. Raises OSError for a damaged or incomplete file; as with other formats, the
+        file must be opened again after that."""
+        if self.fp is not None:
+            states = container.states(self._header, self._read(self._header.layers[-1].end))
+            for k, state in enumerate(states):
+                if state != "ok":
+                    raise OSError(f"layer {k} is {state}")
+        super().verify()
+
+
+def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
+    """``scales``: 1 to 16 factors that do not fall (default 1, 2, 4); ``quality``: 1..100 (default 60)."""
+    from compass_codec import codec
+
+    options: dict[str, Any] = im.encoderinfo
+    scales: Sequence[float] = options.get("scales", SCALES)
+    try:
+        data = codec.shared().encode(im, scales, options.get("quality", QUALITY)).data
+    except PictureError as e:
+        raise OSError(f"cannot write mode {im.mode} as CMPS ({e})") from e
+    fp.write(data)
+
+
+Image.register_open(CompassImageFile.format, CompassImageFile, _accept)
+Image.register_save(CompassImageFile.format, _save)
+Image.register_extension(CompassImageFile.format, ".cmps")
+Image.register_mime(CompassImageFile.format, "image/x-cmps")
