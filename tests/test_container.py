@@ -110,7 +110,8 @@ def test_damage_names_the_layers_that_decode():
     [
         (0, b"PNG!", FormatError),
         (4, b"\x02", FormatError),  # version
-        (5, b"\x01", FormatError),  # flags
+        (5, b"\x02", FormatError),  # flags
+        (5, b"\xff", FormatError),
         (12, b"\x00", FormatError),  # layers
         (12, b"\x11", FormatError),
         (13, b"\x00", FormatError),  # width 0
@@ -137,6 +138,14 @@ def test_layer_out_of_range():
     for layer in (-1, 3):
         with pytest.raises(LayerError):
             container.pick(header, 10**6, layer)
+
+
+@pytest.mark.parametrize(("digits", "exponent"), [(10**7, 6), (99999999, 6), (1, -16), (10, 0)])
+def test_every_scale_that_is_read_can_be_written(digits, exponent):
+    """Files may hold scale factors that this writer would refuse or write shorter."""
+    scale = container._from_decimal(digits, exponent)
+    data = container.write(MODEL, SIZES[:1], [scale], [60], PAYLOADS[:1])
+    assert container.read_header(data).layers[0].scale == scale
 
 
 def test_empty():

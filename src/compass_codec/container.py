@@ -1,4 +1,5 @@
-"""The .cmps file, version 1: a header that says where every layer is, then the layers from small to large.
+"""The .cmps file, version 1: a header that says where everything is, then the layers from small to large, and around
+them optional sections: alpha, an ICC profile, EXIF, XMP.
 
 Knows bytes, sizes and checksums, and nothing of networks. docs/format.md describes every byte.
 """
@@ -9,9 +10,11 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Context, Decimal
+from enum import Enum
 from itertools import pairwise
+from typing import Any
 
 from compass_codec.errors import DamagedError, FormatError, LayerError, LimitError, OptionError, TruncatedError
 
@@ -22,16 +25,49 @@ MAX_LAYERS = 16
 MAX_SIDE = 2**21 - 1
 MAX_PIXELS = 178_956_970  # of the largest layer; where Pillow too refuses a picture as a decompression bomb
 SCALE_DIGITS = 8  # significant digits kept of a scale factor
+MAX_EXPONENT = 6
+
+
+WITH_SECTIONS = 1  # flag: a table of sections follows the layer entries
+
+
+class Place(Enum):
+    """Where the sections of a kind lie."""
+
+    FIRST = "before layer 0"
+    BEFORE = "before the layer's own bytes"  # no kind yet
+    AFTER = "behind the layer's own bytes"
+    LAST = "behind all layers"
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer's place in the file. ``end`` is also the length of the shortest file that decodes it."""
+class Kind:
+    """One kind of section: its field in Sections, its name, its place, and how many bytes one may have."""
 
-    width: int
-    height: int
-    scale: float
-    quality: float
+    field: str
+    name: str
+    place: Place
+    limit: int
+
+    @property
+    def of_layer(self) -> bool:
+        return self.place in (Place.BEFORE, Place.AFTER)
+
+
+KINDS = {
+    1: Kind("icc", "ICC profile", Place.FIRST, 2**24 - 1),
+    2: Kind("exif", "EXIF", Place.LAST, 2**24 - 1),
+    3: Kind("xmp", "XMP", Place.LAST, 2**24 - 1),
+    4: Kind("alpha", "alpha", Place.AFTER, 2**28 - 1),
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section's place in the file; ``layer`` is 0 for what belongs to the whole picture."""
+
+    kind: int
+    layer: int
     start: int
     length: int
     checksum: int
@@ -40,14 +76,52 @@ class Layer:
     def end(self) -> int:
         return self.start + self.length
 
+    @property
+    def name(self) -> str:
+        kind = KINDS[self.kind]
+        return f"{kind.name} of layer {self.layer}" if kind.of_layer else kind.name
+
+
+@dataclass(frozen=True)
+class Sections:
+    """What a file holds beside its layers: an ICC profile, EXIF (a TIFF structure), XMP (UTF-8), each None if absent,
+    and the coded alpha of each layer that has one."""
+
+    icc: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    alpha: dict[int, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's place in the file. ``end`` is also the length of the shortest file that decodes it with all that
+    belongs to it."""
+
+    width: int
+    height: int
+    scale: float
+    quality: float
+    start: int
+    length: int
+    checksum: int
+    end: int
+
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself: the weights it needs (hex of the first bytes of their hash) and its layers."""
+    """What a file says of itself: the weights it needs (hex of the first bytes of their hash), its layers and its
+    sections in the order in which they lie."""
 
     model: str
     layers: tuple[Layer, ...]
     length: int
+    sections: tuple[Section, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """Length of the whole file; what lies behind the last layer's end is metadata."""
+        return max([self.layers[-1].end, *(section.end for section in self.sections)])
 
 
 def _varint(value: int) -> bytes:
@@ -94,7 +168,8 @@ def _decimal(scale: float) -> tuple[int, int]:
     number = Decimal(repr(float(scale))).normalize(Context(prec=SCALE_DIGITS))
     _, digits, exponent = number.as_tuple()
     assert isinstance(exponent, int)
-    return int("".join(map(str, digits))), exponent
+    above = max(0, exponent - MAX_EXPONENT)
+    return int("".join(map(str, digits))) * 10**above, exponent - above
 
 
 def check_scales(scales: Sequence[float]) -> list[float]:
@@ -122,9 +197,12 @@ def write(
     scales: Sequence[float],
     qualities: Sequence[float],
     payloads: Sequence[bytes],
+    sections: Sections | None = None,
 ) -> bytes:
     """A whole file. ``sizes`` are (width, height) of each layer, smallest first; ``payloads`` their bytes."""
-    head = bytearray(MAGIC + bytes([VERSION, 0]) + bytes.fromhex(model) + bytes([len(payloads)]))
+    extras = _laid_out(sections or Sections(), len(payloads))
+    flags = WITH_SECTIONS if extras else 0
+    head = bytearray(MAGIC + bytes([VERSION, flags]) + bytes.fromhex(model) + bytes([len(payloads)]))
     for (width, height), scale, quality, payload in zip(sizes, scales, qualities, payloads, strict=True):
         if max(width, height) > MAX_SIDE:
             raise LimitError(f"a layer of {width} x {height}; a side may have {MAX_SIDE} samples")
@@ -133,8 +211,66 @@ def write(
         mantissa, exponent = _decimal(scale)
         head += _varint(width) + _varint(height) + _varint(mantissa) + struct.pack("<b", exponent)
         head += _varint(round(quality * 100)) + _varint(len(payload)) + struct.pack("<I", zlib.crc32(payload))
+    if extras:
+        head += bytes([len(extras)])
+    for kind, layer, data in extras:
+        head += bytes([kind, layer]) + _varint(len(data)) + struct.pack("<I", zlib.crc32(data))
     head += struct.pack("<I", zlib.crc32(head))
-    return bytes(head) + b"".join(payloads)
+    parts = [(_order(kind, layer), data) for kind, layer, data in extras]
+    parts += [(_order(None, k), data) for k, data in enumerate(payloads)]
+    return bytes(head) + b"".join(data for _, data in sorted(parts))
+
+
+def _laid_out(sections: Sections, layers: int) -> list[tuple[int, int, bytes]]:
+    """The sections that there are as (kind, layer, bytes), in the order in which they lie in the file."""
+    found = []
+    for number, kind in KINDS.items():
+        value = getattr(sections, kind.field)
+        for layer, data in value.items() if kind.of_layer else [(0, value)]:
+            if not data:
+                continue
+            if not 0 <= layer < layers:
+                raise LayerError(f"{kind.name} for layer {layer}; the file has layers 0 to {layers - 1}")
+            if len(data) > kind.limit:
+                raise LimitError(f"{kind.name} of {len(data)} bytes; the format holds {kind.limit}")
+            found.append((number, layer, data))
+    return sorted(found, key=lambda section: _order(*section[:2]))
+
+
+def _order(kind: int | None, layer: int) -> tuple[int, int, int]:
+    """What comes before what: sorted by this are sections, and the layers' own bytes (``kind`` None)."""
+    if kind is None:
+        return layer, 0, 0
+    return {
+        Place.FIRST: (-1, 0, kind),
+        Place.BEFORE: (layer, -1, kind),
+        Place.AFTER: (layer, 1, kind),
+        Place.LAST: (MAX_LAYERS, 0, kind),
+    }[KINDS[kind].place]
+
+
+def attach(data: bytes, sections: Sections) -> bytes:
+    """The file with these sections in place of those that it has. Raises what reading it raises, and LimitError."""
+    header = read_header(data, MAX_SIDE**2)
+    return _rewrite(header, [payload(header, data, k) for k in range(len(header.layers))], sections)
+
+
+def extract(data: bytes, layer: int, tail: bytes = b"", strip: bool = False) -> bytes:
+    """A file of layers 0 to ``layer``, with their alpha and, unless ``strip``, ICC profile, EXIF and XMP as far as they
+    are there. ``data`` is the file, or its first part with ``tail``, the bytes behind the last layer's end. Raises
+    LayerError, TruncatedError or DamagedError, and what read_header raises."""
+    header = read_header(data, MAX_SIDE**2)
+    last = pick(header, len(data), layer)
+    kept = sections(header, data, last, tail)
+    if strip:
+        kept = Sections(alpha=kept.alpha)
+    return _rewrite(header, [payload(header, data, k) for k in range(last + 1)], kept)
+
+
+def _rewrite(header: Header, payloads: list[bytes], sections: Sections) -> bytes:
+    layers = header.layers[: len(payloads)]
+    sizes = [(e.width, e.height) for e in layers]
+    return write(header.model, sizes, [e.scale for e in layers], [e.quality for e in layers], payloads, sections)
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
@@ -149,7 +285,8 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
     version = reader.byte()
     if version != VERSION:
         raise FormatError(f"format version {version}; this program reads version {VERSION}")
-    if flags := reader.byte():
+    flags = reader.byte()
+    if flags & ~WITH_SECTIONS:
         raise FormatError(f"the file uses features that this program does not know (flags {flags:#04x})")
     model = reader.take(MODEL_BYTES).hex()
     count = reader.byte()
@@ -161,27 +298,54 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         height = reader.varint("height", 1, MAX_SIDE)
         mantissa = reader.varint("scale factor", 1, 10**SCALE_DIGITS - 1)
         (exponent,) = struct.unpack("<b", reader.take(1))
-        if not -16 <= exponent <= 6:
+        if not -16 <= exponent <= MAX_EXPONENT:
             raise FormatError("the header's scale factor is out of range")
         quality = reader.varint("quality", 100, 10000) / 100
         length = reader.varint("layer length", 1, 2**28 - 1)
         (checksum,) = struct.unpack("<I", reader.take(4))
         fields.append((width, height, _from_decimal(mantissa, exponent), quality, length, checksum))
+    table = _read_table(reader, count) if flags & WITH_SECTIONS else []
     expected = zlib.crc32(data[: reader.at])
     (found,) = struct.unpack("<I", reader.take(4))
     if found != expected:
         raise DamagedError("the header is damaged (its checksum does not match)")
-    start = reader.at
+    lengths = {_order(None, k): entry[4] for k, entry in enumerate(fields)}
+    lengths |= {_order(kind, layer): length for kind, layer, length, _ in table}
+    starts, ends, at = {}, {}, reader.at
+    for order, length in sorted(lengths.items()):
+        starts[order] = at
+        at += length
+        ends[order[0]] = at
     layers: list[Layer] = []
-    for width, height, scale, quality, length, checksum in fields:
-        layer = Layer(width, height, scale, quality, start, length, checksum)
+    for k, (width, height, scale, quality, length, checksum) in enumerate(fields):
+        layer = Layer(width, height, scale, quality, starts[_order(None, k)], length, checksum, ends[k])
         if layers and (width < layers[-1].width or height < layers[-1].height or scale < layers[-1].scale):
             raise FormatError("the header's layers get smaller")
         if width * height > max_pixels:
             raise LimitError(f"a layer of {width} x {height}, {width * height} pixels; the limit is {max_pixels}")
         layers.append(layer)
-        start = layer.end
-    return Header(model, tuple(layers), reader.at)
+    extras = [Section(kind, of, starts[_order(kind, of)], length, checksum) for kind, of, length, checksum in table]
+    return Header(model, tuple(layers), reader.at, tuple(extras))
+
+
+def _read_table(reader: _Reader, layers: int) -> list[tuple[int, int, int, int]]:
+    """The table of sections: kind, layer, length and checksum of each, in the order in which they lie."""
+    table: list[tuple[int, int, int, int]] = []
+    count = reader.byte()
+    if not count:
+        raise FormatError("the header's table of sections is empty")
+    for _ in range(count):
+        kind, layer = reader.byte(), reader.byte()
+        if kind not in KINDS:
+            raise FormatError(f"the header names a section of kind {kind}, which this program does not know")
+        if layer >= (layers if KINDS[kind].of_layer else 1):
+            raise FormatError(f"the header names {KINDS[kind].name} of layer {layer}")
+        if table and _order(kind, layer) <= _order(*table[-1][:2]):
+            raise FormatError("the header's sections are repeated or out of order")
+        length = reader.varint(f"length of {KINDS[kind].name}", 1, KINDS[kind].limit)
+        (checksum,) = struct.unpack("<I", reader.take(4))
+        table.append((kind, layer, length, checksum))
+    return table
 
 
 def pick(header: Header, size: int, layer: int | None) -> int:
@@ -199,20 +363,55 @@ def pick(header: Header, size: int, layer: int | None) -> int:
 
 
 def states(header: Header, data: bytes) -> list[str]:
-    """What became of each layer in ``data``: "ok", "damaged" or "cut off"."""
+    """What became of each layer with all that belongs to it, and then of each section: "ok", "damaged" or "cut off"."""
+    extras = [_state(entry, data) for entry in header.sections]
     found = []
-    for entry in header.layers:
-        part = data[entry.start : entry.end]
-        found.append(
-            "cut off" if len(part) < entry.length else "ok" if zlib.crc32(part) == entry.checksum else "damaged"
-        )
-    return found
+    for k, entry in enumerate(header.layers):
+        own = {_state(entry, data)}
+        own |= {s for e, s in zip(header.sections, extras, strict=True) if KINDS[e.kind].of_layer and e.layer == k}
+        found.append(next(state for state in ("cut off", "damaged", "ok") if state in own))
+    return found + extras
+
+
+def _state(entry: Layer | Section, data: bytes) -> str:
+    part = data[entry.start : entry.start + entry.length]
+    if len(part) < entry.length:
+        return "cut off"
+    return "ok" if zlib.crc32(part) == entry.checksum else "damaged"
+
+
+def sections(
+    header: Header, data: bytes, last: int | None = None, tail: bytes = b"", best_effort: bool = False
+) -> Sections:
+    """The sections that are whole; those of layers above ``last`` are left alone. Where ``data`` is only a first part
+    of the file, ``tail`` may give the bytes behind the last layer's end, where EXIF and XMP are.
+
+    Raises DamagedError; with ``best_effort`` a damaged section is left out instead.
+    """
+    found: dict[str, Any] = {}
+    for entry in header.sections:
+        kind = KINDS[entry.kind]
+        if kind.of_layer and last is not None and entry.layer > last:
+            continue
+        apart = header.layers[-1].end if tail and kind.place is Place.LAST else 0
+        part = (tail if apart else data)[entry.start - apart : entry.end - apart]
+        if len(part) < entry.length:
+            continue
+        if zlib.crc32(part) != entry.checksum:
+            if best_effort:
+                continue
+            raise DamagedError(f"the {entry.name} is damaged (its checksum does not match)")
+        if kind.of_layer:
+            found.setdefault(kind.field, {})[entry.layer] = part
+        else:
+            found[kind.field] = part
+    return Sections(**found)
 
 
 def payload(header: Header, data: bytes, layer: int) -> bytes:
     """The bytes of one layer, checked. Raises DamagedError, naming the layers below that still decode."""
     entry = header.layers[layer]
-    part = data[entry.start : entry.end]
+    part = data[entry.start : entry.start + entry.length]
     if len(part) < entry.length:
         raise TruncatedError(f"cut off after {len(data)} bytes; layer {layer} ends at {entry.end}")
     if zlib.crc32(part) != entry.checksum:

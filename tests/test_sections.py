@@ -1,0 +1,223 @@
+"""Sections of the file: alpha, ICC, EXIF and XMP, around layers that stay as they are."""
+
+import dataclasses
+import struct
+import zlib
+
+import pytest
+from test_container import MODEL, PAYLOADS, SIZES, example
+
+from compass_codec import container
+from compass_codec.container import Sections
+from compass_codec.errors import CompassError, DamagedError, FormatError, LayerError, LimitError, TruncatedError
+
+FULL = Sections(b"profile", b"II*\0 exif", b"<x:xmpmeta/>", {0: b"a0", 1: b"alpha 1", 2: b"alpha of 2"})
+ICC, EXIF, XMP, ALPHA = 1, 2, 3, 4
+
+
+def with_table(table: bytes, body: bytes) -> bytes:
+    """The example's header with this table of sections (its count included), and ``body`` behind it."""
+    plain = example()
+    head = plain[: container.read_header(plain).length - 4]
+    head = head[:5] + b"\x01" + head[6:] + table
+    return head + struct.pack("<I", zlib.crc32(head)) + body
+
+
+def entry(kind: int, layer: int, data: bytes, length: bytes | None = None) -> bytes:
+    return bytes([kind, layer]) + (length or bytes([len(data)])) + struct.pack("<I", zlib.crc32(data))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        Sections(),
+        Sections(icc=b"profile"),
+        Sections(exif=b"II*\0"),
+        Sections(xmp=b"<x/>"),
+        Sections(alpha={1: b"only one layer"}),
+        Sections(alpha={2: b"c", 0: b"a"}),
+        FULL,
+    ],
+)
+def test_what_is_attached_is_read_back(sections):
+    data = container.attach(example(), sections)
+    header = container.read_header(data)
+    assert container.sections(header, data) == sections
+    assert header.end == len(data)
+    assert [container.payload(header, data, k) for k in range(3)] == PAYLOADS
+    assert set(container.states(header, data)) == {"ok"}
+    # and taken off again, the file is what it was
+    assert container.attach(data, Sections()) == example()
+    assert container.attach(container.attach(data, FULL), sections) == data
+
+
+def test_no_sections_no_byte():
+    assert container.write(MODEL, SIZES, [1, 2.0, 3.2], [60, 60, 55.25], PAYLOADS, Sections()) == example()
+    assert container.attach(example(), Sections(icc=b"", alpha={0: b""})) == example()
+
+
+def test_places():
+    """ICC, then each layer and its alpha, then EXIF and XMP, with nothing between."""
+    data = container.attach(example(), FULL)
+    header = container.read_header(data)
+    order = [FULL.icc, PAYLOADS[0], b"a0", PAYLOADS[1], b"alpha 1", PAYLOADS[2], b"alpha of 2", FULL.exif, FULL.xmp]
+    assert data[header.length :] == b"".join(order)
+    assert [(s.kind, s.layer) for s in header.sections] == [
+        (ICC, 0), (ALPHA, 0), (ALPHA, 1), (ALPHA, 2), (EXIF, 0), (XMP, 0)
+    ]  # fmt: skip
+    assert header.layers[1].end == header.sections[2].end
+
+
+def test_every_prefix_gives_what_is_whole_in_it():
+    data = container.attach(example(), FULL)
+    header = container.read_header(data)
+    for size in range(header.length, len(data) + 1):
+        part = data[:size]
+        got = container.sections(container.read_header(part), part)
+        complete = [k for k, e in enumerate(header.layers) if e.end <= size]
+        if complete:
+            assert container.pick(header, size, None) == complete[-1]
+            assert got.icc == FULL.icc and all(got.alpha[k] == FULL.alpha[k] for k in complete)
+        assert got.exif == (FULL.exif if size >= header.sections[-2].end else None)
+        assert got.xmp == (FULL.xmp if size == len(data) else None)
+        states = container.states(header, part)
+        assert states[:3] == ["ok" if e.end <= size else "cut off" for e in header.layers]
+        assert states[3:] == ["ok" if s.end <= size else "cut off" for s in header.sections]
+
+
+def test_tail_completes_a_prefix():
+    data = container.attach(example(), FULL)
+    header = container.read_header(data)
+    for k, layer in enumerate(header.layers):
+        got = container.sections(header, data[: layer.end], k, data[header.layers[-1].end :])
+        assert got == dataclasses.replace(FULL, alpha={i: FULL.alpha[i] for i in range(k + 1)})
+
+
+def test_every_flipped_bit_is_found():
+    data = container.attach(example(), FULL)
+    for i in range(8 * len(data)):
+        broken = bytearray(data)
+        broken[i // 8] ^= 1 << i % 8
+        with pytest.raises(CompassError):
+            header = container.read_header(bytes(broken))
+            for k in range(3):
+                container.payload(header, bytes(broken), k)
+            container.sections(header, bytes(broken))
+
+
+def test_damage_is_named_and_can_be_left_out():
+    data = container.attach(example(), FULL)
+    header = container.read_header(data)
+    for i, section in enumerate(header.sections):
+        broken = bytearray(data)
+        broken[section.start] ^= 1
+        with pytest.raises(DamagedError, match=f"the {section.name} is damaged"):
+            container.sections(header, bytes(broken))
+        rest = container.sections(header, bytes(broken), best_effort=True)
+        assert len(container._laid_out(rest, 3)) == len(header.sections) - 1
+        states = container.states(header, bytes(broken))
+        assert states[3 + i] == "damaged" and states[3:].count("damaged") == 1
+        # a layer is as good as what belongs to it
+        assert [k for k in range(3) if states[k] == "damaged"] == ([section.layer] if section.kind == ALPHA else [])
+    # what lies above the layer that is wanted does no harm
+    broken = bytearray(data)
+    broken[header.sections[3].start] ^= 1
+    assert container.sections(header, bytes(broken), last=1).alpha == {0: b"a0", 1: b"alpha 1"}
+
+
+@pytest.mark.parametrize(
+    ("table", "error", "words"),
+    [
+        (b"\x00", FormatError, "empty"),
+        (b"\x01" + entry(0, 0, b"x"), FormatError, "kind 0"),
+        (b"\x01" + entry(5, 0, b"x"), FormatError, "kind 5"),
+        (b"\x01" + entry(255, 0, b"x"), FormatError, "kind 255"),
+        (b"\x01" + entry(ICC, 1, b"x"), FormatError, "of layer 1"),
+        (b"\x01" + entry(XMP, 255, b"x"), FormatError, "of layer 255"),
+        (b"\x01" + entry(ALPHA, 3, b"x"), FormatError, "of layer 3"),
+        (b"\x02" + 2 * entry(ICC, 0, b"x"), FormatError, "repeated"),
+        (b"\x02" + 2 * entry(ALPHA, 1, b"x"), FormatError, "repeated"),
+        (b"\x02" + entry(ALPHA, 1, b"x") + entry(ALPHA, 0, b"x"), FormatError, "out of order"),
+        (b"\x02" + entry(EXIF, 0, b"x") + entry(ICC, 0, b"x"), FormatError, "out of order"),
+        (b"\x02" + entry(XMP, 0, b"x") + entry(EXIF, 0, b"x"), FormatError, "out of order"),
+        (b"\x02" + entry(EXIF, 0, b"x") + entry(ALPHA, 0, b"x"), FormatError, "out of order"),
+        (b"\x01" + entry(ICC, 0, b"x", b"\x00"), FormatError, "out of range"),
+        (b"\x01" + entry(ICC, 0, b"x", b"\x81\x00"), FormatError, "out of range"),  # 1, in a longer form
+        (b"\x01" + entry(ICC, 0, b"x", b"\x80\x80\x80\x08"), FormatError, "out of range"),  # 16 MiB
+        (b"\x01" + entry(EXIF, 0, b"x", b"\xff\xff\xff\x7f"), FormatError, "out of range"),
+        (b"\x01" + entry(ALPHA, 0, b"x", b"\x80\x80\x80\x80\x01"), FormatError, "out of range"),  # 256 MiB
+        (b"\xff" + entry(ICC, 0, b"x"), CompassError, "."),  # more than there are
+    ],
+)
+def test_forged_tables(table, error, words):
+    with pytest.raises(error, match=words):
+        container.read_header(with_table(table, b"x" * 1000))
+
+
+def test_sections_longer_than_the_file_cost_nothing():
+    """Only what is there is ever sliced: 16 alphas of 255 MB that are claimed and not there."""
+    sixteen = container.write(MODEL, [(4, 4)] * 16, range(1, 17), [50] * 16, [b"x"] * 16)
+    head = bytearray(sixteen[: container.read_header(sixteen).length - 4])
+    head[5] = 1
+    head.append(16)
+    for k in range(16):
+        head += entry(ALPHA, k, b"x", b"\xff\xff\xff\x7f")
+    data = bytes(head) + struct.pack("<I", zlib.crc32(head)) + b"x" * 17
+    header = container.read_header(data)
+    assert header.end > 2**32 and container.states(header, data)[0] == "cut off"
+    assert container.sections(header, data) == Sections()
+    with pytest.raises(TruncatedError):
+        container.extract(data, 0)
+
+
+def test_flag_and_table_go_together():
+    data = container.attach(example(), FULL)
+    head = bytearray(data[: container.read_header(data).length - 4])
+    head[5] = 0
+    with pytest.raises(DamagedError):
+        container.read_header(bytes(head) + struct.pack("<I", zlib.crc32(head)) + data[len(head) + 4 :])
+
+
+def test_too_large_to_write():
+    with pytest.raises(LimitError, match="ICC profile"):
+        container.attach(example(), Sections(icc=bytes(2**24)))
+    with pytest.raises(LayerError, match="alpha for layer 3"):
+        container.attach(example(), Sections(alpha={3: b"x"}))
+
+
+@pytest.mark.parametrize("sections", [Sections(), FULL])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_extract(sections, layer):
+    data = container.attach(example(), sections)
+    header = container.read_header(data)
+    small = container.extract(data, layer)
+    got = container.read_header(small)
+    assert [(e.width, e.height, e.scale, e.quality, e.length) for e in got.layers] == [
+        (e.width, e.height, e.scale, e.quality, e.length) for e in header.layers[: layer + 1]
+    ]
+    assert got.model == header.model and got.end == len(small)
+    assert [container.payload(got, small, k) for k in range(layer + 1)] == PAYLOADS[: layer + 1]
+    alpha = {k: v for k, v in sections.alpha.items() if k <= layer}
+    assert container.sections(got, small) == dataclasses.replace(sections, alpha=alpha)
+    # the same from the parts that are needed, and again from the result
+    end = header.layers[-1].end
+    assert container.extract(data[: header.layers[layer].end], layer, data[end:]) == small
+    assert container.extract(small, layer) == small
+    assert (small == data) == (layer == 2)
+    bare = container.extract(data, layer, strip=True)
+    assert container.sections(container.read_header(bare), bare) == Sections(alpha=alpha)
+
+
+def test_extract_from_broken_files():
+    data = container.attach(example(), FULL)
+    header = container.read_header(data)
+    with pytest.raises(LayerError):
+        container.extract(data, 3)
+    with pytest.raises(TruncatedError, match="layer 1 ends at"):
+        container.extract(data[: header.layers[1].end - 1], 1)
+    for at, words in ((header.layers[1].start, "layer 1 is damaged"), (header.sections[2].start, "alpha of layer 1")):
+        broken = bytearray(data)
+        broken[at] ^= 1
+        assert container.extract(bytes(broken), 0) == container.extract(data, 0)
+        with pytest.raises(DamagedError, match=words):
+            container.extract(bytes(broken), 1)
