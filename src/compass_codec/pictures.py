@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from compass_codec.errors import PictureError
+from compass_codec.errors import DamagedError, PictureError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +30,7 @@ SAVING: dict[str, dict[str, Any]] = {
     "WEBP": {"quality": 95},
     "AVIF": {"quality": 90, "subsampling": "4:4:4"},
 }
+WEBP_SIDE = 16383  # the largest side of a WebP picture
 MARKER = 65533  # bytes that a JPEG marker holds
 GREYS = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"}
 WORDS = {"P": "palette", "PA": "palette", "1": "1-bit samples"} | dict.fromkeys(GREYS - {"1"}, "greyscale")
@@ -188,7 +189,106 @@ def pyramid(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.nda
     """The picture reduced to each (width, height), bicubic, as uint8 [height, width, 3]."""
     import numpy as np
 
-    return [np.array(image if image.size == s else image.resize(s, Image.Resampling.BICUBIC)) for s in sizes]
+    return [np.array(_resized(image, s)) for s in sizes]
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def pyramid_alpha(source: Source, sizes: Sequence[tuple[int, int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The picture reduced to each (width, height): colours as uint8 [height, width, 3], and alpha as uint8
+    [height, width]; no alpha where the picture is opaque.
+
+    Colours are weighted by their alpha. Where the picture is transparent they are made smooth, to cost few bits.
+    """
+    import numpy as np
+
+    if source.alpha is None:
+        return pyramid(source.image, sizes), []
+    alphas = [np.array(_resized(source.alpha, s)) for s in sizes]
+    layers = [np.empty((height, width, 3), np.uint8) for width, height in sizes]
+    weight = source.alpha.convert("F")
+    for channel, band in enumerate(source.image.split()):
+        values = np.asarray(band, np.float32)
+        weighted = Image.fromarray(values * np.asarray(weight))
+        for layer, alpha, size in zip(layers, alphas, sizes, strict=True):
+            reduced = values if size == band.size else _weighted_mean(weighted, weight, size, alpha)
+            layer[..., channel] = _filled(reduced, alpha > 0).round().clip(0, 255)
+    return layers, alphas
+
+
+def _weighted_mean(weighted: Image.Image, weight: Image.Image, size: tuple[int, int], alpha: np.ndarray) -> np.ndarray:
+    """Values times weight and weight, reduced and divided: float32 of ``alpha``'s shape. Where little shows, the
+    filter has no negative lobes, which over a small weight would give any colour."""
+    import numpy as np
+
+    filters = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
+    bicubic, bilinear = (
+        np.asarray(weighted.resize(size, f)) / np.maximum(np.asarray(weight.resize(size, f)), 1e-3) for f in filters
+    )
+    return np.where(alpha >= 128, bicubic, bilinear)
+
+
+def _filled(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """float32 [height, width] with the values that are not known made from those around, over ever larger distances;
+    mid-grey if none is known."""
+    import numpy as np
+
+    height, width = known.shape
+    if known.all():
+        return values
+    if height == width == 1:
+        return np.full_like(values, 128)
+    even = ((0, height % 2), (0, width % 2))
+    blocks = -(-height // 2), 2, -(-width // 2), 2
+    count = np.pad(known, even).reshape(blocks).sum((1, 3))
+    total = np.pad(np.where(known, values, 0), even).reshape(blocks).sum((1, 3), dtype=np.float32)
+    coarse = Image.fromarray(_filled(total / np.maximum(count, 1).astype(np.float32), count > 0))
+    around = coarse.resize((2 * coarse.width, 2 * coarse.height), Image.Resampling.BILINEAR)
+    return np.where(known, values, np.asarray(around)[:height, :width])
+
+
+def alpha_to_bytes(alpha: np.ndarray) -> bytes:
+    """Code an alpha plane, uint8 [height, width], without loss: as WebP, which is the smaller one, or as PNG where a
+    side is more than WebP holds."""
+    image, buffer = Image.fromarray(alpha), io.BytesIO()
+    if max(image.size) <= WEBP_SIDE:
+        image.convert("RGB").save(buffer, "WEBP", lossless=True, quality=100)
+    else:
+        image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def alpha_from_bytes(data: bytes, size: tuple[int, int]) -> np.ndarray:
+    """An alpha plane of ``size`` (width, height) as uint8 [height, width]. Raises DamagedError for anything else than a
+    lossless WebP or an 8-bit grey PNG of just this size, before it is decoded."""
+    import numpy as np
+
+    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8L" and data[20:21] == b"\x2f" and len(data) > 24:
+        (bits,) = struct.unpack_from("<I", data, 21)
+        found = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif data[:16] == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" and data[24:29] == b"\x08\0\0\0\0":
+        found = struct.unpack_from(">II", data, 16)
+    else:
+        raise DamagedError("alpha is neither a lossless WebP nor an 8-bit grey PNG")
+    if found != size:
+        raise DamagedError(f"alpha of {found[0]} x {found[1]} in a layer of {size[0]} x {size[1]}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the header's limit on pixels holds
+            image = Image.open(io.BytesIO(data), formats=["WEBP", "PNG"])
+            return np.array(image if image.mode == "L" else image.getchannel("G"))
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as e:
+        raise DamagedError(f"alpha does not decode ({e})") from e
+
+
+def with_alpha(picture: np.ndarray, alpha: np.ndarray | None) -> Image.Image:
+    """uint8 [height, width, 3] and, for RGBA, uint8 [height, width], as a Pillow image."""
+    image = Image.fromarray(picture)
+    if alpha is not None:
+        image.putalpha(Image.fromarray(alpha))
+    return image
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
