@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from compass_codec import liff as module
-from compass_codec.liff import LIFF, bicubic, bicubic_matrix
+from compass_codec.liff import LIFF, SIZES, bicubic, bicubic_matrix
 
 
 def coordinates(n: int) -> torch.Tensor:
@@ -41,7 +41,7 @@ def naive(liff: LIFF, low: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def liff() -> LIFF:
     torch.manual_seed(3)
-    liff = LIFF(channels=16, hidden=32)
+    liff = LIFF(**SIZES["small"] | {"channels": 16, "hidden": 32})
     torch.nn.init.normal_(liff.mlp_last.weight, std=0.05)
     torch.nn.init.normal_(liff.mlp_last.bias, std=0.05)
     return liff.eval().requires_grad_(False)
@@ -95,7 +95,7 @@ def test_bicubic_as_a_matrix(low, high):
 
 def test_untrained_is_bicubic():
     x = torch.rand(1, 3, 6, 6)
-    liff = LIFF(channels=8, hidden=8)
+    liff = LIFF(**SIZES["small"] | {"channels": 8, "hidden": 8})
     torch.testing.assert_close(liff(x, (9, 13)), bicubic(x, (9, 13)), atol=5e-6, rtol=0)
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from compass_codec.codec import Codec
 from compass_codec.entropy import PRECISION
-from compass_codec.liff import LIFF, bicubic
+from compass_codec.liff import LIFF, SIZES, bicubic
 from compass_codec.networks import LAMBDAS, ImageCodec
 from compass_codec.training import stages
 from compass_codec.training.command import train
@@ -41,14 +41,14 @@ CPU = torch.device("cpu")
 def shrink_networks() -> None:
     """Networks small enough that a step takes milliseconds."""
     stages.ImageCodec = functools.partial(ImageCodec, 16, 24)  # type: ignore[misc, assignment]
-    stages.LIFF = functools.partial(LIFF, 8, 16)  # type: ignore[misc, assignment]
+    SIZES["small"] = {"channels": 8, "hidden": 16, "depth": 4, "growth": 8, "blocks": 2, "convs": 2}
     torch.set_num_threads(1)  # more would only wait for each other
 
 
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(stages, "ImageCodec", stages.ImageCodec)
-    monkeypatch.setattr(stages, "LIFF", stages.LIFF)
+    monkeypatch.setitem(SIZES, "small", SIZES["small"])
     threads = torch.get_num_threads()
     shrink_networks()
     yield
@@ -133,7 +133,7 @@ class TestStart:
     def test_untrained_liff_is_bicubic(self):
         x = torch.rand(1, 3, 9, 12)
         with torch.no_grad():
-            torch.testing.assert_close(LIFF(8, 16)(x, (20, 31)), bicubic(x, (20, 31)), atol=5e-6, rtol=0)
+            torch.testing.assert_close(LIFF(**SIZES["small"])(x, (20, 31)), bicubic(x, (20, 31)), atol=5e-6, rtol=0)
 
 
 class TestPictures:

@@ -95,17 +95,21 @@ def bicubic_matrix(low: int, high: int, span: tuple[int, int], first: int, last:
     return weights.float()
 
 
+# Sizes to train: the paper's, and one that costs an eighth of it.
+SIZES = {
+    "paper": {"channels": 64, "hidden": 256, "depth": 4, "growth": 32, "blocks": 4, "convs": 4},
+    "small": {"channels": 32, "hidden": 64, "depth": 4, "growth": 16, "blocks": 4, "convs": 4},
+}
+
+
 class LIFF(nn.Module):
     """Local implicit filter function: predicts a picture of any larger size from a smaller one.
 
     The MLP has ``depth`` hidden layers of width ``hidden``. ``mlp_first`` sees the unfolded features (channels * 9,
-    channel-major like ``F.unfold``), the local grid (2) and the cell (2); ``mlp_last`` gives the 3 filters. The paper
-    has 64 channels, growth 32 and a width of 256.
+    channel-major like ``F.unfold``), the local grid (2) and the cell (2); ``mlp_last`` gives the 3 filters.
     """
 
-    def __init__(
-        self, channels: int = 64, hidden: int = 256, depth: int = 4, growth: int = 32, blocks: int = 4, convs: int = 4
-    ) -> None:
+    def __init__(self, channels: int, hidden: int, depth: int, growth: int, blocks: int, convs: int) -> None:
         super().__init__()
         self.channels, self.hidden = channels, hidden
         self.extractor = FeatureExtractor(channels, growth, blocks, convs)

@@ -65,12 +65,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int) -> str:
+def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int, liff: str | None = None) -> str:
     """Give ``stage`` something better than random weights to start from; returns what that was, in words.
 
     ``weights``: a folder of exported weights (None: the installed ones) or one file with CompressAI's names. A base
     layer that is not there starts as a block transform, a residual codec as a copy of the base layer, LIFF as
-    bicubic interpolation.
+    bicubic interpolation, as it does when ``liff`` names another size than its weights have.
     """
     import torch
 
@@ -84,7 +84,7 @@ def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int) -> s
     else:
         if weights is not None and not weights.is_dir():
             raise ValueError(f"{weights}: no such file or folder of weights")
-        found = load_parts(stage, folder_or_default(weights))
+        found = load_parts(stage, folder_or_default(weights), liff)
     words = [f"{part} from weights" for part in ("base", "residual", "liff") if part in found]
     if "base" not in found:
         crops = pictures.sample(32, 128, torch.Generator().manual_seed(seed))
@@ -164,6 +164,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 @click.option("--optimiser", type=click.Choice(["adam", "adamw", "muon"]), default="adam", show_default=True)
 @click.option("--ema", type=click.FloatRange(0, 1, max_open=True), default=0.999, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
+@click.option("--liff", type=click.Choice(["small", "paper"]), help="Size of LIFF; default: that of its weights.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -173,6 +174,7 @@ def train(
     resume: Path,
     weights: Path | None,
     out: Path | None,
+    liff: str | None,
     device: str,
     quiet: bool,
     **settings: Any,
@@ -201,7 +203,7 @@ def train(
             pictures = Pictures(list(data), chosen, smallest=max(256, *plan.side))
             torch.manual_seed(plan.seed)
             networks = make_stage(stage)
-            start = fill(networks, weights, pictures, plan.seed)
+            start = fill(networks, weights, pictures, plan.seed, liff)
             run = Run(plan, networks, pictures, resume, chosen)
             chief = run.rank == 0
             if run.checkpoint.exists():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compass_codec.entropy import frequencies, gaussian_tables
+from compass_codec.liff import LIFF, SIZES
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.stages import RatedCodec, Stage
 from compass_codec.weights import PARTS
@@ -86,21 +87,36 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def load_parts(stage: Stage, folder: Path) -> set[str]:
-    """Load into ``stage`` the weights files that ``folder`` has; returns which parts were there.
+def load_parts(stage: Stage, folder: Path, size: str | None = None) -> set[str]:
+    """Load into ``stage`` the weights files that ``folder`` has; returns which parts were there. LIFF gets the size of
+    its weights, or the ``size`` asked for; weights of another size are then left out.
 
     Raises ValueError naming the file that cannot be read or belongs to another architecture.
     """
+    if size is not None:
+        stage.liff = LIFF(**SIZES[size])
     found = {part for part in PARTS if (folder / f"{part}.safetensors").exists()}
-    for part in found:
+    for part in sorted(found):
         path = folder / f"{part}.safetensors"
         tensors, module = _read(path), getattr(stage, part)
         if isinstance(module, RatedCodec):
             _fill(module.codec, tensors, path)
             _fill(module.bottleneck, _below(tensors, "bottleneck."), path)
         else:
-            _fill(module, tensors, path)
+            found -= set() if load_liff(stage, tensors, path, size) else {part}
     return found
+
+
+def load_liff(stage: Stage, tensors: dict[str, Tensor], path: Path, size: str | None) -> bool:
+    try:
+        dimensions = LIFF.dimensions(tensors)
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{path}: not weights of this architecture (no {error})") from error
+    if size is not None and dimensions != SIZES[size]:
+        return False
+    stage.liff = LIFF(**dimensions)
+    _fill(stage.liff, tensors, path)
+    return True
 
 
 def import_start(stage: Stage, path: Path) -> None:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from compass_codec.liff import LIFF, bicubic
+from compass_codec.liff import LIFF, SIZES, bicubic
 from compass_codec.networks import LAMBDAS, ImageCodec, lower_bound
 from compass_codec.training.data import resize
 from compass_codec.training.density import FactorizedDensity
@@ -82,7 +82,7 @@ class Stage(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.base, self.residual, self.liff = RatedCodec(), RatedCodec(), LIFF()
+        self.base, self.residual, self.liff = RatedCodec(), RatedCodec(), LIFF(**SIZES["small"])
 
     def freeze(self) -> None:
         for name, child in self.named_children():
