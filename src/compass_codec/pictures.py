@@ -67,7 +67,8 @@ def read(path: Path | BinaryIO) -> Source:
     sRGB and carry none. Raises PictureError; also for an animation and for samples of 32 bits."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error follows at twice the size
+            # of bad metadata, which the notes tell, and of size, where an error follows at twice as much
+            warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 return _source(image)
     except PictureError:
@@ -89,10 +90,11 @@ def _source(image: Image.Image) -> Source:
     # Pillow reduces RGB to 8 bits while it reads; only the layout of the file's samples tells
     deep = any(";16" in str(tile) or (tile[0] == "ppm" and tile[3][-1] > 255) for tile in getattr(image, "tile", ()))
     image.load()
+    exif = None
     try:
-        image, exif = ImageOps.exif_transpose(image), _exif(image)
+        original, image = image, ImageOps.exif_transpose(image)
+        exif = _exif(original)
     except Exception:  # Pillow's reader has no error of its own for bad EXIF; the pixels are sound
-        exif = None
         notes.append("damaged EXIF left out")
     xmp = image.info.get("xmp")
     xmp = xmp.encode() if isinstance(xmp, str) else bytes(xmp) if xmp else None
@@ -250,14 +252,12 @@ def _filled(values: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def alpha_to_bytes(alpha: np.ndarray) -> bytes:
-    """Code an alpha plane, uint8 [height, width], without loss: as WebP, which is the smaller one, or as PNG where a
-    side is more than WebP holds."""
-    image, buffer = Image.fromarray(alpha), io.BytesIO()
+    """Code an alpha plane, uint8 [height, width], without loss: as WebP or as PNG, whichever is smaller."""
+    image, webp, png = Image.fromarray(alpha), io.BytesIO(), io.BytesIO()
+    image.save(png, "PNG", optimize=True)
     if max(image.size) <= WEBP_SIDE:
-        image.convert("RGB").save(buffer, "WEBP", lossless=True, quality=100)
-    else:
-        image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+        image.convert("RGB").save(webp, "WEBP", lossless=True, quality=100)
+    return min(filter(None, (webp.getvalue(), png.getvalue())), key=len)
 
 
 def alpha_from_bytes(data: bytes, size: tuple[int, int]) -> np.ndarray:

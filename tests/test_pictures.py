@@ -1,0 +1,426 @@
+"""Pictures as they are: every mode, upright, with alpha, profile, EXIF and XMP; and written with all that again."""
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import crop
+from PIL import Image, ImageCms, ImageDraw, ImageFilter
+from PIL.PngImagePlugin import PngInfo
+
+from compass_codec import pictures
+from compass_codec.container import Sections
+from compass_codec.errors import DamagedError, PictureError
+
+SRGB = ImageCms.createProfile("sRGB")
+ICC = ImageCms.ImageCmsProfile(SRGB).tobytes()
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/">é</x:xmpmeta>'.encode()
+ORIENTATION, MAKER, WHEN = 0x0112, 271, 36867
+
+
+def exif_bytes(orientation: int | None = None, order: str = ">") -> bytes:
+    """A TIFF structure with maker, orientation, a sub-IFD and bytes that no tag describes."""
+    entries = [struct.pack(f"{order}HHI4s", MAKER, 2, 4, b"Cam\0")]
+    if orientation is not None:
+        entries.append(struct.pack(f"{order}HHIHH", ORIENTATION, 3, 1, orientation, 0))
+    sub = 8 + 2 + 12 * (len(entries) + 1) + 4
+    entries.append(struct.pack(f"{order}HHII", 0x8769, 4, 1, sub))
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
+    first = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + struct.pack(f"{order}I", 0)
+    second = struct.pack(f"{order}HHHIII", 1, WHEN, 2, 20, sub + 18, 0) + b"2020:02:02 02:02:02\0"
+    return head + first + second + b"undescribed"
+
+
+def profile(space: bytes) -> bytes:
+    """An ICC profile of this colour space: grey of gamma 2.2, built by hand, or one that claims to be another."""
+    if space != b"GRAY":
+        return ICC[:16] + space + ICC[20:]
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 563) + bytes(2)
+    white = b"XYZ " + bytes(4) + struct.pack(">iii", 63190, 65536, 54061)
+    words = b"desc" + bytes(4) + struct.pack(">I", 5) + b"grey\0" + bytes(79)
+    tags, at, body = b"", 128 + 4 + 4 * 12, b""
+    for name, data in ((b"desc", words), (b"cprt", b"text" + bytes(4) + b"none\0" + bytes(3)), (b"wtpt", white),
+                       (b"kTRC", curve)):  # fmt: skip
+        data += bytes(-len(data) % 4)
+        tags += name + struct.pack(">II", at + len(body), len(data))
+        body += data
+    head = bytearray(ICC[:128])
+    head[0:4], head[16:20] = struct.pack(">I", at + len(body)), b"GRAY"
+    return bytes(head) + struct.pack(">I", 4) + tags + body
+
+
+def saved(image: Image.Image, name: str, **options) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, name, **options)
+    file.seek(0)
+    return file
+
+
+def read(image: Image.Image, name: str = "PNG", **options) -> pictures.Source:
+    return pictures.read(saved(image, name, **options))
+
+
+def mask(size: tuple[int, int]) -> Image.Image:
+    """Half hidden, with a soft edge."""
+    image = Image.new("L", size)
+    ImageDraw.Draw(image).rectangle((0, 0, size[0] // 2, size[1]), fill=255)
+    return image.filter(ImageFilter.GaussianBlur(2))
+
+
+def deep(image: Image.Image) -> Image.Image:
+    return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "note"),
+    [
+        ("RGB", "PNG", None),
+        ("L", "PNG", "greyscale converted to RGB"),
+        ("1", "PNG", "1-bit samples converted to RGB"),
+        ("P", "PNG", "palette converted to RGB"),
+        ("P", "GIF", "palette converted to RGB"),
+        ("CMYK", "TIFF", "CMYK converted to RGB"),
+        ("CMYK", "JPEG", "CMYK converted to RGB"),
+        ("LAB", "TIFF", "LAB converted to RGB"),
+    ],
+)
+def test_opaque_modes(mode, name, note):
+    base = crop(20, 16)
+    if mode == "LAB":
+        image = ImageCms.profileToProfile(base, SRGB, ImageCms.createProfile("LAB"), outputMode="LAB")
+        image.info.clear()
+    else:
+        image = base.convert(mode, dither=Image.Dither.NONE)
+    source = read(image, name)
+    assert source.image.mode == "RGB" and source.image.size == (20, 16)
+    assert (source.alpha, source.icc, source.exif, source.xmp) == (None, None, None, None)
+    assert source.notes == ([note] if note else [])
+    if name != "JPEG":
+        assert (np.asarray(source.image) == np.asarray(pictures.to_rgb(image))).all()
+
+
+@pytest.mark.parametrize(("mode", "name"), [("RGBA", "PNG"), ("LA", "PNG"), ("RGBA", "WEBP"), ("RGBA", "TIFF")])
+@pytest.mark.parametrize("opaque", [False, True])
+def test_modes_with_alpha(mode, name, opaque):
+    image = crop(20, 16).convert(mode)
+    image.putalpha(Image.new("L", image.size, 255) if opaque else mask(image.size))
+    source = read(image, name, **({"lossless": True, "exact": True} if name == "WEBP" else {}))
+    if opaque:
+        assert source.alpha is None
+    else:
+        assert (np.asarray(source.alpha) == np.asarray(mask(image.size))).all()
+    # colours are those of the file, not laid onto anything
+    assert (np.asarray(source.image) == np.asarray(image.convert("RGBA"))[..., :3]).all()
+    assert source.notes == (["greyscale converted to RGB"] if mode == "LA" else [])
+
+
+def test_transparent_colours():
+    """PNG's single transparent colour, in RGB, grey, 16-bit grey, and palettes, of PNG and GIF."""
+    image = crop(20, 16)
+    clear = image.getpixel((3, 3))
+    source = read(image, transparency=clear)
+    assert source.alpha.getpixel((3, 3)) == 0 and source.image.getpixel((3, 3)) == clear
+    assert source.alpha.getextrema() == (0, 255)
+    grey = image.convert("L")
+    assert read(grey, transparency=grey.getpixel((3, 3))).alpha.getpixel((3, 3)) == 0
+    source = read(deep(image), transparency=deep(image).getpixel((3, 3)))
+    assert source.alpha.getpixel((3, 3)) == 0 and source.alpha.getextrema() == (0, 255)
+    assert (np.asarray(source.image)[..., 0] == np.asarray(grey)).all()
+    indexed = image.quantize(16)
+    for name in ("PNG", "GIF"):
+        assert read(indexed, name, transparency=indexed.getpixel((3, 3))).alpha.getpixel((3, 3)) == 0
+
+
+def test_16_bits():
+    base = crop(20, 16)
+    note = "16-bit samples reduced to 8 bits"
+    for name in ("PNG", "TIFF", "PPM"):
+        source = read(deep(base), name)
+        assert source.notes == [note, "greyscale converted to RGB"], name
+        assert (np.asarray(source.image)[..., 1] == np.asarray(base.convert("L"))).all(), name
+    ppm = b"P6 20 16 65535\n" + (np.asarray(base).astype(">u2") * 257).tobytes()
+    source = pictures.read(io.BytesIO(ppm))
+    assert source.notes == [note] and (np.asarray(source.image) == np.asarray(base)).all()
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bits_are_refused(mode):
+    with pytest.raises(PictureError, match="32-bit samples"):
+        read(crop(4, 4).convert("L").convert(mode), "TIFF")
+
+
+@pytest.mark.parametrize("name", ["GIF", "PNG", "WEBP", "AVIF"])
+def test_animations_are_refused(name):
+    frames = [crop(20, 16), crop(20, 16).rotate(180)]
+    with pytest.raises(PictureError, match="animation of 2 frames"):
+        read(frames[0], name, save_all=True, append_images=frames[1:])
+    read(frames[0], name, save_all=True)
+
+
+@pytest.mark.parametrize("name", ["MPO", "TIFF"])
+def test_several_pictures_that_are_no_animation(name):
+    source = read(crop(20, 16), name, save_all=True, append_images=[crop(20, 16).rotate(180)])
+    assert source.notes == ["only the first of 2 pictures in the file is taken"]
+    assert np.abs(np.asarray(source.image).astype(int) - np.asarray(crop(20, 16))).mean() < 12
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP"])
+def test_orientation_is_applied_and_reset(name, orientation, order):
+    image = crop(24, 16)
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(orientation)  # fmt: skip
+    file = saved(image, name, exif=b"Exif\0\0" + exif_bytes(orientation, order))
+    source = pictures.read(file)
+    with Image.open(file) as shown:
+        upright = shown.convert("RGB").transpose(turn) if turn is not None else shown.convert("RGB")
+    assert (np.asarray(source.image) == np.asarray(upright)).all()
+    assert source.exif == exif_bytes(1, order)  # one value, and not a byte beside it
+
+
+def test_orientation_of_alpha():
+    image = crop(24, 16).convert("RGBA")
+    image.putalpha(mask(image.size))
+    source = read(image, exif=b"Exif\0\0" + exif_bytes(6))
+    assert (np.asarray(source.alpha) == np.asarray(mask(image.size).transpose(Image.Transpose.ROTATE_270))).all()
+
+
+def test_damaged_exif_is_left_out_and_said():
+    good = exif_bytes(6)
+    for bad in (b"garbage", good[:9], good[:15], b"XX" + good[2:], good[:4] + b"\xff\xff\xff\xff" + good[8:]):
+        source = read(crop(8, 6), exif=b"Exif\0\0" + bad)
+        assert source.exif is None and source.notes == ["damaged EXIF left out"], bad
+
+
+def test_tiff_tags_become_exif():
+    """Those that describe the picture, and none of those that say how a TIFF file lays out its samples."""
+    tags = Image.Exif()
+    tags[MAKER], tags[33432] = "Cam", "nobody"
+    source = read(crop(8, 6), "TIFF", exif=tags, resolution=300)
+    found = Image.Exif()
+    found.load(source.exif)
+    assert dict(found) == {MAKER: "Cam", 33432: "nobody"}
+    assert read(crop(8, 6), "TIFF").exif is None
+
+
+def test_rgb_profile_is_carried():
+    for name in ("PNG", "JPEG", "WEBP", "AVIF", "TIFF"):
+        assert read(crop(8, 6), name, icc_profile=ICC).icc == ICC
+    assert read(crop(8, 6).quantize(8), icc_profile=ICC).icc == ICC
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_grey_profile_is_applied_and_not_carried(mode):
+    base = crop(20, 16)
+    image = deep(base) if mode == "I;16" else base.convert(mode)
+    if mode == "LA":
+        image.putalpha(mask(image.size))
+    source = read(image, icc_profile=profile(b"GRAY"))
+    assert source.icc is None and source.notes[-1] == "greyscale converted to sRGB by its ICC profile"
+    assert (source.alpha is None) == (mode != "LA")
+    # gamma 2.2 and sRGB's curve are near each other, and not the same
+    difference = np.abs(np.asarray(source.image)[..., 0].astype(int) - np.asarray(base.convert("L")))
+    assert 0 < difference.max() < 12
+
+
+def test_profiles_that_do_not_fit_are_left_out():
+    for mode, name, space in (("RGB", "PNG", b"GRAY"), ("L", "TIFF", b"CMYK"), ("CMYK", "TIFF", b"RGB ")):
+        source = read(crop(8, 6).convert(mode), name, icc_profile=profile(space))
+        assert source.icc is None and "does not fit" in source.notes[-1], mode
+    # a profile that lies about itself, and garbage
+    for mode, icc in (("CMYK", profile(b"CMYK")), ("CMYK", b"x" * 200), ("RGB", b"short")):
+        source = read(crop(8, 6).convert(mode), "TIFF", icc_profile=icc)
+        assert source.icc is None and "left out" in source.notes[-1]
+
+
+def test_rgb_profile_of_a_grey_picture_holds_for_rgb():
+    assert read(crop(8, 6).convert("L"), "JPEG", icc_profile=ICC).icc == ICC
+
+
+@pytest.mark.parametrize("name", ["png", "jpg", "webp", "avif", "tif"])
+def test_extras_go_into_the_file_byte_by_byte(name):
+    extras = Sections(ICC, exif_bytes(), XMP)
+    data = pictures.to_bytes(crop(24, 16), Path(f"x.{name}"), extras)
+    source = pictures.read(io.BytesIO(data))
+    assert source.icc == ICC and source.xmp == XMP and source.notes == []
+    if name == "tif":  # TIFF has no block of EXIF: its tags become those of the file
+        found = Image.Exif()
+        found.load(source.exif)
+        assert found[MAKER] == "Cam" and found.get_ifd(0x8769)[WHEN] == "2020:02:02 02:02:02"
+    else:
+        assert source.exif == extras.exif
+    bare = pictures.read(io.BytesIO(pictures.to_bytes(crop(24, 16), Path(f"x.{name}"))))
+    assert (bare.icc, bare.exif, bare.xmp) == (None, None, None)
+
+
+def test_orientation_1_does_not_turn_what_is_written():
+    for name in ("png", "jpg", "webp", "avif", "tif"):
+        data = pictures.to_bytes(crop(24, 16), Path(f"x.{name}"), Sections(exif=exif_bytes(1)))
+        source = pictures.read(io.BytesIO(data))
+        assert source.image.size == (24, 16)
+        assert np.abs(np.asarray(source.image).astype(int) - np.asarray(crop(24, 16))).mean() < 4
+
+
+@pytest.mark.parametrize("name", ["png", "webp", "avif", "tif", "jpg", "ppm", "bmp"])
+def test_alpha_is_written_or_laid_onto_white(name):
+    image = crop(24, 16)
+    image.putalpha(mask(image.size))
+    source = pictures.read(io.BytesIO(pictures.to_bytes(image, Path(f"x.{name}"), Sections(icc=ICC))))
+    if name in ("png", "webp", "avif", "tif"):
+        assert np.abs(np.asarray(source.alpha).astype(int) - np.asarray(mask(image.size))).max() < 6
+        assert source.icc == ICC
+    else:
+        assert source.alpha is None
+        shown = np.asarray(pictures.flatten(image)).astype(int)
+        assert np.abs(np.asarray(source.image) - shown).mean() < 2 and shown[:, -1].min() > 250
+
+
+def test_lossy_outputs_are_good():
+    image = crop(64, 48)
+    for name, least in (("jpg", 36), ("webp", 33), ("avif", 36)):
+        source = pictures.read(io.BytesIO(pictures.to_bytes(image, Path(f"x.{name}"))))
+        assert pictures.psnr(np.asarray(image), np.asarray(source.image)) > least, name
+
+
+def test_what_a_jpeg_cannot_hold_is_left_out():
+    extras = Sections(icc=ICC + bytes(100_000), exif=exif_bytes() + bytes(66_000), xmp=XMP + b" " * 66_000)
+    source = pictures.read(io.BytesIO(pictures.to_bytes(crop(8, 6), Path("x.jpg"), extras)))
+    assert (source.exif, source.xmp) == (None, None) and len(source.icc) > 100_000
+
+
+def test_xmp_of_png_is_found_where_it_is():
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", XMP.decode(), zip=True)
+    assert read(crop(8, 6), pnginfo=text).xmp == XMP
+
+
+SIZES = [(5, 4), (12, 8), (24, 16)]
+
+
+def test_opaque_pyramid_is_what_it_was():
+    image = crop(24, 16)
+    layers, alphas = pictures.pyramid_alpha(pictures.Source(image), SIZES)
+    assert alphas == []
+    assert all((a == b).all() for a, b in zip(layers, pictures.pyramid(image, SIZES), strict=True))
+
+
+def test_colours_do_not_bleed_out_of_what_is_hidden():
+    """Red that shows, beside green that does not: no layer holds any green."""
+    image = Image.new("RGB", (24, 16), (0, 255, 0))
+    alpha = mask(image.size)
+    image.paste((255, 0, 0), mask=alpha.point(lambda v: 255 * (v > 0)))
+    layers, alphas = pictures.pyramid_alpha(pictures.Source(image, alpha), SIZES)
+    for layer, a, (width, height) in zip(layers, alphas, SIZES, strict=True):
+        assert layer.shape == (height, width, 3) and a.shape == (height, width) and layer.dtype == a.dtype == np.uint8
+        assert (np.abs(layer.astype(int) - [255, 0, 0]) <= 1).all()
+    assert (alphas[-1] == np.asarray(alpha)).all() and alphas[0].max() == 255 and alphas[0].min() == 0
+
+
+def test_what_shows_at_the_top_is_exact_and_what_does_not_is_smooth():
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    picture, alpha = crop(64, 48), mask((64, 48))
+    hidden = np.asarray(alpha) == 0
+    pixels = np.where(hidden[..., None], noise, np.asarray(picture))
+    (top,), _ = pictures.pyramid_alpha(pictures.Source(Image.fromarray(pixels), alpha), [(64, 48)])
+    assert (top[~hidden] == np.asarray(picture)[~hidden]).all()
+
+    def roughness(p):
+        return np.abs(np.diff(p.astype(int), axis=1))[:, 40:].mean()
+
+    assert hidden[:, 41:].all() and roughness(top) < 3 < 30 < roughness(pixels)
+
+
+def test_composites_of_reduced_layers_are_reduced_composites():
+    """What a viewer sees of a layer on any background is the picture on that background, reduced."""
+    picture, alpha = crop(96, 64), mask((96, 64))
+    (layer,), (a,) = pictures.pyramid_alpha(pictures.Source(picture, alpha), [(24, 16)])
+    for background in ("white", "black", "blue"):
+        whole = Image.composite(picture, Image.new("RGB", picture.size, background), alpha)
+        expected = np.asarray(whole.resize((24, 16), Image.Resampling.BICUBIC)).astype(int)
+        seen = Image.composite(Image.fromarray(layer), Image.new("RGB", (24, 16), background), Image.fromarray(a))
+        assert np.abs(np.asarray(seen) - expected).max() <= 12 and np.abs(np.asarray(seen) - expected).mean() < 1
+
+
+def test_a_picture_that_does_not_show_at_all():
+    source = pictures.Source(crop(7, 5), Image.new("L", (7, 5)))
+    layers, alphas = pictures.pyramid_alpha(source, [(1, 1), (3, 2), (7, 5)])
+    assert all((layer == 128).all() for layer in layers) and not any(a.any() for a in alphas)
+
+
+def planes():
+    rng = np.random.default_rng(3)
+    for shape in ((1, 1), (1, 9), (37, 23), (64, 64)):
+        yield np.full(shape, 77, np.uint8)
+        yield rng.integers(0, 256, shape, np.uint8)
+        yield 255 * (rng.random(shape) < 0.5).astype(np.uint8)
+    yield np.asarray(mask((64, 48)))
+    yield (np.arange(16384) % 251).astype(np.uint8)[None]  # wider than a WebP
+    yield (np.arange(16383) % 251).astype(np.uint8)[:, None]
+
+
+def test_alpha_is_coded_without_loss():
+    for plane in planes():
+        data = pictures.alpha_to_bytes(plane)
+        back = pictures.alpha_from_bytes(data, plane.shape[::-1])
+        assert back.dtype == np.uint8 and (back == plane).all()
+        assert len(data) <= len(saved(Image.fromarray(plane), "PNG", optimize=True).getvalue())
+        if max(plane.shape) <= 16383:
+            webp = saved(Image.fromarray(plane).convert("RGB"), "WEBP", lossless=True, quality=100)
+            assert len(data) <= len(webp.getvalue())
+
+
+def test_alpha_of_another_size_or_format_is_refused_before_it_is_decoded(monkeypatch):
+    plane = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
+    webp = saved(plane.convert("RGB"), "WEBP", lossless=True).getvalue()
+    bomb = bytearray(saved(plane, "PNG").getvalue())
+    bomb[16:24] = struct.pack(">II", 2**31 - 1, 2**31 - 1)
+    refused = [
+        b"",
+        webp[:24],
+        bytes(bomb),
+        webp[:21] + b"\xff\xff\xff\x0f" + webp[25:],  # 16384 x 16384
+        saved(plane, "GIF").getvalue(),
+        saved(plane, "JPEG").getvalue(),
+        saved(plane.convert("RGB"), "PNG").getvalue(),
+        saved(plane.convert("P"), "PNG").getvalue(),
+        saved(deep(plane), "PNG").getvalue(),
+        saved(plane.convert("RGB"), "WEBP").getvalue(),  # lossy
+        saved(plane.resize((3, 4)), "PNG").getvalue(),
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr(Image, "open", lambda *a, **k: pytest.fail("decoded"))
+        for data in refused:
+            with pytest.raises(DamagedError):
+                pictures.alpha_from_bytes(data, (4, 3))
+    assert (pictures.alpha_from_bytes(saved(plane, "PNG").getvalue(), (4, 3)) == np.asarray(plane)).all()
+
+
+def test_damaged_alpha_is_one_clean_error():
+    rng = np.random.default_rng(5)
+    plane = np.asarray(mask((40, 30)))
+    refused = 0
+    image = Image.fromarray(plane)
+    for data in (saved(image.convert("RGB"), "WEBP", lossless=True).getvalue(), saved(image, "PNG").getvalue()):
+        for case in range(300):
+            broken = bytearray(data[: rng.integers(1, len(data))] if case % 2 else data)
+            for i in rng.integers(0, len(broken), 3):
+                broken[i] = rng.integers(256)
+            try:
+                assert pictures.alpha_from_bytes(bytes(broken), (40, 30)).shape == (30, 40)
+            except DamagedError as e:
+                assert "\n" not in str(e)
+                refused += 1
+    assert refused > 300
+
+
+def test_with_alpha():
+    rgb = np.asarray(crop(6, 5))
+    assert pictures.with_alpha(rgb, None).mode == "RGB"
+    image = pictures.with_alpha(rgb, np.full((5, 6), 9, np.uint8))
+    assert image.mode == "RGBA" and image.getpixel((0, 0)) == (*rgb[0, 0], 9)
