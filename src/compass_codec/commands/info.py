@@ -16,7 +16,7 @@ from compass_codec.commands.common import STDIO, blame, table
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def info(file: Path, as_json: bool) -> None:
-    """Show what FILE holds: sizes, scale factors, quality, and the bytes that each layer needs."""
+    """Show what FILE holds: sizes, scale factors, quality, alpha and metadata, and the bytes that each layer needs."""
     with blame(file):
         data = sys.stdin.buffer.read() if file == STDIO else file.read_bytes()
         header = container.read_header(data, max_pixels=container.MAX_SIDE**2)
@@ -32,17 +32,41 @@ def info(file: Path, as_json: bool) -> None:
                 "start": e.start,
                 "length": e.length,
                 "end": e.end,
+                "range": f"bytes=0-{e.end - 1}",
                 "state": states[k],
             }
             for k, e in enumerate(header.layers)
         ]
+        sections = [
+            {
+                "kind": container.KINDS[s.kind].field,
+                "layer": s.layer if container.KINDS[s.kind].of_layer else None,
+                "start": s.start,
+                "length": s.length,
+                "end": s.end,
+                "state": state,
+            }
+            for s, state in zip(header.sections, states[len(layers) :], strict=True)
+        ]
         facts = {"file": str(file), "size": len(data), "version": container.VERSION, "model": header.model}
-        click.echo(json.dumps(facts | {"header": header.length, "layers": layers}, indent=2))
+        click.echo(json.dumps(facts | {"header": header.length, "layers": layers, "sections": sections}, indent=2))
         return
     click.echo(f"{file}: compass version {container.VERSION}, {len(data)} bytes, weights {header.model}")
-    rows = [["layer", "size", "scale", "quality", "bytes", "first N bytes", ""]]
+    rows = [["layer", "size", "scale", "quality", "bytes", "first N bytes", "HTTP range", ""]]
     for k, e in enumerate(header.layers):
-        state = "" if states[k] == "ok" else states[k]
-        row = [str(k), f"{e.width} x {e.height}", f"{e.scale:g}", f"{e.quality:g}", str(e.length), str(e.end), state]
-        rows.append(row)
+        row = [str(k), f"{e.width} x {e.height}", f"{e.scale:g}", f"{e.quality:g}", str(e.length), str(e.end)]
+        rows.append([*row, f"bytes=0-{e.end - 1}", shown(states[k])])
+    show(rows)
+    if header.sections:
+        rows = [["section", "bytes", "start", "end", ""]]
+        for s, state in zip(header.sections, states[len(header.layers) :], strict=True):
+            rows.append([s.name, str(s.length), str(s.start), str(s.end), shown(state)])
+        show(rows)
+
+
+def shown(state: str) -> str:
+    return "" if state == "ok" else state
+
+
+def show(rows: list[list[str]]) -> None:
     click.echo("\n".join(line.rstrip() for line in table(rows).splitlines()))
