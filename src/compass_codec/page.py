@@ -1,0 +1,106 @@
+"""The HTML pages: one that compares the layers of a file, and the demo page of the server."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from string import Template
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+WEBP_SIDE = 16383  # WebP holds no larger pictures
+START_WIDTH = 240  # of a picture on the demo page
+
+
+@dataclass(frozen=True)
+class Pane:
+    """One picture to compare: its name, a line about it, and its pixels."""
+
+    name: str
+    about: str
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture that the server has: its path, and (width, height, bytes of file needed) of each size."""
+
+    name: str
+    sizes: list[tuple[int, int, int]]
+
+
+def _fill(template: str, **values: str) -> str:
+    folder = resources.files("compass_codec") / "templates"
+    style = (folder / "style.css").read_text(encoding="utf-8")
+    return Template((folder / template).read_text(encoding="utf-8")).substitute(values, style=style)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table's rows, the first one its heads."""
+    head, *body = rows
+    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
+    return "\n".join(lines)
+
+
+def data_uri(image: Image.Image) -> str:
+    """The picture without loss as a data: address, as WebP, or PNG where it is too large for that."""
+    kind = "webp" if max(image.size) <= WEBP_SIDE else "png"
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"lossless": True} if kind == "webp" else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def view(title: str, summary: str, panes: Sequence[Pane], rows: Sequence[Sequence[str]]) -> str:
+    """A page that needs no network: ``panes`` side by side, the same spot enlarged in each, and a table."""
+    widest = max(panes, key=lambda pane: pane.image.width).image
+    figures = [
+        f'<figure><div class="pane"><img src="{data_uri(pane.image)}" alt="{escape(pane.name)}"></div>\n'
+        f"<figcaption>{escape(pane.name)}<br><span>{escape(pane.about)}</span></figcaption></figure>"
+        for pane in panes
+    ]
+    return _fill(
+        "view.html",
+        title=escape(title),
+        summary=escape(summary),
+        ratio=f"{widest.width} / {widest.height}",
+        panes="\n".join(figures),
+        table=_table(rows),
+    )
+
+
+def demo(pictures: Sequence[Picture]) -> str:
+    """The server's page: every picture as <img srcset>, and what each size costs."""
+    count = f"{len(pictures)} picture{'s' if len(pictures) != 1 else ''}" if pictures else "No pictures here"
+    return _fill(
+        "demo.html",
+        count=count,
+        pictures="\n".join(_section(picture) for picture in pictures),
+        widest=str(max([START_WIDTH, *(picture.sizes[-1][0] for picture in pictures)])),
+        width=str(START_WIDTH),
+    )
+
+
+def _section(picture: Picture) -> str:
+    address = escape(f"/{quote(picture.name)}")
+    top, whole = picture.sizes[-1][0], picture.sizes[-1][2]
+    # layers of one width need one entry, or the browser complains
+    widths = sorted({w for w, _, _ in picture.sizes})
+    srcset = ", ".join(f"{address}?w={w} {w}w" for w in widths)
+    rows = "\n".join(
+        f'<tr data-w="{w}"><td>{w} x {h}</td><td>{end}</td><td>{100 * end / whole:.0f} %</td></tr>'
+        for w, h, end in picture.sizes
+    )
+    return (
+        f"<section><h2>{escape(picture.name)}.cmps</h2>\n"
+        f'<img src="{address}?w={top}" srcset="{srcset}" sizes="{START_WIDTH}px" width="{top}" '
+        f'height="{picture.sizes[-1][1]}" alt="{escape(picture.name)}" loading="lazy">\n'
+        f"<table><tr><th>size</th><th>bytes of the file</th><th></th></tr>\n{rows}</table></section>"
+    )
