@@ -1,99 +1,55 @@
-"""What the commands share: options, tables, checked targets, and errors that name the file."""
+"""What the commands share: options, tables, errors that name the file, and the way through many files."""
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from compass_codec import container
-from compass_codec.errors import CompassError, OptionError
+from compass_codec import container, jobs
+from compass_codec.errors import CompassError
+from compass_codec.jobs import HEADER_READ, STDIO, DecodeOptions, EncodeOptions, Job, Report
 
-STDIO = Path("-")
-HEADER_READ = 4096  # more than any header
-
-
-class Scales(click.ParamType):
-    """Scale factors separated by commas."""
-
-    name = "S0,S1,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
-        if isinstance(value, list):
-            return value
-        try:
-            return container.check_scales([float(part) for part in str(value).split(",")])
-        except OptionError as e:
-            self.fail(f"{value}: {e}", param, ctx)
-        except ValueError:
-            self.fail(f"{value}: not numbers separated by commas", param, ctx)
+__all__ = ["HEADER_READ", "STDIO"]
 
 
 @contextmanager
 def blame(path: Path) -> Iterator[None]:
     """What goes wrong inside is reported as one line that begins with the file's name."""
-    name = "standard input" if path == STDIO else str(path)
     try:
         yield
-    except CompassError as e:
-        raise click.ClickException(f"{name}: {e}") from e
     except BrokenPipeError:
         raise
-    except OSError as e:
-        raise click.ClickException(f"{e.filename or name}: {e.strerror or e}") from e
-    except (MemoryError, RuntimeError) as e:
-        # PyTorch has no error of its own for this on the CPU
-        if isinstance(e, RuntimeError) and "allocate memory" not in str(e) and "out of memory" not in str(e):
+    except Exception as e:
+        line = jobs.reason(path, e)
+        if line is None:
             raise
-        raise click.ClickException(f"{name}: not enough memory") from e
+        raise click.ClickException(line) from e
 
 
 def check_target(path: Path, force: bool, source: Path) -> None:
     """Refuse early what could not be written after minutes of work."""
-    if path == STDIO:
-        return
-    if source != STDIO and path.exists() and source.exists() and path.samefile(source):
-        raise click.ClickException(f"{path}: the output would overwrite the input")
-    if path.is_dir():
-        raise click.ClickException(f"{path}: is a directory")
-    if path.is_file() and not force:
-        raise click.ClickException(f"{path}: exists already; --force overwrites it")
-    if not path.parent.is_dir():
-        raise click.ClickException(f"{path}: no such directory")
-    if not os.access(path.parent, os.W_OK):
-        raise click.ClickException(f"{path}: the directory cannot be written to")
+    with blame(path):
+        jobs.check_target(path, source, jobs.Options(force=force))
 
 
 def put(path: Path, data: bytes) -> None:
     """Write the file whole or not at all, or to standard output."""
-    from compass_codec.pictures import write_file
-
     with blame(path):
-        if path == STDIO:
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
-        else:
-            write_file(path, data)
+        jobs.put(path, data)
 
 
 def read_prefix(path: Path, layer: int | None, max_pixels: int) -> tuple[bytes, container.Header, int]:
     """The part of a .cmps file that ``layer`` needs (default: the highest complete), its header and that layer."""
     with blame(path):
-        if path == STDIO:
-            data = sys.stdin.buffer.read()
-            header = container.read_header(data, max_pixels)
-            return data, header, container.pick(header, len(data), layer)
-        with path.open("rb") as file:
-            data = file.read(HEADER_READ)
-            header = container.read_header(data, max_pixels)
-            last = container.pick(header, os.fstat(file.fileno()).st_size, layer)
-            end = header.layers[last].end
-            return data[:end] + file.read(max(0, end - len(data))), header, last
+        return jobs.read_prefix(path, layer, max_pixels)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -102,10 +58,100 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
 
 
+def select(
+    files: Sequence[Path],
+    files_from: Path | None,
+    out_dir: Path | None,
+    target: Path | None,
+    options: EncodeOptions | DecodeOptions,
+    suffixes: Callable[[], frozenset[str]],
+    extension: str,
+) -> list[Job]:
+    """The jobs that the arguments ask for: one, to ``target`` if that is given, or a batch."""
+    from compass_codec import batch
+
+    if not files and files_from is None:
+        raise click.UsageError("which files? Name some, or use --files-from")
+    if files_from is None and out_dir is None and len(files) == 1:
+        if files[0].is_dir():
+            raise click.ClickException(f"{files[0]}: is a directory; --out-dir takes what is in it")
+        return [Job(files[0], target or files[0].with_suffix(extension), options)]
+    if target:
+        raise click.UsageError("--output is for one file; use --out-dir")
+    if STDIO in files:
+        raise click.UsageError("standard input is for one file alone")
+    listed: list[Path] = []
+    if files_from:
+        with blame(files_from):
+            listed = batch.read_list(files_from)
+    options = replace(options, batch=True)
+    try:
+        found = batch.make_jobs(files, listed, out_dir, suffixes, extension, options)
+    except CompassError as e:
+        raise click.ClickException(str(e)) from e
+    except OSError as e:
+        raise click.ClickException(f"{e.filename}: {e.strerror}") from e
+    if files and not found:
+        raise click.ClickException(f"{', '.join(map(str, files))}: no file of a known kind in it")
+    return found
+
+
+def work(
+    todo: list[Job],
+    engine: str,
+    workers: int | None,
+    as_json: bool,
+    quiet: bool,
+    show: Callable[[Report], str],
+    show_one: Callable[[Report], str],
+) -> None:
+    """Do the jobs and say what became of them; the exit code is 1 if any failed."""
+    from compass_codec import batch, cluster
+
+    run = cluster.run if engine == "ray" else batch.run
+    many = any(job.options.batch for job in todo)
+    bar: Any = None
+    if many and not quiet and sys.stderr.isatty():
+        bar = click.progressbar(length=len(todo), show_pos=True, item_show_func=lambda text: text, file=sys.stderr)
+
+    def say(text: str, err: bool = False) -> None:
+        # names that are no UTF-8 can be opened and not be printed
+        text = text.encode(errors="replace").decode()
+        click.echo(f"\r\x1b[K{text}" if bar and err else text, err=err)
+
+    started, states, size = time.perf_counter(), Counter[str](), 0
+    try:
+        with bar or nullcontext(), closing(run(todo, workers)) as reports:
+            for report in reports:
+                states[report.state] += 1
+                size += report.size
+                for note in report.notes if not quiet else ():
+                    say(f"note: {report.source}: {note}", err=True)
+                if as_json:
+                    say(report.as_json())
+                if report.error:
+                    say(f"compass: {report.error}", err=True)
+                elif not quiet and not as_json and not (bar and sys.stdout.isatty()):
+                    to_stdout = STDIO in report.outputs
+                    say(show(report) if many else show_one(report), err=to_stdout)
+                if bar:
+                    bar.update(1, f"{sum(states.values()) / (time.perf_counter() - started):.2f} files/s")
+    except CompassError as e:
+        raise click.ClickException(str(e)) from e
+    bar = None
+    if many and not quiet:
+        counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "nothing to do"
+        seconds = time.perf_counter() - started
+        say(f"{counts}; {size} bytes written in {seconds:.1f} s", err=as_json)
+    if states["failed"]:
+        click.get_current_context().exit(1)
+
+
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
 )
-force_option = click.option("-f", "--force", is_flag=True, help="Overwrite the output if it exists.")
+force_option = click.option("-f", "--force", is_flag=True, help="Overwrite outputs that exist.")
+strip_option = click.option("--strip", is_flag=True, help="Drop ICC profile, EXIF and XMP; they are kept otherwise.")
 quiet_option = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 pixels_option = click.option(
     "--max-pixels",
@@ -117,3 +163,31 @@ pixels_option = click.option(
 weights_option = click.option(
     "--weights", type=click.Path(path_type=Path, file_okay=False), help="Folder of other weights than the installed."
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each file.")
+BATCH = (
+    click.option(
+        "--out-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Where outputs go; made if missing. Folders keep their shape below it.",
+    ),
+    click.option(
+        "--files-from",
+        type=click.Path(path_type=Path, allow_dash=True, dir_okay=False),
+        help="Read names from a file or, with -, from standard input: one a line, or as find -print0 writes them.",
+    ),
+    click.option("-j", "--jobs", "workers", type=click.IntRange(1), help="Work in this many processes; default: 1."),
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="ray: share the work out on a Ray cluster, whose machines must see the same files.",
+    ),
+)
+
+
+def batch_options(command: Any) -> Any:
+    """Adds the options of a command that takes many files."""
+    for option in reversed(BATCH):
+        command = option(command)
+    return command

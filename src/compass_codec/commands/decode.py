@@ -6,23 +6,24 @@ from pathlib import Path
 
 import click
 
-from compass_codec import container
+from compass_codec.commands import values
 from compass_codec.commands.common import (
-    STDIO,
-    blame,
-    check_target,
+    batch_options,
     device_option,
     force_option,
+    json_option,
     pixels_option,
-    put,
     quiet_option,
-    read_prefix,
+    select,
+    strip_option,
     weights_option,
+    work,
 )
+from compass_codec.jobs import STDIO, DecodeOptions, Report
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path, allow_dash=True))
 @click.option("-l", "--layer", type=click.IntRange(0), help="Which layer; default: the highest that the file holds.")
 @click.option("--all", "every", is_flag=True, help="Write every layer that the file holds.")
 @click.option("--best-effort", is_flag=True, help="From a damaged file, take the highest layer that is sound.")
@@ -32,63 +33,84 @@ from compass_codec.commands.common import (
     type=click.Path(path_type=Path, allow_dash=True),
     help="Default: FILE with .layerK.png. With --all, .layerK goes before the extension.",
 )
+@click.option(
+    "--format", "extension", type=values.Value("EXT", values.extension), help="png, jpg, webp, ...: in place of png."
+)
+@strip_option
+@batch_options
 @force_option
 @device_option
 @weights_option
 @pixels_option
+@json_option
 @quiet_option
 def decode(
-    file: Path,
+    files: tuple[Path, ...],
     layer: int | None,
     every: bool,
     best_effort: bool,
     output: Path | None,
+    extension: str | None,
+    strip: bool,
+    out_dir: Path | None,
+    files_from: Path | None,
+    workers: int | None,
+    engine: str,
     force: bool,
     device: str,
     weights: Path | None,
     max_pixels: int,
+    as_json: bool,
     quiet: bool,
 ) -> None:
-    """Decode a layer of FILE to a picture; only the part of the file up to that layer is read.
+    """Decode a layer of each of FILES to a picture; only the part of a file up to that layer is read.
 
     \b
-    compass decode photo.cmps                     the largest layer, to photo.layer2.png
-    compass decode photo.cmps --layer 0 -o thumb.jpg
-    compass decode photo.cmps --all
+    One file:
+      compass decode photo.cmps                     the largest layer, to photo.layer2.png
+      compass decode photo.cmps --layer 0 -o thumb.jpg
+      compass decode photo.cmps --all
+      compass decode - -o - < photo.cmps > photo.png
+    \b
+    Many files, in two processes; what is up to date is skipped:
+      compass decode *.cmps --layer 1 --format webp --out-dir web -j 2
+      compass decode archive/ --out-dir out
+      find archive -name '*.cmps' -print0 | compass decode --files-from - --out-dir out
+    \b
+    On a Ray cluster:
+      compass decode archive/ --out-dir /shared/out --engine ray
+
+    In a batch, an output of the layer's size is left alone, or made anew if the file is newer; another picture of that
+    name is an error unless --force is given, which makes everything anew.
     """
     if every and layer is not None:
         raise click.UsageError("--all and --layer exclude each other")
     if every and output == STDIO:
         raise click.UsageError("--all cannot write to standard output")
-    data, header, last = read_prefix(file, layer, max_pixels)
-    if best_effort:
-        sound = [state == "ok" for state in container.states(header, data)]
-        last = min(last, [*sound, False].index(False) - 1)
-        if last < 0:
-            raise click.ClickException(f"{file}: layer 0 is damaged; nothing decodes")
-    name = output or (Path("decoded.png") if file == STDIO else file.with_suffix(".png"))
-    wanted = {
-        k: name if output and not every else name.with_name(f"{name.stem}.layer{k}{name.suffix}")
-        for k in (range(last + 1) if every else [last])
-    }
-    from compass_codec import pictures
+    if as_json and output == STDIO:
+        raise click.UsageError("--json and the picture cannot both go to standard output")
+    if output and extension:
+        raise click.UsageError("--format and --output exclude each other")
+    options = DecodeOptions(
+        layer=layer,
+        every=every,
+        best_effort=best_effort,
+        numbered=every or output is None,
+        max_pixels=max_pixels,
+        strip=strip,
+        force=force,
+        device=device,
+        weights=weights,
+    )
+    extension = extension or ".png"
+    if output is None and files == (STDIO,):
+        output = Path(f"decoded{extension}")
+    todo = select(files, files_from, out_dir, output, options, lambda: frozenset({".cmps"}), extension)
+    work(todo, engine, workers, as_json, quiet, _lines, _lines)
 
-    for target in wanted.values():
-        if target != STDIO:
-            with blame(target):
-                pictures.check_format(target)
-        check_target(target, force, file)
-    from PIL import Image
 
-    with blame(file):
-        from compass_codec import codec
-
-        decoded = codec.shared(device, weights).decode_layers(data, header, last)
-        kept = [(k, picture) for k, picture in enumerate(decoded) if k in wanted]
-    for k, picture in kept:
-        target = wanted[k]
-        with blame(target):
-            encoded = pictures.to_bytes(Image.fromarray(picture), Path("x.png") if target == STDIO else target)
-        put(target, encoded)
-        if not quiet and target != STDIO:
-            click.echo(f"{target}: layer {k}, {picture.shape[1]} x {picture.shape[0]}")
+def _lines(report: Report) -> str:
+    if report.state == "up to date":
+        return "\n".join(f"{output}: up to date" for output in report.outputs)
+    written = zip(report.outputs, report.layers, strict=True)
+    return "\n".join(f"{output}: layer {e.index}, {e.width} x {e.height}" for output, e in written)

@@ -2,85 +2,163 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from pathlib import Path
 
 import click
 
-from compass_codec import container
+from compass_codec.commands import values
 from compass_codec.commands.common import (
-    STDIO,
-    Scales,
-    blame,
-    check_target,
+    batch_options,
     device_option,
     force_option,
-    put,
+    json_option,
     quiet_option,
+    select,
+    strip_option,
     table,
     weights_option,
+    work,
 )
-from compass_codec.errors import CompassError
+from compass_codec.jobs import STDIO, EncodeOptions, Report
+from compass_codec.rate import Target
 
 
 @click.command()
-@click.argument("image", type=click.Path(path_type=Path, allow_dash=True))
-@click.option("-s", "--scales", type=Scales(), required=True, help="Size of each layer relative to the first.")
+@click.argument("images", nargs=-1, type=click.Path(path_type=Path, allow_dash=True))
+@click.option(
+    "-s", "--scales", type=values.Value("S0,S1,...", values.scales), help="Size of each layer relative to the first."
+)
+@click.option(
+    "--sizes", type=values.Value("WxH,...", values.sizes), help="Size of each layer; the shape may change as well."
+)
+@click.option("--widths", type=values.Value("W,...", values.widths), help="Width of each layer, as in srcset.")
+@click.option("--upscale", is_flag=True, help="With --sizes or --widths, enlarge smaller pictures.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), help="Default: IMAGE with .cmps.")
 @click.option(
-    "-q", "--quality", type=click.FloatRange(1, 100), default=60, show_default=True, help="1 (small) to 100 (good)."
+    "-q",
+    "--quality",
+    type=values.Value("Q[,Q...]", values.qualities),
+    help="1 (small) to 100 (good), for all layers or for each. Default: 60.",
 )
+@click.option(
+    "--target-bpp", type=values.Value("BPP", values.positive), help="Most bits for each pixel of the picture."
+)
+@click.option("--target-size", type=values.Value("BYTES", values.byte_count), help="Most bytes: 90000, 90kB, 88KiB.")
+@click.option("--target-psnr", type=values.Value("DB", values.positive), help="Least PSNR of the largest layer.")
 @click.option("--verify", is_flag=True, help="Decode what was written and compare it with the encoder's pictures.")
+@strip_option
+@batch_options
 @force_option
 @device_option
 @weights_option
+@json_option
 @quiet_option
 def encode(
-    image: Path,
-    scales: list[float],
+    images: tuple[Path, ...],
+    scales: tuple[float, ...] | None,
+    sizes: tuple[tuple[int, int], ...] | None,
+    widths: tuple[int, ...] | None,
+    upscale: bool,
     output: Path | None,
-    quality: float,
+    quality: tuple[float, ...] | None,
+    target_bpp: float | None,
+    target_size: float | None,
+    target_psnr: float | None,
     verify: bool,
+    strip: bool,
+    out_dir: Path | None,
+    files_from: Path | None,
+    workers: int | None,
+    engine: str,
     force: bool,
     device: str,
     weights: Path | None,
+    as_json: bool,
     quiet: bool,
 ) -> None:
-    """Encode IMAGE once, as one layer for each scale factor; the last layer is the picture itself.
+    """Encode each of IMAGES once, as layers of growing size in one file.
+
+    With --scales the last layer is the picture itself. With --sizes or --widths, layers larger than the picture
+    become its size. A target in place of --quality is met by encoding a few times.
 
     \b
-    compass encode photo.png --scales 1,2.0,3.2
-    compass encode photo.jpg --scales 1,1.5,4 -q 80 -o web/photo.cmps
+    One picture:
+      compass encode photo.png --scales 1,2.0,3.2
+      compass encode photo.jpg --scales 1,1.5,4 -q 80 -o web/photo.cmps
+      compass encode - --scales 1,2 < photo.jpg > photo.cmps
+    \b
+    Sizes:
+      compass encode photo.jpg --widths 480,960,1920
+      compass encode photo.jpg --sizes 720x480,1280x720,1920x1080
+    \b
+    Quality or size:
+      compass encode photo.jpg --scales 1,2,4 -q 50,60,70
+      compass encode photo.jpg --scales 1,2,4 --target-size 200kB
+      compass encode photo.jpg --scales 1,2,4 --target-psnr 34
+    \b
+    Many pictures, in two processes; what is up to date is skipped:
+      compass encode *.jpg photos/ --scales 1,2,4 --out-dir out -j 2
+      find photos -name '*.png' -print0 | compass encode --files-from - --scales 1,2 --out-dir out
+    \b
+    On a Ray cluster:
+      compass encode photos/ --scales 1,2,4 --out-dir /shared/out --engine ray
+
+    In a batch, an output made with the same sizes, quality and weights is left alone, or made anew if the picture is
+    newer; one made otherwise is an error unless --force is given, which makes everything anew.
     """
-    if output is None:
-        output = STDIO if image == STDIO else image.with_suffix(".cmps")
-    check_target(output, force, image)
-    from compass_codec import pictures
+    if sum(given is not None for given in (scales, sizes, widths)) != 1:
+        raise click.UsageError("one of --scales, --sizes and --widths must be given")
+    if upscale and scales:
+        raise click.UsageError("--upscale goes with --sizes or --widths")
+    targets = [Target("bpp", target_bpp)] if target_bpp else []
+    targets += [Target("size", target_size)] if target_size else []
+    targets += [Target("psnr", target_psnr)] if target_psnr else []
+    if len(targets) + (quality is not None) > 1:
+        raise click.UsageError("--quality, --target-bpp, --target-size and --target-psnr exclude each other")
+    count = len(scales or sizes or widths or ())
+    if quality and len(quality) not in (1, count):
+        raise click.UsageError(f"--quality: {len(quality)} values for {count} layers")
+    if output is None and images == (STDIO,):
+        output = STDIO
+    if as_json and output == STDIO:
+        raise click.UsageError("--json and the file cannot both go to standard output")
+    options = EncodeOptions(
+        scales=scales or (),
+        sizes=sizes or (),
+        widths=widths or (),
+        upscale=upscale,
+        qualities=quality or (60.0,),
+        target=targets[0] if targets else None,
+        verify=verify,
+        strip=strip,
+        force=force,
+        device=device,
+        weights=weights,
+    )
+    from compass_codec.batch import picture_suffixes
 
-    with blame(image):
-        picture = pictures.read(io.BytesIO(sys.stdin.buffer.read()) if image == STDIO else image).image
-    with blame(image):
-        from compass_codec import codec
+    todo = select(images, files_from, out_dir, output, options, picture_suffixes, ".cmps")
+    ending = ", verified" if verify else ""
+    work(todo, engine, workers, as_json, quiet, _line, lambda report: _table(report) + ending)
 
-        loaded = codec.shared(device, weights)
-        layers = pictures.pyramid(picture, codec.layer_sizes(picture.size, scales))
-        result = loaded.encode_layers(layers, scales, quality)
-    put(output, result.data)
-    if verify:
-        with blame(output):
-            data = result.data if output == STDIO else output.read_bytes()
-            header = container.read_header(data)
-            for k, decoded in enumerate(loaded.decode_layers(data, header, len(scales) - 1)):
-                if not (decoded == result.layers[k]).all():
-                    raise CompassError(f"layer {k} does not decode to what the encoder reconstructed")
-    if not quiet:
-        header = container.read_header(result.data)
-        rows = [["layer", "size", "scale", "bytes", "bpp", "acc. bytes", "acc. bpp", "PSNR"]]
-        for k, entry in enumerate(header.layers):
-            pixels, length = entry.width * entry.height, entry.end - (header.layers[k - 1].end if k else 0)
-            row = [str(k), f"{entry.width} x {entry.height}", f"{entry.scale:g}", str(length)]
-            row += [f"{8 * length / pixels:.3f}", str(entry.end), f"{8 * entry.end / pixels:.3f}"]
-            rows.append([*row, f"{pictures.psnr(layers[k], result.layers[k]):.2f}"])
-        note = ", verified" if verify else ""
-        click.echo(f"{table(rows)}\n{output}: {len(result.data)} bytes, quality {quality:g}{note}", err=output == STDIO)
+
+def _quality(report: Report) -> str:
+    values = [f"{layer.quality:g}" for layer in report.layers]
+    words = f"quality {values[0]}" if len(set(values)) == 1 else f"qualities {','.join(values)}"
+    return f"{words}, {report.encodes} encodes" if report.encodes else words
+
+
+def _table(report: Report) -> str:
+    rows = [["layer", "size", "scale", "bytes", "bpp", "acc. bytes", "acc. bpp", "PSNR"]]
+    for e in report.layers:
+        row = [str(e.index), f"{e.width} x {e.height}", f"{e.scale:g}", str(e.bytes)]
+        rows.append([*row, f"{e.bpp:.3f}", str(e.end), f"{e.end_bpp:.3f}", f"{e.psnr:.2f}"])
+    return f"{table(rows)}\n{report.outputs[0]}: {report.size} bytes, {_quality(report)}"
+
+
+def _line(report: Report) -> str:
+    if report.state == "up to date":
+        return f"{report.outputs[0]}: up to date"
+    top = report.layers[-1]
+    measured = f"{report.size} bytes, {top.end_bpp:.3f} bpp, {top.psnr:.2f} dB"
+    return f"{report.outputs[0]}: {top.width} x {top.height}, {measured}, {_quality(report)}, {report.seconds:.1f} s"

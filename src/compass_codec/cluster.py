@@ -1,0 +1,86 @@
+"""The same jobs on a Ray cluster, by way of Ray Data."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compass_codec import jobs
+from compass_codec.errors import OptionError
+from compass_codec.jobs import STDIO, Job, Report
+
+
+class Worker:
+    """Does jobs in a process of the cluster, with one codec that is loaded when it starts."""
+
+    def __init__(self, work: Sequence[Job]) -> None:
+        from compass_codec import codec
+
+        codec.shared(work[0].options.device, work[0].options.weights)  # which jobs.run() then finds loaded
+        self.work = work
+
+    def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+        return {"job": rows["job"], "report": [jobs.run(self.work[k]) for k in rows["job"]]}
+
+
+def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, None, None]:
+    """Reports as jobs get done, on the cluster that RAY_ADDRESS or a running ``ray start`` names, else on this machine.
+
+    Every machine must have this package and see the files under the same paths. A worker takes a GPU where the cluster
+    has any, else an equal share of the cores; there are ``workers`` of them, by default one for each GPU or, without
+    any, for each machine. Raises OptionError when Ray is missing or fails.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        import ray
+        import ray.data
+    except ImportError as e:
+        raise OptionError(f'--engine ray needs Ray: pip install "compass_codec[ray]" ({e})') from e
+    if any(STDIO in (job.source, job.target) for job in work):
+        raise OptionError("--engine ray cannot use standard input or output")
+    if not work:
+        return
+    started = not ray.is_initialized()
+    try:
+        if started:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        count, share = _shares(ray.nodes(), workers, len(work))
+        rows = ray.data.from_items([{"job": k} for k in range(len(work))], override_num_blocks=len(work))
+        done = rows.map_batches(
+            Worker,
+            # a worker may have another current directory
+            fn_constructor_args=[[replace(j, source=_absolute(j.source), target=_absolute(j.target)) for j in work]],
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=count),
+            **share,
+        )
+        for row in done.iter_rows():
+            report, job = row["report"], work[row["job"]]
+            outputs = tuple(job.target.with_name(path.name) for path in report.outputs)
+            yield replace(report, source=job.source, outputs=outputs)
+    except (ray.exceptions.RayError, ConnectionError) as e:
+        raise OptionError(f"Ray: {str(e).strip().splitlines()[-1]}") from e
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _shares(nodes: list[dict[str, Any]], workers: int | None, most: int) -> tuple[int, dict[str, Any]]:
+    """How many workers there will be, and what each takes of its machine."""
+    machines = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU")]
+    if gpus := int(sum(machine.get("GPU", 0) for machine in machines)):
+        return min(workers or gpus, gpus, most), {"num_gpus": 1}
+    cores = [int(machine["CPU"]) for machine in machines]
+    count = min(workers or len(cores), sum(cores), most)
+    return count, {"num_cpus": max(1, min(sum(cores) // count, *cores))}
+
+
+def _absolute(path: Path) -> Path:
+    return Path.cwd() / path

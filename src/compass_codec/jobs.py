@@ -1,0 +1,442 @@
+"""One file's work from path to path: what the command line, its worker processes and a cluster all do."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compass_codec import container
+from compass_codec.errors import CompassError, DamagedError, OptionError
+from compass_codec.rate import HIGHEST, LOWEST, SIZE_WINDOW, Target, search
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from compass_codec.codec import Codec
+
+STDIO = Path("-")
+HEADER_READ = 4096  # more than any header
+ORIENTATION, ROTATED = 0x0112, {5, 6, 7, 8}  # the EXIF tag, and its values that swap width and height
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What both directions need. ``batch`` makes missing folders and leaves alone what is up to date; ``strip`` drops
+    ICC profile, EXIF and XMP."""
+
+    force: bool = False
+    batch: bool = False
+    strip: bool = False
+    device: str = "auto"
+    weights: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions(Options):
+    """How to encode. Exactly one of ``scales``, ``sizes`` (width, height) and ``widths`` is given, smallest first;
+    ``qualities`` holds one number or one for each layer and does not matter with a ``target``."""
+
+    scales: tuple[float, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    widths: tuple[int, ...] = ()
+    upscale: bool = False
+    qualities: tuple[float, ...] = (60.0,)
+    target: Target | None = None
+    verify: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions(Options):
+    """What to decode: one layer (None: the highest that is whole) or, with ``every``, all of them. ``numbered`` puts
+    .layerK before the extension of the target."""
+
+    layer: int | None = None
+    every: bool = False
+    best_effort: bool = False
+    numbered: bool = True
+    max_pixels: int = container.MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to encode or decode."""
+
+    source: Path
+    target: Path
+    options: EncodeOptions | DecodeOptions
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """A layer: its place in the file as the header gives it, and the PSNR in dB if it was just encoded."""
+
+    index: int
+    width: int
+    height: int
+    scale: float
+    quality: float
+    bytes: int
+    end: int
+    psnr: float | None = None
+
+    @property
+    def bpp(self) -> float:
+        """Bits of this layer for each of its pixels."""
+        return 8 * self.bytes / (self.width * self.height)
+
+    @property
+    def end_bpp(self) -> float:
+        """Bits of the file up to this layer for each of its pixels."""
+        return 8 * self.end / (self.width * self.height)
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON, which has no infinity."""
+        facts: dict[str, Any] = {"layer": self.index, "width": self.width, "height": self.height, "scale": self.scale}
+        facts |= {"quality": self.quality, "bytes": self.bytes, "bpp": round(self.bpp, 4)}
+        facts |= {"end": self.end, "end_bpp": round(self.end_bpp, 4)}
+        if self.psnr is not None:
+            facts["psnr"] = round(self.psnr, 3) if math.isfinite(self.psnr) else None
+        return facts
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a job. ``state`` is "encoded", "decoded", "up to date" or "failed"; ``outputs`` were written, and
+    ``size`` is their bytes; ``encodes`` counts those of the search for a target; ``error`` is one line."""
+
+    source: Path
+    state: str
+    outputs: tuple[Path, ...] = ()
+    layers: tuple[LayerReport, ...] = ()
+    size: int = 0
+    encodes: int = 0
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+
+    def as_json(self) -> str:
+        """One line for programs."""
+        facts: dict[str, Any] = {
+            "file": str(self.source),
+            "state": self.state,
+            "outputs": [str(p) for p in self.outputs],
+        }
+        facts |= {"size": self.size, "layers": [layer.facts() for layer in self.layers]}
+        if self.encodes:
+            facts["encodes"] = self.encodes
+        facts |= {"seconds": round(self.seconds, 3), "notes": list(self.notes)}
+        return json.dumps(facts | ({"error": self.error} if self.error else {}))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layers of one picture, smallest first."""
+
+    sizes: list[tuple[int, int]]
+    scales: list[float]
+    qualities: list[float]
+    notes: list[str] = field(default_factory=list)
+
+
+def run(job: Job) -> Report:
+    """Do the work; what is wrong with the file becomes a report of failure. Raises only what is a bug, Ctrl-C and
+    BrokenPipeError."""
+    started = time.perf_counter()
+    try:
+        if isinstance(job.options, EncodeOptions):
+            report = encode(job.source, job.target, job.options)
+        else:
+            report = decode(job.source, job.target, job.options)
+    except BrokenPipeError:
+        raise
+    except Exception as e:
+        line = reason(job.source, e)
+        if line is None:
+            raise
+        report = Report(job.source, "failed", error=line)
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+def reason(path: Path, error: Exception) -> str | None:
+    """An error as one line that begins with a file's name, ``path`` unless the error knows better; None for a bug."""
+    name = "standard input" if path == STDIO else str(path)
+    if isinstance(error, CompassError):
+        return f"{name}: {error}"
+    if isinstance(error, OSError):
+        return f"{error.filename or name}: {error.strerror or error}"
+    # PyTorch has no error of its own for this on the CPU
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
+    ):
+        return f"{name}: not enough memory"
+    return None
+
+
+def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
+    """Encode the picture ``source`` into the file ``target``. Raises CompassError, OSError or MemoryError."""
+    if options.batch and not options.force and target.is_file() and _encoded_alike(source, target, options):
+        if not _older(target, source):
+            return Report(source, "up to date", (target,))
+    else:
+        check_target(target, source, options)
+    from compass_codec import pictures
+
+    picture = pictures.read(io.BytesIO(sys.stdin.buffer.read()) if source == STDIO else source)
+    plan = plan_layers(picture.image.size, options)
+    from compass_codec import codec
+
+    loaded = codec.shared(options.device, options.weights)
+    layers, alphas = pictures.pyramid_alpha(picture, plan.sizes)
+    sections = container.Sections(alpha={k: pictures.alpha_to_bytes(alpha) for k, alpha in enumerate(alphas)})
+    if not options.strip:
+        sections = replace(sections, icc=picture.icc, exif=picture.exif, xmp=picture.xmp)
+    notes, encodes = [*picture.notes, *plan.notes], 0
+
+    def attempt(quality: float | Sequence[float]) -> tuple[bytes, list[np.ndarray]]:
+        result = loaded.encode_layers(layers, plan.scales, quality)
+        return container.attach(result.data, sections), result.layers
+
+    if options.target is None:
+        data, reconstructed = attempt(plan.qualities)
+    else:
+        pixels = layers[-1].shape[0] * layers[-1].shape[1]
+        found = search(options.target, pixels, attempt, lambda e: (len(e[0]), pictures.psnr(layers[-1], e[1][-1])))
+        (data, reconstructed), encodes = found.result, found.encodes
+        if not found.reached:
+            gives = f"{len(data)} bytes, {8 * len(data) / pixels:.3f} bpp, {found.psnr:.2f} dB"
+            notes.append(f"{options.target} is out of reach; quality {found.quality:g} gives {gives}")
+    put(target, data, options.batch)
+    if options.verify:
+        _verify(loaded, data if target == STDIO else target.read_bytes(), reconstructed, sections, target)
+    header = container.read_header(data)
+    psnrs = [pictures.psnr(a, b) for a, b in zip(layers, reconstructed, strict=True)]
+    reports = tuple(_layer_report(header, k, value) for k, value in enumerate(psnrs))
+    return Report(source, "encoded", (target,), reports, len(data), encodes, notes=tuple(notes))
+
+
+def decode(source: Path, target: Path, options: DecodeOptions) -> Report:
+    """Decode layers of ``source`` into pictures named after ``target``. Raises CompassError, OSError or MemoryError."""
+    data, header, last = read_prefix(source, options.layer, options.max_pixels)
+    if options.best_effort:
+        sound = [state == "ok" for state in container.states(header, data)[: len(header.layers)]]
+        last = min(last, [*sound, False].index(False) - 1)
+        if last < 0:
+            raise DamagedError("layer 0 is damaged; nothing decodes")
+    wanted = {
+        k: target.with_name(f"{target.stem}.layer{k}{target.suffix}") if options.numbered else target
+        for k in (range(last + 1) if options.every else [last])
+    }
+    from compass_codec import pictures
+
+    for output in wanted.values():
+        if output != STDIO:
+            pictures.check_format(output)
+    outputs = tuple(wanted.values())
+    if options.batch and not options.force and all(_decoded_alike(p, header.layers[k]) for k, p in wanted.items()):
+        if not any(_older(p, source) for p in outputs):
+            return Report(source, "up to date", outputs)
+    else:
+        for output in outputs:
+            check_target(output, source, options)
+    tail = b"" if options.strip else _metadata(source, header)
+    sections = container.sections(header, data, last, tail, options.best_effort)
+    alphas = {
+        k: pictures.alpha_from_bytes(coded, (header.layers[k].width, header.layers[k].height))
+        for k, coded in sections.alpha.items()
+        if k in wanted
+    }
+    from compass_codec import codec
+
+    decoded = codec.shared(options.device, options.weights).decode_layers(data, header, last)
+    size = 0
+    for k, picture in [(k, picture) for k, picture in enumerate(decoded) if k in wanted]:
+        image, output = pictures.with_alpha(picture, alphas.get(k)), wanted[k]
+        name = Path("x.png") if output == STDIO else output
+        encoded = pictures.to_bytes(image, name, None if options.strip else sections)
+        put(output, encoded, options.batch)
+        size += len(encoded)
+    return Report(source, "decoded", outputs, tuple(_layer_report(header, k) for k in wanted), size)
+
+
+def plan_layers(size: tuple[int, int], options: EncodeOptions) -> Plan:
+    """The layers of a picture of ``size`` (width, height). With ``sizes`` and ``widths``, what is larger than the
+    picture becomes its size unless ``upscale``; of equal layers the last stays. Scale factors are then those of the
+    widths. Raises OptionError."""
+    count = len(options.scales or options.sizes or options.widths)
+    if len(options.qualities) not in (1, count):
+        raise OptionError(f"{len(options.qualities)} qualities for {count} layers")
+    qualities = list(options.qualities) * (count if len(options.qualities) == 1 else 1)
+    if options.scales:
+        from compass_codec.codec import layer_sizes
+
+        return Plan(layer_sizes(size, options.scales), container.check_scales(options.scales), qualities)
+    wanted = options.sizes or [(width, max(1, round(width * size[1] / size[0]))) for width in options.widths]
+    fitted = [s if options.upscale else (min(s[0], size[0]), min(s[1], size[1])) for s in wanted]
+    layers = dict(zip(fitted, qualities, strict=True))
+    sizes, notes = list(layers), []
+    if large := [f"{w} x {h}" for (w, h), fit in zip(wanted, fitted, strict=True) if (w, h) != fit]:
+        notes.append(f"{', '.join(large)}: not enlarged beyond the picture's {size[0]} x {size[1]} without --upscale")
+    if dropped := count - len(sizes):
+        notes.append(f"{dropped} of {count} layers dropped, as large as another")
+    scales = container.check_scales([width / sizes[0][0] for width, _ in sizes])
+    return Plan(sizes, scales, list(layers.values()), notes)
+
+
+def check_target(path: Path, source: Path, options: Options) -> None:
+    """Refuse early what could not be written after minutes of work. Raises OSError."""
+    if path == STDIO:
+        return
+    if source != STDIO and path.exists() and source.exists() and path.samefile(source):
+        raise FileExistsError(errno.EEXIST, "the output would overwrite the input", str(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
+    if path.is_file() and not options.force:
+        made = " and differs from what these options make" if options.batch else ""
+        raise FileExistsError(errno.EEXIST, f"exists already{made}; --force overwrites it", str(path))
+    folder = path.parent
+    while options.batch and not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such directory", str(path))
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, "the directory cannot be written to", str(path))
+
+
+def put(path: Path, data: bytes, make_folder: bool = False) -> None:
+    """Write the file whole or not at all, or to standard output. Raises OSError naming ``path``."""
+    from compass_codec.pictures import write_file
+
+    if path == STDIO:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, data)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from e
+
+
+def read_prefix(path: Path, layer: int | None, max_pixels: int) -> tuple[bytes, container.Header, int]:
+    """The part of a .cmps file that ``layer`` needs (default: the highest complete), its header and that layer; all of
+    standard input. Raises CompassError or OSError."""
+    if path == STDIO:
+        data = sys.stdin.buffer.read()
+        header = container.read_header(data, max_pixels)
+        return data, header, container.pick(header, len(data), layer)
+    with path.open("rb") as file:
+        data = file.read(HEADER_READ)
+        header = container.read_header(data, max_pixels)
+        last = container.pick(header, os.fstat(file.fileno()).st_size, layer)
+        end = header.layers[last].end
+        return data[:end] + file.read(max(0, end - len(data))), header, last
+
+
+def _metadata(path: Path, header: container.Header) -> bytes:
+    """What lies behind the layers of a file."""
+    behind = header.layers[-1].end
+    if path == STDIO or header.end == behind:
+        return b""
+    with path.open("rb") as file:
+        file.seek(behind)
+        return file.read(header.end - behind)
+
+
+@lru_cache(maxsize=4)
+def identity(folder: Path | None) -> str:
+    """The identity of the weights in ``folder``, read once. Raises WeightsError."""
+    from compass_codec import weights
+
+    return weights.identity(folder)
+
+
+def _layer_report(header: container.Header, k: int, psnr: float | None = None) -> LayerReport:
+    entry = header.layers[k]
+    length = entry.end - (header.layers[k - 1].end if k else 0)
+    return LayerReport(k, entry.width, entry.height, entry.scale, entry.quality, length, entry.end, psnr)
+
+
+def _verify(loaded: Codec, data: bytes, layers: Sequence[np.ndarray], sections: container.Sections, path: Path) -> None:
+    header = container.read_header(data)
+    if container.sections(header, data) != sections:
+        raise DamagedError(f"alpha or metadata in {path} are not what was written")
+    for k, decoded in enumerate(loaded.decode_layers(data, header, len(layers) - 1)):
+        if not (decoded == layers[k]).all():
+            raise DamagedError(f"layer {k} in {path} does not decode to what the encoder reconstructed")
+
+
+def _older(output: Path, source: Path) -> bool:
+    return output.stat().st_mtime_ns < source.stat().st_mtime_ns
+
+
+def _encoded_alike(source: Path, target: Path, options: EncodeOptions) -> bool:
+    """Is ``target`` what ``options`` make of a picture of this size, as far as its header tells?
+
+    Which PSNR was aimed at, it does not tell.
+    """
+    try:
+        with target.open("rb") as file:
+            header = container.read_header(file.read(HEADER_READ), container.MAX_SIDE**2)
+    except CompassError:
+        return False
+    entries, size = header.layers, _picture_size(source)
+    if options.scales:  # from which, and from the last, all other sizes follow
+        sizes, scales, qualities = [size], list(options.scales), list(options.qualities)
+    else:
+        plan = plan_layers(size, options)
+        sizes, scales, qualities = plan.sizes, plan.scales, plan.qualities
+    if (
+        header.model != identity(options.weights)
+        or [(e.width, e.height) for e in entries][-len(sizes) :] != sizes
+        or [e.scale for e in entries] != scales
+        or target.stat().st_size != header.end
+        or (options.strip and any(not container.KINDS[s.kind].of_layer for s in header.sections))
+    ):
+        return False
+    if options.target is None:
+        wanted = qualities * (len(entries) if len(qualities) == 1 else 1)
+        return [e.quality for e in entries] == [round(q, 2) for q in wanted]
+    quality = entries[0].quality
+    if any(e.quality != quality for e in entries):
+        return False
+    if options.target.kind == "psnr":
+        return True
+    length, most = header.end, options.target.most_bytes(entries[-1].width * entries[-1].height)
+    return quality == LOWEST if length > most else length >= (1 - SIZE_WINDOW) * most or quality == HIGHEST
+
+
+def _decoded_alike(path: Path, entry: container.Layer) -> bool:
+    from PIL import Image
+
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path) as image:
+            return image.size == (entry.width, entry.height)
+    except Exception:  # whatever Pillow says of a broken file, it is no such picture
+        return False
+
+
+def _picture_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a picture once it is upright, without reading its pixels if that can be."""
+    from PIL import Image
+
+    from compass_codec import pictures
+
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return (height, width) if image.getexif().get(ORIENTATION) in ROTATED else (width, height)
+    except Exception:  # Pillow has no error of its own for bad EXIF; read() says what is wrong, or that nothing is
+        return pictures.read(path).image.size
