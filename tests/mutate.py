@@ -1,4 +1,4 @@
-"""Broken .cmps files of every kind, and what must come of them: a picture or one clean error.
+"""Broken .cmps files of every kind, and what must come of them: a picture, RGB or RGBA, or one clean error.
 
 ``python tests/mutate.py 100000`` tries that many; the tests try a small fixed set.
 """
@@ -14,8 +14,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from compass_codec import container
+from compass_codec import container, pictures
 from compass_codec.codec import Codec
 from compass_codec.errors import CompassError
 
@@ -32,7 +33,7 @@ def sign(header: container.Header, data: bytes, fields: dict[int, dict[str, int]
         sizes.append((changed.get("width", entry.width), changed.get("height", entry.height)))
         scales.append(entry.scale)
         qualities.append(entry.quality)
-    return container.write(header.model, sizes, scales, qualities, parts)
+    return container.write(header.model, sizes, scales, qualities, parts, container.sections(header, bytes(data)))
 
 
 def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
@@ -41,7 +42,7 @@ def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
     header = container.read_header(bytes(data))
     parts = [container.payload(header, bytes(data), k) for k in range(len(header.layers))]
     k = int(rng.integers(len(parts)))
-    kind = int(rng.integers(12))
+    kind = int(rng.integers(14))
     if kind == 0:  # flipped bits
         for i in rng.integers(0, 8 * len(data), rng.integers(1, 9)):
             data[i // 8] ^= 1 << int(i % 8)
@@ -78,9 +79,21 @@ def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
             part[i // 8] ^= 1 << int(i % 8)
         parts[k] = bytes(part)
         data = bytearray(sign(header, data, {}, parts))
-    else:  # a layer cut short or made longer
+    elif kind == 11:  # a layer cut short or made longer
         parts[k] = (parts[k] + rng.bytes(20))[: rng.integers(1, len(parts[k]) + 20)]
         data = bytearray(sign(header, data, {}, parts))
+    elif kind == 12:  # alpha of another size, of noise, or with flipped bits
+        alpha = rng.integers(0, 256, rng.integers(1, 80, 2)).astype(np.uint8)
+        part = bytearray(container.sections(header, bytes(data)).alpha.get(k) or pictures.alpha_to_bytes(alpha))
+        if rng.integers(2):
+            for i in rng.integers(0, 8 * len(part), rng.integers(1, 5)):
+                part[i // 8] ^= 1 << int(i % 8)
+        else:
+            part = bytearray([pictures.alpha_to_bytes(alpha), rng.bytes(50)][rng.integers(2)])
+        data = bytearray(container.attach(bytes(data), container.Sections(alpha={k: bytes(part)})))
+    else:  # noise for metadata
+        noise = container.Sections(*(rng.bytes(int(rng.integers(1, 300))) for _ in range(3)))
+        data = bytearray(container.attach(bytes(data), noise))
     return bytes(data)
 
 
@@ -88,9 +101,16 @@ def attempt(codec: Codec, data: bytes) -> str:
     """Decode; the outcome in a word. Whatever is not a picture or a clean error is raised."""
     started = time.monotonic()
     try:
-        picture = codec.decode(data, max_pixels=MAX_PIXELS)
-        assert picture.mode == "RGB" and picture.width * picture.height <= MAX_PIXELS
-        outcome = "picture"
+        header = container.read_header(data, MAX_PIXELS)
+        last = container.pick(header, len(data), None)
+        *_, pixels = codec.decode_layers(data, header, last)
+        entry, found = header.layers[last], container.sections(header, data, last)
+        coded = found.alpha.get(last)
+        alpha = None if coded is None else pictures.alpha_from_bytes(coded, (entry.width, entry.height))
+        picture = pictures.with_alpha(pixels, alpha)
+        assert picture.size == (entry.width, entry.height) and picture.width * picture.height <= MAX_PIXELS
+        outcome = "picture" if alpha is None else "picture with alpha"
+        pictures.to_bytes(picture, Path("x.png"), found)
     except CompassError as e:
         assert str(e) and "\n" not in str(e)
         outcome = type(e).__name__
@@ -102,7 +122,7 @@ def run(codec: Codec, files: list[bytes], cases: int, seed: int) -> dict[str, in
     """Try ``cases`` broken files; how often each outcome came. A failing case is left in failed.cmps."""
     rng = np.random.default_rng(seed)
     for data in files:
-        assert attempt(codec, data) == "picture"
+        assert attempt(codec, data) in ("picture", "picture with alpha")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes: dict[str, int] = {}
     for case in range(cases):
@@ -125,7 +145,22 @@ def samples(codec: Codec) -> list[bytes]:
     from conftest import crop
 
     kinds = [((64, 64), [1, 2], 50), ((24, 17), [1, 1.5, 2.5], 40), ((16, 16), [1, 2], 90), ((9, 30), [1], 10)]
-    return [codec.encode(crop(*size), scales, quality).data for size, scales, quality in kinds]
+    files = [codec.encode(crop(*size), scales, quality).data for size, scales, quality in kinds]
+    return [*files, with_everything(codec, crop(32, 24))]
+
+
+def with_everything(codec: Codec, image: Image.Image) -> bytes:
+    """A file of two layers with an ICC profile, EXIF, XMP and alpha."""
+    from PIL import ImageCms
+
+    source = pictures.Source(image, Image.radial_gradient("L").resize(image.size))
+    layers, alphas = pictures.pyramid_alpha(source, [(image.width // 2, image.height // 2), image.size])
+    exif = Image.Exif()
+    exif[271] = "Cam"
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    coded = {k: pictures.alpha_to_bytes(alpha) for k, alpha in enumerate(alphas)}
+    sections = container.Sections(icc, exif.tobytes().removeprefix(b"Exif\0\0"), b"<x:xmpmeta/>", coded)
+    return container.attach(codec.encode_layers(layers, [1, 2], 60).data, sections)
 
 
 if __name__ == "__main__":

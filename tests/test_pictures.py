@@ -294,6 +294,20 @@ def test_what_a_jpeg_cannot_hold_is_left_out():
     assert (source.exif, source.xmp) == (None, None) and len(source.icc) > 100_000
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["png", "jpg", "webp", "avif", "tif"])
+def test_broken_metadata_never_keeps_a_picture_from_being_written(name):
+    rng = np.random.default_rng(11)
+    for _ in range(150 if name != "avif" else 25):
+        exif, icc = bytearray(exif_bytes(1)), bytearray(ICC)
+        for data in (exif, icc):
+            for i in rng.integers(0, len(data), 3):
+                data[i] = rng.choice([0, 1, 2, 255, rng.integers(256)])
+        extras = Sections(bytes(icc), bytes(exif[: rng.integers(1, 2 * len(exif))]), b"\xff<x/>")
+        source = pictures.read(io.BytesIO(pictures.to_bytes(crop(8, 6), Path(f"x.{name}"), extras)))
+        assert source.image.size == (8, 6) and source.xmp == extras.xmp
+
+
 def test_xmp_of_png_is_found_where_it_is():
     text = PngInfo()
     text.add_itxt("XML:com.adobe.xmp", XMP.decode(), zip=True)

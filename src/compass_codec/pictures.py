@@ -35,6 +35,7 @@ MARKER = 65533  # bytes that a JPEG marker holds
 GREYS = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"}
 WORDS = {"P": "palette", "PA": "palette", "1": "1-bit samples"} | dict.fromkeys(GREYS - {"1"}, "greyscale")
 IFDS = (0x8769, 0x8825)  # tags that point to the EXIF and GPS tags
+XMP_TAG = 700
 DESCRIPTIVE = (270, 271, 272, 305, 306, 315, 316, 33432, *IFDS)  # words, device, time, owner
 
 
@@ -323,36 +324,55 @@ def to_bytes(image: Image.Image, path: Path, extras: Extras | None = None) -> by
     name = check_format(path)
     if image.mode == "RGBA" and name not in WITH_ALPHA:
         image = flatten(image)
-    options = SAVING.get(name, {}) | (_metadata(extras, name) if extras and name in WITH_EXTRAS else {})
     buffer = io.BytesIO()
     try:
-        image.save(buffer, name, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of EXIF that is not quite right
+            options = SAVING.get(name, {}) | (_metadata(extras, name) if extras and name in WITH_EXTRAS else {})
+            image.save(buffer, name, **options)
     except (OSError, ValueError) as e:
         raise PictureError(f"cannot be written as {path.suffix} ({e})") from e
     return buffer.getvalue()
 
 
 def _metadata(extras: Extras, name: str) -> dict[str, Any]:
-    """Pillow's options to save ``extras`` in the format ``name``; what no marker of a JPEG can hold is left out."""
+    """Pillow's options to save ``extras`` in the format ``name``. What no marker of a JPEG can hold is left out, and so
+    is EXIF that Pillow cannot read where it has to."""
     options: dict[str, Any] = {}
     if extras.icc:
         options["icc_profile"] = extras.icc
-    if extras.exif and (name != "JPEG" or len(extras.exif) + 6 <= MARKER):
+    if name in ("AVIF", "TIFF"):
+        tags = _tags(extras.exif, name)
+        if name == "TIFF":
+            tags = Image.Exif() if tags is None else tags
+            if extras.xmp:
+                tags[XMP_TAG] = extras.xmp
+            return options | {"exif": tags}
+        if tags is not None:
+            options["exif"] = extras.exif
+    elif extras.exif and (name != "JPEG" or len(extras.exif) + 6 <= MARKER):
         options["exif"] = b"Exif\0\0" + extras.exif
-    if name == "TIFF":
-        tags = Image.Exif()
-        tags.load(options.get("exif", b""))
-        for tag in set(tags) - set(DESCRIPTIVE):
-            del tags[tag]
-        if extras.xmp:
-            tags[700] = extras.xmp
-        options["exif"] = tags
-    elif extras.xmp and name == "PNG":
+    if extras.xmp and name == "PNG":
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_itxt("XML:com.adobe.xmp", extras.xmp)
     elif extras.xmp and (name != "JPEG" or len(extras.xmp) + 29 <= MARKER):
         options["xmp"] = extras.xmp
     return options
+
+
+def _tags(exif: bytes | None, name: str) -> Image.Exif | None:
+    """Those of EXIF's tags that describe the picture; None if a file in the format ``name`` cannot be made with it."""
+    if not exif:
+        return None
+    tags = Image.Exif()
+    try:
+        tags.load(exif)
+        for tag in set(tags) - set(DESCRIPTIVE):
+            del tags[tag]
+        Image.new("L", (1, 1)).save(io.BytesIO(), name, exif=tags if name == "TIFF" else exif)
+    except Exception:  # Pillow has no error of its own for bad EXIF
+        return None
+    return tags
 
 
 def write_file(path: Path, data: bytes) -> None:
