@@ -1,10 +1,16 @@
 """Sections of the file: alpha, ICC, EXIF and XMP, around layers that stay as they are."""
 
 import dataclasses
+import json
+import re
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import pytest
+from conftest import compass
 from test_container import MODEL, PAYLOADS, SIZES, example
 
 from compass_codec import container
@@ -221,3 +227,150 @@ def test_extract_from_broken_files():
         assert container.extract(bytes(broken), 0) == container.extract(data, 0)
         with pytest.raises(DamagedError, match=words):
             container.extract(bytes(broken), 1)
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def test_the_example_with_sections_in_the_format_document():
+    text = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
+    block = re.findall(r"```text\n(.*?)```", text, re.DOTALL)[-2]
+    data = bytes.fromhex("".join(line.split("  ")[0] for line in block.splitlines()))
+    header = container.read_header(data)
+    assert set(container.states(header, data)) == {"ok"} and header.end == len(data)
+    found = container.sections(header, data)
+    assert found.xmp == b"<x/>" and list(found.alpha) == [0]
+    assert container.attach(data, Sections()) == (GOLDEN / "dot.cmps").read_bytes()
+
+
+def test_golden_files_stay_as_they_are():
+    for path in GOLDEN.glob("*.cmps"):
+        data = path.read_bytes()
+        assert container.attach(data, Sections()) == data
+        assert container.extract(data, len(container.read_header(data).layers) - 1) == data
+
+
+@pytest.fixture
+def full(tmp_path) -> Path:
+    path = tmp_path / "full.cmps"
+    path.write_bytes(container.attach((GOLDEN / "portrait.cmps").read_bytes(), FULL))
+    return path
+
+
+def test_info_shows_sections(full):
+    data = full.read_bytes()
+    facts = json.loads(compass("info", full, "--json").out)
+    assert [(s["kind"], s["layer"]) for s in facts["sections"]] == [
+        ("icc", None), ("alpha", 0), ("alpha", 1), ("alpha", 2), ("exif", None), ("xmp", None)
+    ]  # fmt: skip
+    for s, content in zip(facts["sections"], [FULL.icc, *FULL.alpha.values(), FULL.exif, FULL.xmp], strict=True):
+        assert data[s["start"] : s["end"]] == content and s["length"] == len(content) and s["state"] == "ok"
+    for k, layer in enumerate(facts["layers"]):
+        assert layer["range"] == f"bytes=0-{layer['end'] - 1}"
+        assert layer["end"] == facts["sections"][k + 1]["end"]
+    text = compass("info", full).out
+    for words in ("ICC profile", "alpha of layer 2", "EXIF", "XMP", facts["layers"][1]["range"]):
+        assert words in text
+    full.write_bytes(data[: facts["sections"][-1]["start"]])
+    assert compass("info", full).out.count("cut off") == 1
+    full.write_bytes(data[:-1] + b"?")
+    assert compass("info", full).out.count("damaged") == 1
+    assert json.loads(compass("info", GOLDEN / "dot.cmps", "--json").out)["sections"] == []
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_extract_command(full, layer, tmp_path):
+    result = compass("extract", full, "--layer", layer)
+    small = tmp_path / f"full.layer{layer}.cmps"
+    assert result.code == 0 and str(small) in result.out
+    assert small.read_bytes() == container.extract(full.read_bytes(), layer)
+    assert json.loads(compass("info", small, "--json").out)["layers"][-1]["layer"] == layer
+    before = small.read_bytes()
+    result = compass("extract", full, "--layer", layer, "--strip")
+    assert result.code == 1 and "exists" in result.err and small.read_bytes() == before
+    assert compass("extract", full, "--layer", layer, "--strip", "--force", "--quiet").out == ""
+    assert {s.kind for s in container.read_header(small.read_bytes()).sections} == {ALPHA}
+
+
+def test_extract_between_pipes_loads_neither_torch_nor_numpy(full):
+    code = (
+        "import sys; from compass_codec.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'compressai', 'numpy', 'constriction'} & set(sys.modules)), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, "extract", "-", "--layer", "1"]
+    done = subprocess.run(command, input=full.read_bytes(), capture_output=True)
+    assert done.stdout == container.extract(full.read_bytes(), 1) and done.stderr.split() == [b"[]"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes as Linux does")
+def test_extract_reads_only_what_it_needs(tmp_path):
+    """The top layer has 200 MB, which are not read; the EXIF behind it is."""
+    big = 200_000_000
+    sizes, rest = [(20, 15), (40, 30)], {"scales": [1, 2], "qualities": [50, 50]}
+    like = container.write(MODEL, sizes, payloads=[b"base", bytes(big)], sections=Sections(exif=b"II*\0"), **rest)
+    header = container.read_header(like)
+    path = tmp_path / "big.cmps"
+    with path.open("wb") as file:
+        file.write(like[: header.layers[0].end])
+        file.seek(header.layers[1].end)
+        file.write(b"II*\0")
+    del like
+
+    def read() -> int:
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    before = read()
+    assert compass("extract", path, "--layer", 0).code == 0
+    assert read() - before < 2_000_000  # modules that are imported count too
+    small = (tmp_path / "big.layer0.cmps").read_bytes()
+    assert container.sections(container.read_header(small), small) == Sections(exif=b"II*\0")
+
+
+def test_bad_extracts_are_one_line_and_leave_nothing(full, tmp_path):
+    data = full.read_bytes()
+    header = container.read_header(data)
+    (tmp_path / "cut.cmps").write_bytes(data[: header.layers[0].end + 3])
+    (tmp_path / "text.cmps").write_bytes(b"this is no layered file")
+    damaged = bytearray(data)
+    damaged[header.sections[1].start] ^= 1
+    (tmp_path / "damaged.cmps").write_bytes(damaged)
+    before = sorted(tmp_path.iterdir())
+    for args, code in (
+        (["full.cmps", "--layer", 3], 1),
+        (["full.cmps", "--layer", -1], 2),
+        (["full.cmps"], 2),
+        (["full.cmps", "--layer", 1, "-o", "full.cmps", "--force"], 1),
+        (["full.cmps", "--layer", 1, "-o", "no/such.cmps"], 1),
+        (["missing.cmps", "--layer", 0], 1),
+        (["cut.cmps", "--layer", 1], 1),
+        (["text.cmps", "--layer", 0], 1),
+        (["damaged.cmps", "--layer", 0], 1),
+        ([".", "--layer", 0], 1),
+    ):
+        args = [tmp_path / a if isinstance(a, str) and not a.startswith("-") else a for a in args]
+        result = compass("extract", *args)
+        assert (result.code, result.out, len(result.err.splitlines())) == (code, "", 1), (args, result)
+        assert sorted(tmp_path.iterdir()) == before and full.read_bytes() == data
+    assert compass("extract", tmp_path / "cut.cmps", "--layer", 0).code == 0
+    assert compass("extract", "/", "--layer", 0).code == 1
+
+
+def test_the_fuzzers_checks_hold_for_files_with_sections(monkeypatch):
+    class Stub:
+        @staticmethod
+        def instrument_imports():
+            import contextlib
+
+            return contextlib.nullcontext()
+
+    monkeypatch.setitem(sys.modules, "atheris", Stub)
+    import fuzz_container
+
+    data = container.attach(example(), FULL)
+    for size in range(len(data) + 1):
+        fuzz_container.one_input(data[:size])
+    head = data[6 : container.read_header(data).length - 4]
+    for i in range(len(head)):
+        for value in (0, 1, 4, 5, 127, 128, 255, head[i] ^ 1):
+            fuzz_container.one_input(head[:i] + bytes([value]) + head[i + 1 :])

@@ -17,6 +17,7 @@ COMMANDS = {
     "encode": "compass_codec.commands.encode",
     "decode": "compass_codec.commands.decode",
     "info": "compass_codec.commands.info",
+    "extract": "compass_codec.commands.extract",
     "train": "compass_codec.training.command",
 }
 

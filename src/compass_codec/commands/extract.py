@@ -1,0 +1,56 @@
+"""``compass extract``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from compass_codec import container, jobs
+from compass_codec.commands.common import blame, force_option, quiet_option, strip_option
+from compass_codec.jobs import STDIO
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
+@click.option("-l", "--layer", type=click.IntRange(0), required=True, help="The largest layer to keep.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, allow_dash=True), help="Default: FILE with .layerK.cmps."
+)
+@strip_option
+@force_option
+@quiet_option
+def extract(file: Path, layer: int, output: Path | None, strip: bool, force: bool, quiet: bool) -> None:
+    """Make a smaller file of FILE's layers up to --layer, as they are: nothing is decoded.
+
+    \b
+    compass extract photo.cmps --layer 1            to photo.layer1.cmps
+    compass extract - --layer 0 < photo.cmps > thumb.cmps
+    """
+    if output is None:
+        output = STDIO if file == STDIO else file.parent / f"{file.stem}.layer{layer}.cmps"
+    with blame(file):
+        jobs.check_target(output, file, jobs.Options(force=force))
+        data, tail = read_parts(file, layer, strip)
+        small = container.extract(data, layer, tail, strip)
+        jobs.put(output, small)
+    if not quiet and output != STDIO:
+        entry = container.read_header(small, container.MAX_SIDE**2).layers[layer]
+        layers = f"layers 0 to {layer}" if layer else "layer 0"
+        click.echo(f"{output}: {layers}, {entry.width} x {entry.height}, {len(small)} bytes")
+
+
+def read_parts(path: Path, layer: int, strip: bool) -> tuple[bytes, bytes]:
+    """The first part of a file, up to the end of ``layer``, and the metadata behind its last layer unless ``strip``."""
+    if path == STDIO:
+        return sys.stdin.buffer.read(), b""
+    with path.open("rb") as file:
+        header = container.read_header(file.read(jobs.HEADER_READ), container.MAX_SIDE**2)
+        last = container.pick(header, os.fstat(file.fileno()).st_size, layer)
+        file.seek(0)
+        data = file.read(header.layers[last].end)
+        end = header.layers[-1].end
+        file.seek(end)
+        return data, b"" if strip else file.read(header.end - end)
