@@ -1,11 +1,10 @@
-"""BD-rate: how many per cent more or fewer bits one codec needs than another at equal quality."""
+"""BD-rate and BD-PSNR (Bjontegaard 2001): how far two rate-distortion curves are apart, on average."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 FEWEST = 4  # points a curve must have
 
@@ -22,8 +21,9 @@ class BDRate:
         return f"{self.percent:+.2f} % over {self.low:.2f} to {self.high:.2f} dB"
 
 
-def _log_rate(rate: Sequence[float], psnr: Sequence[float]):
-    from scipy.interpolate import PchipInterpolator
+def _curve(rate: Sequence[float], psnr: Sequence[float]):
+    """PSNR and log rate of the points, by rising PSNR."""
+    import numpy as np
 
     if len(rate) != len(psnr) or len(rate) < FEWEST:
         raise ValueError(f"a rate-distortion curve needs at least {FEWEST} points, each with a rate and a PSNR")
@@ -31,21 +31,38 @@ def _log_rate(rate: Sequence[float], psnr: Sequence[float]):
     x, y = np.asarray(psnr, float)[order], np.log(np.asarray(rate, float)[order])
     if (np.diff(x) <= 0).any() or not np.isfinite(y).all():
         raise ValueError("a rate-distortion curve needs positive rates and PSNRs that differ")
-    return PchipInterpolator(x, y), x[0], x[-1]
+    return x, y
+
+
+def _difference(first, second, what: str) -> tuple[float, float, float]:
+    """Mean of ``second`` minus ``first``, each (x, y) with rising x, over the x that both cover; and that range."""
+    from scipy.interpolate import PchipInterpolator
+
+    low, high = max(first[0][0], second[0][0]), min(first[0][-1], second[0][-1])
+    if low >= high:
+        raise ValueError(f"the two rate-distortion curves have no {what} in common")
+    area = PchipInterpolator(*second).integrate(low, high) - PchipInterpolator(*first).integrate(low, high)
+    return float(area) / float(high - low), float(low), float(high)
 
 
 def bd_rate(
     anchor_rate: Sequence[float], anchor_psnr: Sequence[float], rate: Sequence[float], psnr: Sequence[float]
 ) -> BDRate:
-    """Mean difference of log rate over the PSNR range that both curves cover (Bjontegaard 2001), with PCHIP.
+    """Mean difference of log rate over the PSNR range that both curves cover, with PCHIP.
 
-    Rates in any unit, PSNR in dB, points in any order. Raises ValueError for fewer than four points, or when the
-    curves have no PSNR in common.
+    Rates in any unit, PSNR (or any other quality) in dB, points in any order. Raises ValueError for fewer than four
+    points, or when the curves have no PSNR in common.
     """
-    first, first_low, first_high = _log_rate(anchor_rate, anchor_psnr)
-    second, second_low, second_high = _log_rate(rate, psnr)
-    low, high = max(first_low, second_low), min(first_high, second_high)
-    if low >= high:
-        raise ValueError("the two rate-distortion curves have no PSNR in common")
-    mean = (second.integrate(low, high) - first.integrate(low, high)) / (high - low)
-    return BDRate(100 * float(np.expm1(mean)), float(low), float(high))
+    mean, low, high = _difference(_curve(anchor_rate, anchor_psnr), _curve(rate, psnr), "PSNR")
+    return BDRate(100 * math.expm1(mean), low, high)
+
+
+def bd_psnr(
+    anchor_rate: Sequence[float], anchor_psnr: Sequence[float], rate: Sequence[float], psnr: Sequence[float]
+) -> float:
+    """Mean difference of PSNR in dB over the log rates that both curves cover, with PCHIP: above zero when the tested
+    codec is better. Raises ValueError as bd_rate does, and when more bits do not give a higher PSNR."""
+    first, second = _curve(anchor_rate, anchor_psnr), _curve(rate, psnr)
+    if any((log_rate[1:] <= log_rate[:-1]).any() for _, log_rate in (first, second)):
+        raise ValueError("more bits do not give a higher PSNR")
+    return _difference(first[::-1], second[::-1], "rate")[0]

@@ -1,6 +1,6 @@
 """Rate and distortion of the weights on a folder of pictures: layered files against one file for each size.
 
-The protocol is the ratchet's. Bits are bytes of real files; bpp and PSNR are means over the pictures.
+Bits are bytes of real files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import click
 import numpy as np
 
 from compass_codec.measure.bd_rate import FEWEST, BDRate
-from compass_codec.measure.ratchet import PUBLISHED, Curve, Numbers, layers_of, pictures_in, published, rows
+from compass_codec.measure.protocol import PUBLISHED, Curve, Numbers, layers_of, pictures_in, published, rows
 from compass_codec.pictures import psnr
 
 PEERS = (PUBLISHED, "jpeg", "webp", "jpeg2000")

@@ -1,17 +1,10 @@
-"""The ratchet: real encodes with old weights and new; new ones pass only when they need fewer bits everywhere.
-
-Protocol: a layer of scale s is the original reduced (Pillow's BICUBIC) to int(width * 0.25 * s) by
-int(height * 0.25 * s). Bits are those of the whole file, PSNR that of the top layer in 8-bit RGB; both are taken
-for each picture and then averaged.
-"""
+"""The ratchet: real encodes with old weights and new; new ones pass only when they need fewer bits everywhere."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,44 +13,28 @@ import numpy as np
 from PIL import Image
 
 from compass_codec.errors import CompassError
-from compass_codec.measure.bd_rate import FEWEST, BDRate, bd_rate
+from compass_codec.measure.bd_rate import FEWEST
+from compass_codec.measure.protocol import (
+    FULL,
+    PUBLISHED,
+    Curve,
+    Numbers,
+    Scales,
+    layers_of,
+    pictures_in,
+    published,
+    rows,
+    sizes_of,
+    title,
+)
 from compass_codec.pictures import psnr
 
 if TYPE_CHECKING:
     from compass_codec.codec import Codec
 
-Scales = tuple[float, ...]
-SINGLE: Scales = (4.0,)  # one layer at full size
+SINGLE: Scales = (FULL,)  # one layer at full size
 DECIDING: tuple[Scales, ...] = (SINGLE, (1.0, 2.0, 4.0), (1.0, 2.0, 3.2))
 QUALITIES = (1.0, 34.0, 67.0, 100.0)
-PUBLISHED = "compressai-mbt2018-mean_mse_cuda"
-
-
-def title(scales: Scales) -> str:
-    return "single layer" if scales == SINGLE else ", ".join(f"{s:g}x" for s in scales)
-
-
-def sizes_of(size: tuple[int, int], scales: Scales) -> list[tuple[int, int]]:
-    """(width, height) of the layers of a picture of ``size``."""
-    return [(max(1, int(size[0] * 0.25 * s)), max(1, int(size[1] * 0.25 * s))) for s in scales]
-
-
-def layers_of(picture: Image.Image, scales: Scales) -> list[np.ndarray]:
-    """The layers of one picture, uint8 [height, width, 3], smallest first."""
-    sizes = sizes_of(picture.size, scales)
-    rgb = picture.convert("RGB")
-    return [np.array(rgb if size == rgb.size else rgb.resize(size, Image.Resampling.BICUBIC)) for size in sizes]
-
-
-@dataclass
-class Curve:
-    """Mean bits per pixel of the top layer and mean PSNR in dB, a point for each quality."""
-
-    bpp: list[float] = field(default_factory=list)
-    psnr: list[float] = field(default_factory=list)
-
-    def against(self, anchor: Curve) -> BDRate:
-        return bd_rate(anchor.bpp, anchor.psnr, self.bpp, self.psnr)
 
 
 class Measurement:
@@ -118,52 +95,10 @@ class Measurement:
         return self._mean([together(image, q) for image in self.images] for q in self.qualities)
 
 
-def rows(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def pictures_in(folder: Path, quick: int) -> list[Path]:
-    """The PNG files of ``folder``, or ``quick`` of them spread evenly. Raises ValueError when there are none."""
-    images = sorted(folder.glob("*.png"))
-    if not images:
-        raise ValueError(f"{folder}: no PNG pictures")
-    if 0 < quick < len(images):
-        images = [images[i * len(images) // quick] for i in range(quick)]
-    return images
-
-
-def published(file: Path, key: str) -> Curve:
-    """A curve {"curves": {key: {"bpp": [...], "psnr_rgb": [...]}}} from a JSON file."""
-    try:
-        entry = json.loads(file.read_text())["curves"][key]
-        return Curve(entry["bpp"], entry["psnr_rgb"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: has no rate-distortion curve named {key}") from error
-
-
 class Incomparable(click.ClickException):
     """The comparison could not be made, which is neither yes nor no."""
 
     exit_code = 2
-
-
-class Numbers(click.ParamType):
-    """Rising numbers separated by commas."""
-
-    name = "X,Y,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r}: not numbers separated by commas", param, ctx)
-        if list(numbers) != sorted(set(numbers)) or not 0 < numbers[0] <= numbers[-1] < math.inf:
-            self.fail(f"{value!r}: not rising positive numbers", param, ctx)
-        return numbers
 
 
 @click.command()

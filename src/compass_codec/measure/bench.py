@@ -1,0 +1,261 @@
+"""``compass bench``: the codec measured as the paper measures it, next to what people would pick instead."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compass_codec.measure.bd_rate import FEWEST
+from compass_codec.measure.peers import J2K, PEERS, Gap
+from compass_codec.measure.protocol import BICUBIC, FULL, LEVELS, OURS, PADDED, Numbers, Scales, pictures_in
+
+if TYPE_CHECKING:
+    from compass_codec.measure.report import Report
+    from compass_codec.measure.runner import Job, Runner
+    from compass_codec.measure.tables import Column, Published, Results
+
+TABLES = ("two", "three", "single", "ablation")
+MIDDLE = 2.0  # the scale of the first enhancement layer of three
+QUICK = 5
+WHERE = "the Kodak pictures, kodim01.png to kodim24.png, are at https://r0k.us/graphics/kodak/"
+
+
+class Names(click.ParamType):
+    """Some of a few names, separated by commas."""
+
+    def __init__(self, known: Sequence[str]) -> None:
+        self.known, self.name = known, "X,Y,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        names = value if isinstance(value, tuple) else tuple(dict.fromkeys(filter(None, str(value).split(","))))
+        for name in names:
+            if name not in self.known:
+                self.fail(f"{name!r}; there are {', '.join(self.known)}", param, ctx)
+        return names
+
+
+@click.command()
+@click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of PNG pictures, such as Kodak.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the results.")
+@click.option("--tables", type=Names(TABLES), default=TABLES, help="Default: two,three,single,ablation.")
+@click.option(
+    "--two",
+    type=Numbers(),
+    default=(1.2, 2.0, 2.8),
+    show_default="1.2,2,2.8",
+    help="Columns of the table of two layers: the scale of the last. The paper has 1.2,1.6,2,2.4,2.8.",
+)
+@click.option(
+    "--three",
+    type=Numbers(),
+    default=(2.4, 3.2, 4.0),
+    show_default="2.4,3.2,4",
+    help="The same for three layers, 1x, 2x and this. The paper has 2.4,2.8,3.2,3.6,4.",
+)
+@click.option("--ablation", type=float, default=3.2, show_default=True, help="Scale of the last of its three layers.")
+@click.option("--qualities", type=Numbers(), default=(1.0, 30.0, 60.0, 100.0), show_default="1,30,60,100")
+@click.option("--peers", type=Names(list(PEERS)), default=tuple(PEERS), help=f"Default: {','.join(PEERS)}.")
+@click.option(
+    "--curves",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="JSON of published rate-distortion curves; may be given several times.",
+)
+@click.option("--quick", is_flag=True, help=f"Only {QUICK} of the pictures.")
+@click.option("-j", "--jobs", type=click.IntRange(1), help="Processes; default: one for each core.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--weights", type=click.Path(path_type=Path), help="Folder of weights; default: the installed ones.")
+def bench(
+    images: Path,
+    out: Path,
+    tables: tuple[str, ...],
+    two: Scales,
+    three: Scales,
+    ablation: float,
+    qualities: tuple[float, ...],
+    peers: tuple[str, ...],
+    curves: tuple[Path, ...],
+    quick: bool,
+    jobs: int | None,
+    device: str,
+    weights: Path | None,
+) -> None:
+    """Measure COMPASS and other codecs on pictures; write tables, plots and a page to look at.
+
+    \b
+    compass bench --images kodak --out out/bench --quick
+    compass bench --images kodak --out out/bench --tables three --three 2.4,2.8,3.2,3.6,4
+
+    What was measured is kept in the folder, so that a run that was stopped goes on where it was.
+    """
+    from compass_codec.measure.runner import Runner, Settings, Source, cores
+    from compass_codec.measure.tables import Published, Results
+
+    if len(qualities) < FEWEST:
+        raise click.UsageError(f"a rate-distortion curve needs at least {FEWEST} qualities")
+    if not 1 <= qualities[0] <= qualities[-1] <= 100:
+        raise click.UsageError("qualities go from 1 to 100")
+    if two[0] < 1 or min(three[0], ablation) < MIDDLE:
+        raise click.UsageError(f"layers must not get smaller: --two from 1, --three and --ablation from {MIDDLE:g}")
+    published = Published()
+    try:
+        for file in curves:
+            published.read(file)
+        pictures = pictures_in(images, QUICK if quick else 0)
+        sources = [Source.of(path) for path in pictures]
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as e:
+        missing = "" if images.is_dir() else f"; {WHERE}"
+        raise click.ClickException(f"{' '.join(str(e).split())}{missing}") from e
+    jobs = jobs or cores()
+    # each process gets its share of the cores; LIFF does not gain from more processes than cores
+    settings = Settings(out / "measured.jsonl", weights, device, max(1, cores() // jobs))
+    runner = Runner(settings, jobs)
+    results = Results(sources, qualities, runner.records)
+    wanted: dict[str, list[Scales]] = {
+        "two": [(1.0, s) for s in two] if "two" in tables else [],
+        "three": [(1.0, MIDDLE, s) for s in three] if "three" in tables else [],
+    }
+    layered = wanted["two"] + wanted["three"]
+    work = [job for scales in layered for method in _layered_methods(peers) for job in results.jobs(method, scales)]
+    singles = {s for scales in layered for s in scales} | ({FULL} if "single" in tables else set())
+    work += [job for s in sorted(singles) for method in (OURS, *peers) for job in results.jobs(method, (s,))]
+    if "ablation" in tables:
+        work += [job for m in (OURS, BICUBIC, PADDED) for job in results.jobs(m, (1.0, MIDDLE, ablation))]
+    _run(runner, work, "measuring")
+    report = _analyse(results, wanted, tables, (1.0, MIDDLE, ablation), peers, published)
+    report.facts |= _facts(runner, results, peers, curves)
+    shown = layered[-1] if layered else (FULL,)
+    _write_page(runner, results, shown, peers, out)
+    _measure_cost(report, results, settings, out)
+    _write(report, out)
+
+
+def _layered_methods(peers: Sequence[str]) -> list[str]:
+    return [OURS, *([LEVELS] if J2K in peers else [])]
+
+
+def _run(runner: Runner, work: Sequence[Job], label: str) -> None:
+    """Run jobs under a progress bar that is as long as they are expected to take."""
+    work = list(dict.fromkeys(work))
+    total = sum(job.seconds() for job in work)
+    with click.progressbar(length=1000, label=label, file=sys.stderr) as bar:
+        done = 0.0
+
+        def progress(seconds: float) -> None:
+            nonlocal done
+            done += seconds
+            bar.update(round(1000 * done / total) - bar.pos)
+
+        bar.update(0)
+        runner.run(work, progress)
+
+
+def _analyse(
+    results: Results,
+    wanted: dict[str, list[Scales]],
+    tables: Sequence[str],
+    ablated: Scales,
+    peers: Sequence[str],
+    published: Published,
+) -> Report:
+    from compass_codec.measure.report import Report
+    from compass_codec.measure.tables import ablation_column, layered_column, single_column
+
+    report = Report({})
+    columns: dict[str, list[Column]] = {
+        name: [layered_column(results, scales, peers, published) for scales in found] for name, found in wanted.items()
+    }
+    report.two, report.three = columns["two"], columns["three"]
+    if "single" in tables:
+        report.single = single_column(results, peers, published)
+    if "ablation" in tables:
+        report.ablation = ablation_column(results, ablated)
+    return report
+
+
+def _facts(runner: Runner, results: Results, peers: Sequence[str], curves: Sequence[Path]) -> dict[str, Any]:
+    from compass_codec import __version__
+    from compass_codec.measure.runner import cores
+    from compass_codec.weights import identity
+
+    return {
+        "version": __version__,
+        "weights": identity(runner.settings.weights),
+        "pictures": [source.path.name for source in results.sources],
+        "qualities": list(results.qualities),
+        "peers": {peer: PEERS[peer].identity() for peer in peers if peer not in runner.gaps},
+        "published": [file.name for file in curves],
+        "cores": cores(),
+        "processor": _processor(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _write_page(runner: Runner, results: Results, scales: Scales, peers: Sequence[str], out: Path) -> None:
+    from compass_codec.measure.page import html, our_jobs, peer_jobs
+    from compass_codec.pictures import write_file
+
+    ours = our_jobs(results, scales)
+    _run(runner, ours, "the page, ours")
+    _run(runner, peer_jobs(ours, results, peers), "the page, others")
+    write_file(out / "compare.html", html(results, scales, peers).encode())
+
+
+def _measure_cost(report: Report, results: Results, settings: Any, out: Path) -> None:
+    """Of the column with the most layers, at its largest scale, on the first picture."""
+    from compass_codec.measure.cost import cost
+    from compass_codec.measure.report import cost_settings
+    from compass_codec.measure.tables import LEVELS_TITLE, TESTED
+
+    columns = report.columns()
+    if not columns:
+        return
+    column = max(columns, key=lambda c: (len(c.scales), c.scales[-1]))
+    prefix = "simulcast " if len(column.scales) > 1 else ""
+    methods = {TESTED: OURS, LEVELS_TITLE: LEVELS}
+    methods |= {prefix + peer.title: name for name, peer in PEERS.items()}
+    picture = results.sources[0].path
+    report.cost_scales, report.facts["cost_picture"] = column.scales, picture.name
+    chosen = cost_settings(column, methods)
+    with click.progressbar(chosen.items(), label="time and memory", file=sys.stderr) as bar:
+        for name, setting in bar:
+            try:
+                found = cost(methods[name], picture, column.scales, setting, settings.weights, settings.device)
+                report.costs[name] = setting, found
+            except Gap as e:
+                report.cost_gaps[name] = str(e)
+
+
+def _write(report: Report, out: Path) -> None:
+    from compass_codec.measure.plots import bits_of_layers, rate_distortion
+    from compass_codec.pictures import write_file
+
+    write_file(out / "results.json", (json.dumps(report.data(), indent=1) + "\n").encode())
+    columns = report.columns()
+    written = ["results.json", "results.md", "compare.html"]
+    if columns:
+        rate_distortion(columns, out / "rd.png")
+        written.append("rd.png")
+    layered = [column for column in [*report.two, *report.three] if column.rows]
+    if layered:
+        bits_of_layers(layered[-1], out / "bits.png")
+        written.append("bits.png")
+    write_file(out / "results.md", report.markdown().encode())
+    click.echo(report.markdown())
+    click.echo(f"{out}{os.sep}: {', '.join(written)}", err=True)

@@ -1,0 +1,127 @@
+"""Time and peak memory of encoding and decoding, each in a process of its own, one after the other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compass_codec.measure.peers import J2K, PEERS, Gap
+from compass_codec.measure.protocol import LEVELS, OURS, Scales, layers_of
+
+ENOUGH = 2.0  # seconds: what is quicker is repeated, and the best of the runs counts
+MOST = 5  # runs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds and MB of peak resident memory (with Python and its libraries in it) of one picture."""
+
+    encode_seconds: float
+    encode_mb: float
+    decode_seconds: float
+    decode_mb: float
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike ru_maxrss, it forgets what the parent had before this program started
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def cost(method: str, picture: Path, scales: Scales, setting: float, weights: Path | None, device: str) -> Cost:
+    """Encode all layers of ``picture`` to one file, or a file each, and decode them. Raises Gap when that fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = {
+            "method": method,
+            "picture": str(picture),
+            "scales": scales,
+            "setting": setting,
+            "weights": weights and str(weights),
+            "device": device,
+            "folder": folder,
+        }
+        found = []
+        for step in ("encode", "decode"):
+            command = [sys.executable, "-m", "compass_codec.measure.cost", json.dumps(task | {"step": step})]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise Gap(f"{step}: {(done.stderr.strip().splitlines() or ['its process was killed'])[-1]}")
+            found += json.loads(done.stdout)
+    return Cost(*found)
+
+
+def _files(task: dict[str, Any], layers: list) -> list[bytes]:
+    method, scales, setting = task["method"], task["scales"], task["setting"]
+    if method == OURS:
+        return [_codec(task).encode_layers(layers, [s / scales[0] for s in scales], setting).data]
+    if method == LEVELS:
+        return [PEERS[J2K].encode(layers[-1], setting)]
+    return [PEERS[method].encode(layer, setting) for layer in layers]
+
+
+def _pictures(task: dict[str, Any], files: list[bytes]) -> None:
+    method = task["method"]
+    if method == OURS:
+        from compass_codec import container
+
+        (data,) = files
+        header = container.read_header(data)
+        for _ in _codec(task).decode_layers(data, header, len(header.layers) - 1):
+            pass
+        return
+    for data in files:
+        PEERS[J2K if method == LEVELS else method].decode(data)
+
+
+def _codec(task: dict[str, Any]):
+    from compass_codec.codec import shared
+
+    return shared(task["device"], Path(task["weights"]) if task["weights"] else None)
+
+
+def main() -> None:
+    """In the child: do one step, print [seconds, MB]."""
+    from PIL import Image
+
+    task = json.loads(sys.argv[1])
+    folder, decode = Path(task["folder"]), task["step"] == "decode"
+    if decode:
+        files = [file.read_bytes() for file in sorted(folder.iterdir())]
+    else:
+        with Image.open(task["picture"]) as image:
+            layers = layers_of(image, tuple(task["scales"]))
+    if task["method"] == OURS:
+        _codec(task)  # loading the weights is not what is timed
+    else:
+        PEERS[J2K if task["method"] == LEVELS else task["method"]].load()
+    best, total = float("inf"), 0.0
+    for _ in range(MOST):
+        started = time.perf_counter()
+        if decode:
+            _pictures(task, files)
+        else:
+            files = _files(task, layers)
+        seconds = time.perf_counter() - started
+        best, total = min(best, seconds), total + seconds
+        if total > ENOUGH:
+            break
+    peak = peak_mb()
+    if not decode:
+        for k, data in enumerate(files):
+            (folder / f"{k:02d}").write_bytes(data)
+    print(json.dumps([best, peak]))
+
+
+if __name__ == "__main__":
+    main()

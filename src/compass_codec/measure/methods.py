@@ -1,0 +1,109 @@
+"""Every way of coding the layers of a picture that is measured, behind one function."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compass_codec import container
+from compass_codec.codec import Codec, to_tensor
+from compass_codec.measure.peers import PEERS, resolutions
+from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales
+
+Coded = list[tuple[int, np.ndarray]]
+
+
+class Measured(Codec):
+    """A codec that tells what the tables need."""
+
+    def code(self, layers: Sequence[np.ndarray], scales: Scales, quality: float) -> Coded:
+        """For each layer, the bytes of the file that it needs and what it decodes to."""
+        encoded = self.encode_layers(layers, [s / scales[0] for s in scales], quality)
+        ends = [entry.end for entry in container.read_header(encoded.data).layers]
+        return list(zip(ends, encoded.layers, strict=True))
+
+
+class Remembering(Measured):
+    """The codec as it is, but it keeps a few predictions: layers that several columns of a table share cost once."""
+
+    KEPT = 4
+
+    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
+        if below is None:
+            return super().predict(below, size)
+        known: OrderedDict[tuple, list[Tensor]] = self.__dict__.setdefault("known", OrderedDict())
+        key = (hashlib.sha256(below.tobytes()).digest(), below.shape, size)
+        if key not in known:
+            known[key] = list(super().predict(below, size))
+        known.move_to_end(key)
+        while len(known) > self.KEPT:
+            known.popitem(last=False)
+        return (strip.clone() for strip in known[key])
+
+
+class Bicubic(Measured):
+    """The paper's table 4: bicubic interpolation instead of LIFF."""
+
+    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
+        if below is None:
+            return super().predict(below, size)
+        x = to_tensor(below, self.device).float() / 255
+        return iter([F.interpolate(x, size, mode="bicubic", align_corners=False)])
+
+
+class Padded(Measured):
+    """The paper's table 4: every layer padded to multiples of 64 (its edges repeated) instead of layer-wise padding.
+
+    LIFF still predicts between the true sizes, so that only the two image codecs see the padding.
+    """
+
+    true: Iterator[tuple[tuple[int, int], tuple[int, int]]]
+
+    def code(self, layers: Sequence[np.ndarray], scales: Scales, quality: float) -> Coded:
+        sizes = [(p.shape[0], p.shape[1]) for p in layers]
+        self.true = pairwise(sizes)
+        edges = [((0, -h % 64), (0, -w % 64), (0, 0)) for h, w in sizes]
+        coded = super().code([np.pad(p, e, "edge") for p, e in zip(layers, edges, strict=True)], scales, quality)
+        return [(end, p[:h, :w]) for (end, p), (h, w) in zip(coded, sizes, strict=True)]
+
+    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
+        if below is None:
+            return super().predict(below, size)
+        (low, left), (height, width) = next(self.true)
+        prediction = torch.cat(list(super().predict(below[:low, :left], (height, width))), 2)
+        return iter([F.pad(prediction, (0, size[1] - width, 0, size[0] - height), mode="replicate")])
+
+
+KINDS: dict[str, type[Measured]] = {OURS: Remembering, BICUBIC: Bicubic, PADDED: Padded}
+
+
+@cache
+def codec(method: str, weights: Path | None, device: str) -> Measured:
+    """The codec or one of its ablations, loaded once in a process."""
+    return KINDS[method].load(device, weights)  # type: ignore[return-value]
+
+
+def code(
+    method: str, layers: Sequence[np.ndarray], scales: Scales, setting: float, weights: Path | None, device: str
+) -> Coded:
+    """Code ``layers`` (uint8 [height, width, 3], smallest first): for each, the bytes that it and all below it need,
+    and what it decodes to. Formats that hold one size take a file for each. Raises Gap for what cannot be done."""
+    if method in KINDS:
+        return codec(method, weights, device).code(layers, scales, setting)
+    if method == LEVELS:
+        return resolutions(layers, setting)
+    coded, total = [], 0
+    for layer in layers:
+        data = PEERS[method].encode(layer, setting)
+        total += len(data)
+        coded.append((total, PEERS[method].decode(data)))
+    return coded

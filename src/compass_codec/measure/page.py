@@ -1,0 +1,138 @@
+"""One HTML page that holds everything: crops of the original, ours and the peers at the same accumulated bits."""
+
+from __future__ import annotations
+
+import base64
+import bisect
+import io
+import json
+from collections.abc import Sequence
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from compass_codec.measure.peers import PEERS, Gap
+from compass_codec.measure.protocol import OURS, Scales, layers_of, sizes_of, title
+from compass_codec.measure.runner import Job, Record, Settings, Source, load
+from compass_codec.measure.tables import TESTED, Results
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SIDE = 208  # samples of a crop
+PICTURES = 3  # on the page
+
+
+def crop(job: Job, layers: Sequence[np.ndarray], settings: Settings) -> Record:
+    """In a worker: the crop of the top layer as ``job.method`` gives it, what it cost, and its PSNR (of the whole)."""
+    from compass_codec.pictures import psnr
+
+    if job.method == OURS:
+        total, decoded = _ours(job, layers, settings)
+    else:
+        total, decoded = _nearest(job, layers)
+    return {"crop": _data_url(decoded, job.box), "bytes": total, "psnr": psnr(layers[-1], decoded)}
+
+
+def _ours(job: Job, layers: Sequence[np.ndarray], settings: Settings) -> tuple[int, np.ndarray]:
+    """Through the file. The tables take the encoder's word for what a decoder sees; here it is checked."""
+    import numpy as np
+
+    from compass_codec import container
+    from compass_codec.codec import shared
+
+    ours = shared(settings.device, settings.weights)
+    encoded = ours.encode_layers(layers, [s / job.scales[0] for s in job.scales], job.setting)
+    header = container.read_header(encoded.data)
+    decoded = list(ours.decode_layers(encoded.data, header, len(layers) - 1))
+    if not all(np.array_equal(a, b) for a, b in zip(decoded, encoded.layers, strict=True)):
+        raise Gap("the file does not decode to what the encoder saw")
+    return len(encoded.data), decoded[-1]
+
+
+def _nearest(job: Job, layers: Sequence[np.ndarray]) -> tuple[int, np.ndarray]:
+    """A file for each layer, all at the setting that takes them nearest to the bytes wanted."""
+    peer = PEERS[job.method]
+    files: dict[int, list[bytes]] = {}
+
+    def total(i: int) -> int:
+        if i not in files:
+            files[i] = [peer.encode(layer, peer.grid[i]) for layer in layers]
+        return sum(map(len, files[i]))
+
+    above = bisect.bisect_left(range(len(peer.grid) - 1), job.target, key=total)
+    best = min({max(0, above - 1), above}, key=lambda i: abs(total(i) - job.target))
+    return total(best), peer.decode(files[best][-1])
+
+
+def _data_url(picture: np.ndarray, box: tuple[int, int, int, int] | None) -> str:
+    """The box of a picture as a lossless WebP inside a URL."""
+    from PIL import Image
+
+    assert box is not None
+    left, top, width, height = box
+    buffer = io.BytesIO()
+    Image.fromarray(picture[top : top + height, left : left + width]).save(buffer, "WEBP", lossless=True)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _box(source: Source, scales: Scales) -> tuple[int, int, int, int]:
+    """The middle of the top layer."""
+    ((width, height),) = sizes_of(source.size, scales[-1:])
+    w, h = min(SIDE, width), min(SIDE, height)
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def our_jobs(results: Results, scales: Scales) -> list[Job]:
+    """Crops of ours: the first pictures, at every quality."""
+    return [
+        Job(source, OURS, scales, quality, _box(source, scales))
+        for source in results.sources[:PICTURES]
+        for quality in results.qualities
+    ]
+
+
+def peer_jobs(ours: Sequence[Job], results: Results, peers: Sequence[str]) -> list[Job]:
+    """Crops of the peers at the bytes of ours, which must have been run."""
+    return [
+        Job(job.source, peer, job.scales, box=job.box, target=results.records[job]["bytes"])
+        for job in ours
+        if "gap" not in results.records[job]
+        for peer in peers
+    ]
+
+
+def html(results: Results, scales: Scales, peers: Sequence[str]) -> str:
+    """The page, from the records of ``our_jobs`` and ``peer_jobs``."""
+    ours = our_jobs(results, scales)
+    others = {(job.source, job.target, job.method): job for job in peer_jobs(ours, results, peers)}
+    pictures = []
+    for source in results.sources[:PICTURES]:
+        points = []
+        ((width, height),) = sizes_of(source.size, scales[-1:])
+        for job in (job for job in ours if job.source == source):
+            record = results.records[job]
+            tiles = [_tile(TESTED, record, record.get("bytes", 0))]
+            for peer in peers:
+                name = f"simulcast {PEERS[peer].title}" if len(scales) > 1 else PEERS[peer].title
+                other = others.get((source, record.get("bytes", 0), peer))
+                tiles.append(_tile(name, results.records[other] if other else record, record.get("bytes", 0)))
+            rate = f"{8 * record['bytes'] / width / height:.3f} bpp, " if "bytes" in record else ""
+            points.append({"label": f"{rate}quality {job.setting:g} of COMPASS", "tiles": tiles})
+        (top,) = layers_of(load(source.path), scales[-1:])
+        pictures.append({"name": source.path.name, "original": _data_url(top, _box(source, scales)), "points": points})
+    note = (
+        f"The middle of the largest of the layers {title(scales)}. The bytes are those of all the layers together: "
+        "one file for COMPASS, a file for each layer for the others, at the setting that comes nearest. PSNR is "
+        "that of the whole layer. Choose a picture below to set it against COMPASS."
+    )
+    # "<" could end the script; JSON may write it as an escape
+    data = json.dumps({"note": note, "pictures": pictures}).replace("<", "\\u003c")
+    page = resources.files("compass_codec.measure").joinpath("compare.html").read_text(encoding="utf-8")
+    return page.replace("/*DATA*/null", data)
+
+
+def _tile(name: str, record: Record, wanted: int) -> dict:
+    if "gap" in record:
+        return {"name": name, "gap": record["gap"]}
+    share = f" ({100 * record['bytes'] / wanted:.0f} %)" if record["bytes"] != wanted else ""
+    return {"name": name, "src": record["crop"], "text": f"{record['bytes']} bytes{share}, {record['psnr']:.2f} dB"}

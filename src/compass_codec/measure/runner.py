@@ -1,0 +1,252 @@
+"""Runs measurements over processes, and keeps what was measured, so that a stopped run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import compass_codec
+from compass_codec.measure.peers import J2K, PEERS, Gap
+from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales, layers_of, sizes_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+Record = dict[str, Any]
+LAYOUT = 1  # of a record; new measures or another meaning take a new number
+# modules that decide what a file holds and decodes to
+CODEC = ("codec", "container", "entropy", "hyper", "liff", "networks", "pictures", "strips", "weights")
+# Seconds of one core for a megapixel, for the progress bar alone.
+SECONDS = {OURS: 20.0, PADDED: 22.0, BICUBIC: 4.0}
+MS_SSIM_SIDE = 161  # five scales of windows of 11 samples need this many
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all jobs of a run share."""
+
+    cache: Path
+    weights: Path | None = None
+    device: str = "cpu"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture, its size and the SHA-256 of its samples."""
+
+    path: Path
+    size: tuple[int, int]
+    digest: str
+
+    @classmethod
+    def of(cls, path: Path) -> Source:
+        picture = load(path)
+        return cls(path, picture.size, hashlib.sha256(picture.tobytes()).hexdigest())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture coded in one way. With a ``box`` (left, top, width, height in the top layer) the record holds that
+    crop too; and a peer's setting is then the one that comes nearest to ``target`` bytes."""
+
+    source: Source
+    method: str
+    scales: Scales
+    setting: float = 0
+    box: tuple[int, int, int, int] | None = None
+    target: int = 0
+
+    def key(self, identity: str) -> str:
+        """What the record depends on, and nothing else: not the name or place of the picture."""
+        parts = {"layout": LAYOUT, "identity": identity, "picture": self.source.digest} | asdict(self)
+        del parts["source"]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def seconds(self) -> float:
+        """About how long it takes on one core."""
+        sizes = [w * h / 1e6 for w, h in sizes_of(self.source.size, self.scales)]
+        layered = SECONDS.get(self.method, 1.0) * sum(sizes[1:])
+        first = sizes[0] * (3.0 if self.method in SECONDS else 1.0)
+        return (layered + first) * (2 if self.method == OURS and self.box else 8 if self.box else 1) + 0.02
+
+
+@lru_cache(maxsize=1)
+def load(path: Path) -> Image.Image:
+    """The picture as the protocol takes it."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def identity(method: str, weights: Path | None) -> str:
+    """Which code and weights decide what ``method`` gives. Raises Gap when it is not installed."""
+    if method not in SECONDS:
+        return f"{method}: {PEERS[J2K if method == LEVELS else method].identity()}"
+    from compass_codec.weights import identity as weights_identity
+
+    digest = hashlib.sha256()
+    for name in CODEC:
+        digest.update(Path(compass_codec.__file__).with_name(f"{name}.py").read_bytes())
+    return f"{method} {compass_codec.__version__}, weights {weights_identity(weights)}, code {digest.hexdigest()[:12]}"
+
+
+class Cache:
+    """Records by key, a line of JSON each, in a file that any number of processes append to."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.records: dict[str, Record] = {}
+        if file.exists():
+            for line in file.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                    self.records[entry["key"]] = entry["record"]
+                except (ValueError, KeyError, TypeError):
+                    continue  # the line that was being written when a run was stopped
+
+    @staticmethod
+    def add(file: Path, key: str, record: Record) -> None:
+        """One write, so that lines of several processes do not mix."""
+        line = json.dumps({"key": key, "record": record}) + "\n"
+        with file.open("ab", buffering=0) as f:
+            f.write(line.encode())
+
+
+def ms_ssim(a: np.ndarray, b: np.ndarray) -> float | None:
+    """MS-SSIM of two uint8 pictures [height, width, 3]; None when a side is too short for its five scales."""
+    if min(a.shape[:2]) < MS_SSIM_SIDE:
+        return None
+    import torch
+    from pytorch_msssim import ms_ssim as measure
+
+    x, y = (torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() for p in (a, b))
+    return float(measure(x, y, data_range=255))
+
+
+def measure(job: Job, settings: Settings) -> Record:
+    """Code the picture of ``job`` and measure every layer. Raises Gap for what cannot be measured."""
+    from compass_codec.measure.methods import code
+    from compass_codec.pictures import psnr
+
+    layers = layers_of(load(job.source.path), job.scales)
+    if job.box:
+        from compass_codec.measure.page import crop
+
+        return crop(job, layers, settings)
+    record = []
+    coded = code(job.method, layers, job.scales, job.setting, settings.weights, settings.device)
+    for layer, (end, decoded) in zip(layers, coded, strict=True):
+        if decoded.shape != layer.shape:
+            raise Gap(f"decodes to {decoded.shape[1]} x {decoded.shape[0]}")
+        record.append({"bytes": end, "psnr": psnr(layer, decoded), "ms_ssim": ms_ssim(layer, decoded)})
+    return {"layers": record}
+
+
+def work(jobs: Sequence[tuple[str, Job]], settings: Settings) -> list[tuple[str, Record]]:
+    """In a worker: measure ``jobs`` (key, job) in turn. What fails is a record that says why, and is not kept."""
+    done = []
+    for key, job in jobs:
+        try:
+            record = measure(job, settings)
+            Cache.add(settings.cache, key, record)
+        except Gap as e:
+            record = {"gap": str(e)}
+        except Exception as e:  # a codec that fails, in whatever way, must not stop the others
+            record = {"gap": f"{type(e).__name__}: {' '.join(str(e).split())}"}
+        done.append((key, record))
+    return done
+
+
+def start_worker(threads: int) -> None:
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Runner:
+    """Runs jobs; ``records`` has what each of them gave, and ``gaps`` why a method cannot be run at all."""
+
+    settings: Settings
+    jobs: int = 1
+    records: dict[Job, Record] = field(default_factory=dict)
+    gaps: dict[str, str] = field(default_factory=dict)
+
+    def identities(self, methods: Sequence[str]) -> dict[str, str]:
+        found = {}
+        for method in methods:
+            try:
+                found[method] = identity(method, self.settings.weights)
+            except Gap as e:
+                self.gaps[method] = str(e)
+        return found
+
+    def run(self, jobs: Sequence[Job], progress: Callable[[float], None]) -> None:
+        """Run what the cache does not have. ``progress`` is told the estimated seconds of whatever is done."""
+        cache = Cache(self.settings.cache)
+        identities = self.identities(list(dict.fromkeys(job.method for job in jobs)))
+        missing: dict[tuple, list[tuple[str, Job]]] = {}
+        for job in dict.fromkeys(jobs):
+            if job.method in self.gaps:
+                self.records[job] = {"gap": self.gaps[job.method]}
+            elif (key := job.key(identities[job.method])) in cache.records:
+                self.records[job] = cache.records[key]
+            else:
+                # in one group, so that a picture is read once and a prediction shared between columns is made once
+                group = (job.source, job.method, job.setting if job.method in SECONDS else None)
+                missing.setdefault(group, []).append((key, job))
+                continue
+            progress(job.seconds())
+        by_key = {key: job for group in missing.values() for key, job in group}
+        for done in self._spread(list(missing.values())):
+            self.records.update((by_key[key], record) for key, record in done)
+            progress(sum(by_key[key].seconds() for key, _ in done))
+
+    def _spread(self, groups: list[list[tuple[str, Job]]]) -> Iterator[list[tuple[str, Record]]]:
+        """What each group gave, as they are done. The longest go first."""
+        groups.sort(key=lambda group: -sum(job.seconds() for _, job in group))
+        broken = []
+        if groups:
+            with self._pool(self.jobs) as pool:
+                futures = {pool.submit(work, group, self.settings): group for group in groups}
+                for future in as_completed(futures):
+                    try:
+                        yield future.result()
+                    except BrokenProcessPool:
+                        broken.append(futures[future])
+        for group in broken:  # one of these killed its process: each gets a process of its own
+            with self._pool(1) as pool:
+                try:
+                    done = pool.submit(work, group, self.settings).result()
+                except BrokenProcessPool:
+                    done = [(key, {"gap": "its process was killed (out of memory?)"}) for key, _ in group]
+            yield done
+
+    @contextmanager
+    def _pool(self, jobs: int) -> Iterator[ProcessPoolExecutor]:
+        context = multiprocessing.get_context("spawn")  # PyTorch's threads do not survive a fork
+        pool = ProcessPoolExecutor(jobs, context, start_worker, (self.settings.threads,))
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
