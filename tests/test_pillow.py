@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import crop, psnr
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageSequence, UnidentifiedImageError
 
 import compass_codec.pillow  # noqa: F401
 from compass_codec import container
@@ -132,10 +132,54 @@ def test_save(tmp_path, codec):
     picture, path = crop(24, 16), tmp_path / "x.cmps"
     picture.save(path, scales=[1, 3], quality=80)
     assert path.read_bytes() == codec.encode(picture, [1, 3], 80).data
+    picture.save(path, scales=[1, 3], quality=[80, 40])
+    with Image.open(path) as image:
+        assert image.info["quality"] == 40
     buffer = io.BytesIO()
     picture.save(buffer, "CMPS")
     with Image.open(buffer) as image:
         assert image.info["scales"] == [1, 2, 4] and image.info["quality"] == 60 and image.size == (24, 16)
+
+
+def test_alpha_and_metadata(tmp_path):
+    picture = crop(24, 16).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize((24, 16)))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x010E] = "a portrait"
+    path = tmp_path / "x.cmps"
+    picture.save(path, scales=[1, 2], icc_profile=profile, exif=exif, xmp=b"<x:xmpmeta/>")
+    with Image.open(path) as image:
+        assert image.mode == "RGBA" and image.info["icc_profile"] == profile and image.info["xmp"] == b"<x:xmpmeta/>"
+        assert image.getexif()[0x010E] == "a portrait"
+        assert image.getchannel("A").tobytes() == picture.getchannel("A").tobytes()
+        image.seek(0)
+        assert image.mode == "RGBA" and image.getchannel("A").size == (12, 8)
+        image.save(tmp_path / "again.cmps", scales=[1])
+        image.save(tmp_path / "shown.png")
+    with Image.open(tmp_path / "again.cmps") as again:
+        assert again.info["icc_profile"] == profile and "exif" not in again.info
+    with Image.open(tmp_path / "shown.png") as shown:
+        assert shown.mode == "RGBA" and shown.info["icc_profile"] == profile
+    path.write_bytes(path.read_bytes()[:-1])
+    with Image.open(path) as image:
+        image.load()
+        assert "xmp" not in image.info and "icc_profile" in image.info, "the last section was cut off"
+    with Image.open(path) as image, pytest.raises(OSError, match="XMP is cut off"):
+        image.verify()
+
+
+def test_modes(tmp_path):
+    grey = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    grey = grey[:16] + b"GRAY" + grey[20:]
+    for mode, kept in [("L", "RGB"), ("1", "RGB"), ("CMYK", "RGB"), ("LA", "RGBA"), ("P", "RGB")]:
+        picture = crop(8, 8).convert(mode.replace("LA", "L"))
+        if mode == "LA":
+            picture.putalpha(128)
+        picture.save(tmp_path / "x.cmps", scales=[1], icc_profile=grey)
+        with Image.open(tmp_path / "x.cmps") as image:
+            assert image.mode == kept and image.size == (8, 8) and "icc_profile" not in image.info
+            image.load()
 
 
 def test_bad_options_leave_no_file(tmp_path):

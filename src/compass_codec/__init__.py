@@ -34,7 +34,7 @@ def encode(image: Image.Image, scales: Sequence[float], quality: float = 60, dev
 
 
 def decode(data: bytes, layer: int | None = None, device: str = "auto") -> Image.Image:
-    """Decode one layer of a .cmps file to an 8-bit RGB Pillow image.
+    """Decode one layer of a .cmps file to an 8-bit Pillow image: RGB, or RGBA if it has alpha.
 
     ``data`` may be cut off anywhere after the layer's end; ``layer`` defaults to the highest that is all there.
     Raises a subclass of CompassError.

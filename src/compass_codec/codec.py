@@ -233,13 +233,14 @@ class Codec:
         return Encoded(container.write(self.model, sizes, scales, qualities, payloads), done)
 
     def decode(self, data: bytes, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:
-        """Decode one layer (default: the highest that ``data`` holds whole) as an RGB picture."""
-        from PIL import Image
-
+        """Decode one layer (default: the highest that ``data`` holds whole) as an RGB picture, RGBA if it has alpha."""
         header = container.read_header(data, max_pixels)
         last = container.pick(header, len(data), layer)
+        coded = container.sections(header, data, last).alpha.get(last)
+        size = (header.layers[last].width, header.layers[last].height)
+        alpha = pictures.alpha_from_bytes(coded, size) if coded else None
         *_, picture = self.decode_layers(data, header, last)
-        return Image.fromarray(picture)
+        return pictures.with_alpha(picture, alpha)
 
     def decode_layers(self, data: bytes, header: container.Header, last: int) -> Iterator[np.ndarray]:
         """Decode layers 0 to ``last`` in turn, each as uint8 [height, width, 3]. Raises DamagedError on the way,

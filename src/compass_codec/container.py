@@ -123,6 +123,9 @@ class Header:
         """Length of the whole file; what lies behind the last layer's end is metadata."""
         return max([self.layers[-1].end, *(section.end for section in self.sections)])
 
+    def has_alpha(self, layer: int) -> bool:
+        return any(KINDS[section.kind].field == "alpha" and section.layer == layer for section in self.sections)
+
 
 def _varint(value: int) -> bytes:
     out = bytearray()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
 from typing import IO, Any
 
 from PIL import Image, ImageFile
@@ -50,12 +49,27 @@ class CompassImageFile(ImageFile.ImageFile):
         self.is_animated = self.n_frames > 1
         self.info["scales"] = [entry.scale for entry in self._header.layers]
         self.info["layers"] = len(self._header.layers)
+        self._read_metadata()
         self._show(self.n_frames - 1)
+
+    def _read_metadata(self) -> None:
+        """ICC profile, EXIF and XMP; what is damaged or not there any more is left out."""
+        layers = self._header.layers
+        before = self._read(0, layers[0].start)
+        behind = self._read(layers[-1].end, self._header.end)
+        found = container.sections(self._header, before, -1, behind, best_effort=True)
+        if found.icc:
+            self.info["icc_profile"] = found.icc
+        if found.exif:
+            self.info["exif"] = b"Exif\0\0" + found.exif
+        if found.xmp:
+            self.info["xmp"] = found.xmp
 
     def _show(self, frame: int) -> None:
         """Make ``frame`` the one that will be loaded."""
         entry = self._header.layers[frame]
-        self._frame, self._size, self._mode, self._im = frame, (entry.width, entry.height), "RGB", None
+        self._frame, self._size, self._im = frame, (entry.width, entry.height), None
+        self._mode = "RGBA" if self._header.has_alpha(frame) else "RGB"
         self.info["quality"] = entry.quality
         self.tile = [ImageFile._Tile("raw", (0, 0, *self.size), 0, self.mode)]
 
@@ -70,7 +84,7 @@ class CompassImageFile(ImageFile.ImageFile):
 
     def draft(self, mode: str | None, size: tuple[int, int] | None) -> tuple[str, tuple[int, int, float, float]] | None:
         """Before loading: go to the smallest layer that is at least as large as ``size`` both ways, and no layer above
-        the present one. The mode stays RGB. Returns (mode, box), the box being all of that layer, or None after
+        the present one. The mode stays as it is. Returns (mode, box), the box being all of that layer, or None after
         loading."""
         if not self.tile or size is None:
             return None
@@ -91,15 +105,14 @@ class CompassImageFile(ImageFile.ImageFile):
         from compass_codec import codec
 
         try:
-            data = self._read(self._header.layers[self._frame].end)
-            *_, picture = codec.shared().decode_layers(data, self._header, self._frame)
+            data = self._read(0, self._header.layers[self._frame].end)
+            return codec.shared().decode(data, self._frame, container.MAX_SIDE**2).tobytes()
         except CompassError as e:
             raise OSError(str(e)) from e
-        return picture.tobytes()
 
-    def _read(self, end: int) -> bytes:
-        self._fp.seek(0)
-        return self._fp.read(end)
+    def _read(self, start: int, end: int) -> bytes:
+        self._fp.seek(start)
+        return self._fp.read(end - start)
 
     def load_seek(self, pos: int) -> None:
         """Nothing to seek: ``load`` hands over the decoded picture."""
@@ -108,24 +121,39 @@ class CompassImageFile(ImageFile.ImageFile):
         """Compare the layers' checksums. Raises OSError for a damaged or incomplete file; as with other formats, the
         file must be opened again after that."""
         if self.fp is not None:
-            states = container.states(self._header, self._read(self._header.layers[-1].end))
-            for k, state in enumerate(states):
+            states = container.states(self._header, self._read(0, self._header.end))
+            names = [f"layer {k}" for k in range(len(self._header.layers))]
+            names += [section.name for section in self._header.sections]
+            for name, state in zip(names, states, strict=True):
                 if state != "ok":
-                    raise OSError(f"layer {k} is {state}")
+                    raise OSError(f"{name} is {state}")
         super().verify()
 
 
 def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
-    """``scales``: 1 to 16 factors that do not fall (default 1, 2, 4); ``quality``: 1..100 (default 60)."""
-    from compass_codec import codec
+    """``scales``: 1 to 16 factors that do not fall (default 1, 2, 4); ``quality``: 1..100 (default 60), one for all
+    layers or one for each; ``icc_profile`` (default: the picture's own), ``exif`` and ``xmp``. Alpha is kept."""
+    from compass_codec import codec, pictures
 
     options: dict[str, Any] = im.encoderinfo
-    scales: Sequence[float] = options.get("scales", SCALES)
+    scales = container.check_scales(options.get("scales", SCALES))
+    icc = options.get("icc_profile", im.info.get("icc_profile"))
+    exif = options.get("exif")
+    exif = exif.tobytes() if isinstance(exif, Image.Exif) else exif
+    alpha = im.convert("RGBA").getchannel("A") if im.has_transparency_data else None
     try:
-        data = codec.shared().encode(im, scales, options.get("quality", QUALITY)).data
+        source = pictures.Source(im.convert("RGBA").convert("RGB") if alpha else pictures.to_rgb(im), alpha)
+        layers, alphas = pictures.pyramid_alpha(source, codec.layer_sizes(im.size, scales))
     except PictureError as e:
         raise OSError(f"cannot write mode {im.mode} as CMPS ({e})") from e
-    fp.write(data)
+    sections = container.Sections(
+        icc=icc if icc and icc[16:20] == b"RGB " else None,  # the pixels are RGB now
+        exif=exif.removeprefix(b"Exif\0\0") if exif else None,
+        xmp=options.get("xmp"),
+        alpha={k: pictures.alpha_to_bytes(plane) for k, plane in enumerate(alphas)},
+    )
+    encoded = codec.shared().encode_layers(layers, scales, options.get("quality", QUALITY))
+    fp.write(container.attach(encoded.data, sections))
 
 
 Image.register_open(CompassImageFile.format, CompassImageFile, _accept)

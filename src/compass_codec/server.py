@@ -82,12 +82,6 @@ class File:
         """Those that the file holds whole."""
         return [entry for entry in self.header.layers if entry.end <= self.size]
 
-    def opaque(self, layer: int) -> bool:
-        return not any(
-            container.KINDS[section.kind].field == "alpha" and section.layer == layer
-            for section in self.header.sections
-        )
-
 
 def find(folder: Path, name: str) -> Path | None:
     """The .cmps file ``name`` (without extension) in ``folder``, or None; whatever leads out of the folder is none."""
@@ -198,7 +192,7 @@ class Layers:
         with file.path.open("rb") as opened:
             data = opened.read(file.header.layers[layer].end)
         image = self.codec.decode(data, layer, max_pixels=container.MAX_SIDE**2)
-        image.info["icc_profile"] = container.sections(file.header, data, layer).icc
+        image.info["icc_profile"] = container.sections(file.header, data, layer, best_effort=True).icc
         return image
 
     def _keep(self, key: tuple[str, int], image: Image.Image) -> None:
@@ -209,13 +203,14 @@ class Layers:
 
 def render(image: Image.Image, size: tuple[int, int], extension: str) -> bytes:
     """The picture reduced to ``size`` as a file of the type ``extension``, with its ICC profile."""
+    icc = image.info.get("icc_profile")
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
     if extension == "jpg" and image.mode == "RGBA":
         image = pictures.flatten(image)
     buffer = io.BytesIO()
     format, options = SAVING[extension]
-    image.save(buffer, format, icc_profile=image.info.get("icc_profile"), **options)
+    image.save(buffer, format, icc_profile=icc, **options)
     return buffer.getvalue()
 
 
@@ -264,7 +259,7 @@ class App:
             raise HTTPException(500, f"{name}.cmps: cut off inside layer 0")
         sizes = [(entry.width, entry.height) for entry in file.layers]
         layer, size = choose(sizes, _number(request, "w"), _number(request, "h"))
-        kind = extension if named else negotiate(request.headers.get("accept", ""), file.opaque(layer))
+        kind = extension if named else negotiate(request.headers.get("accept", ""), not file.header.has_alpha(layer))
         if kind is None:
             raise HTTPException(406, f"pictures come as {', '.join(TYPES.values())}", {"Vary": "Accept"})
         if not self._allowed(file.layers[layer]):
