@@ -247,8 +247,12 @@ def test_light_commands_load_nothing_heavy(coded):
         assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
-def test_decoding_does_not_load_compressai(coded, tmp_path):
-    code = "import sys; from compass_codec.cli import main\ntry: main()\nfinally: print('compressai' in sys.modules)"
+def test_decoding_does_not_load_what_it_does_not_need(coded, tmp_path):
+    code = (
+        "import sys; from compass_codec.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'compressai', 'torch._dynamo', 'sympy', 'scipy'} & set(sys.modules)))"
+    )
     args = ["decode", str(coded), "--layer", "0", "-o", str(tmp_path / "o.png"), "--quiet"]
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["False"], done.stderr
+    assert done.stdout.splitlines() == ["[]"], done.stderr

@@ -70,15 +70,16 @@ class GDN(nn.Module):
     def __init__(self, channels: int, inverse: bool = False) -> None:
         super().__init__()
         self.inverse = inverse
-        self.beta = nn.Parameter((torch.ones(channels) + self.PEDESTAL).sqrt())
-        self.gamma = nn.Parameter((0.1 * torch.eye(channels) + self.PEDESTAL).sqrt())
+        self.beta = nn.Parameter(torch.full((channels,), math.sqrt(1 + self.PEDESTAL)))
+        gamma = torch.full((channels, channels), math.sqrt(self.PEDESTAL))
+        self.gamma = nn.Parameter(gamma.fill_diagonal_(math.sqrt(0.1 + self.PEDESTAL)))
 
     def forward(self, x: Tensor) -> Tensor:
         beta = lower_bound(self.beta, (1e-6 + self.PEDESTAL) ** 0.5) ** 2 - self.PEDESTAL
         gamma = lower_bound(self.gamma, self.PEDESTAL**0.5) ** 2 - self.PEDESTAL
         norm = F.conv2d(x * x, gamma[:, :, None, None].to(x.dtype), beta.to(x.dtype))
-        # autocast takes roots in float32; the activations go on in their own precision
-        return x * (norm.sqrt() if self.inverse else norm.rsqrt()).to(x.dtype)
+        root = norm.sqrt_() if self.inverse else norm.rsqrt_()
+        return x * root if root.requires_grad else root.mul_(x)
 
 
 def _down(cin: int, cout: int) -> nn.Conv2d:
