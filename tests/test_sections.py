@@ -9,16 +9,21 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import compass
+import test_pictures
+from conftest import compass, crop
+from PIL.PngImagePlugin import PngInfo
 from test_container import MODEL, PAYLOADS, SIZES, example
+from test_pictures import exif_bytes, mask
 
-from compass_codec import container
+from compass_codec import container, pictures
 from compass_codec.container import Sections
 from compass_codec.errors import CompassError, DamagedError, FormatError, LayerError, LimitError, TruncatedError
 
 FULL = Sections(b"profile", b"II*\0 exif", b"<x:xmpmeta/>", {0: b"a0", 1: b"alpha 1", 2: b"alpha of 2"})
 ICC, EXIF, XMP, ALPHA = 1, 2, 3, 4
+PROFILE, XMP_TEXT = test_pictures.ICC, test_pictures.XMP
 
 
 def with_table(table: bytes, body: bytes) -> bytes:
@@ -374,3 +379,79 @@ def test_the_fuzzers_checks_hold_for_files_with_sections(monkeypatch):
     for i in range(len(head)):
         for value in (0, 1, 4, 5, 127, 128, 255, head[i] ^ 1):
             fuzz_container.one_input(head[:i] + bytes([value]) + head[i + 1 :])
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> Path:
+    """Half transparent, turned by its EXIF, with profile and XMP."""
+    path = tmp_path_factory.mktemp("picture") / "in.png"
+    image, text = crop(48, 32), PngInfo()
+    image.putalpha(mask(image.size))
+    text.add_itxt("XML:com.adobe.xmp", XMP_TEXT.decode())
+    image.save(path, icc_profile=PROFILE, exif=b"Exif\0\0" + exif_bytes(6), pnginfo=text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoded(picture) -> Path:
+    result = compass("encode", picture, "--scales", "1,2,4", "--verify", "--device", "cpu")
+    assert result.code == 0 and "verified" in result.out, result.err
+    return picture.with_suffix(".cmps")
+
+
+@pytest.mark.parametrize("name", ["png", "webp", "avif", "tif", "jpg"])
+def test_pictures_come_back_with_all_they_had(picture, encoded, tmp_path, name):
+    original = pictures.read(picture)
+    assert compass("decode", encoded, "--all", "-o", tmp_path / f"out.{name}").code == 0
+    for k, size in enumerate([(8, 12), (16, 24), (32, 48)]):
+        source = pictures.read(tmp_path / f"out.layer{k}.{name}")
+        assert source.image.size == size and source.icc == PROFILE and source.xmp == XMP_TEXT
+        # AVIF and TIFF have no place for EXIF just as it is
+        assert source.exif == exif_bytes(1) if name in ("png", "webp", "jpg") else b"Cam\0" in source.exif
+        assert (source.alpha is None) == (name == "jpg")
+        if name in ("png", "tif", "webp"):
+            _, (alpha,) = pictures.pyramid_alpha(original, [size])
+            assert (np.asarray(source.alpha) == alpha).all()
+
+
+def test_strip_drops_metadata_and_keeps_alpha(picture, encoded, tmp_path):
+    assert compass("decode", encoded, "--layer", 1, "--strip", "-o", tmp_path / "bare.png").code == 0
+    bare = pictures.read(tmp_path / "bare.png")
+    assert (bare.icc, bare.exif, bare.xmp) == (None, None, None) and bare.alpha is not None
+    assert compass("encode", picture, "--scales", "1,2", "--strip", "-o", tmp_path / "bare.cmps").code == 0
+    assert {s.kind for s in container.read_header((tmp_path / "bare.cmps").read_bytes()).sections} == {ALPHA}
+
+
+def test_alpha_and_metadata_through_pipes_extracts_and_cut_files(encoded, tmp_path):
+    data = encoded.read_bytes()
+    command = [sys.executable, "-m", "compass_codec", "decode", "-", "-o", "-", "--layer", "0"]
+    piped = subprocess.run(command, input=data, capture_output=True).stdout
+    assert compass("decode", encoded, "--layer", 0, "-o", tmp_path / "read.png").code == 0
+    assert (tmp_path / "read.png").read_bytes() == piped
+    assert compass("extract", encoded, "--layer", 0, "-o", tmp_path / "small.cmps").code == 0
+    assert compass("decode", tmp_path / "small.cmps", "-o", tmp_path / "extracted.png").code == 0
+    assert (tmp_path / "extracted.png").read_bytes() == piped
+    # the bytes that a client fetches for layer 1 hold its alpha and the profile, and no EXIF
+    (tmp_path / "cut.cmps").write_bytes(data[: container.read_header(data).layers[1].end])
+    assert compass("decode", tmp_path / "cut.cmps", "-o", tmp_path / "cut.png").code == 0
+    source = pictures.read(tmp_path / "cut.png")
+    assert source.image.size == (16, 24) and source.alpha is not None and source.icc == PROFILE and source.exif is None
+
+
+@pytest.mark.parametrize(("index", "best"), [(0, 2), (1, None), (2, 0), (3, 1), (4, 2), (5, 2)])
+def test_damaged_sections(encoded, tmp_path, index, best):
+    """What is damaged is named; --best-effort gives the highest layer whose pixels and alpha are sound."""
+    data = bytearray(encoded.read_bytes())
+    section = container.read_header(data).sections[index]
+    data[section.start] ^= 1
+    (tmp_path / "d.cmps").write_bytes(data)
+    result = compass("decode", tmp_path / "d.cmps", "-o", tmp_path / "out.png")
+    assert result.code == 1 and f"{section.name} is damaged" in result.err and len(result.err.splitlines()) == 1
+    result = compass("decode", tmp_path / "d.cmps", "--best-effort", "-o", tmp_path / "out.png")
+    if best is None:
+        assert result.code == 1 and not (tmp_path / "out.png").exists()
+        return
+    assert result.code == 0 and f"layer {best}," in result.out
+    source = pictures.read(tmp_path / "out.png")
+    assert source.alpha is not None
+    assert [source.icc is None, source.exif is None, source.xmp is None] == [index == 0, index == 4, index == 5]
