@@ -34,21 +34,34 @@ def exif_bytes(orientation: int | None = None, order: str = ">") -> bytes:
 
 
 def profile(space: bytes) -> bytes:
-    """An ICC profile of this colour space: grey of gamma 2.2, built by hand, or one that claims to be another."""
-    if space != b"GRAY":
-        return ICC[:16] + space + ICC[20:]
-    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 563) + bytes(2)
+    """An ICC profile of this colour space, built by hand: grey of gamma 2.2, or inks that darken evenly and are all
+    grey, or else one for RGB that claims to be something else."""
+    if space == b"GRAY":
+        return built(space, b"kTRC", b"curv" + bytes(4) + struct.pack(">IH", 1, 563) + bytes(2))
+    if space == b"CMYK":
+        even = bytes(range(256))
+        nodes = b"".join(bytes([max(0, 255 - 60 * (n & 7).bit_count() - 255 * (n >> 3 & 1)), 128, 128]) for n in INKS)
+        table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+        return built(space, b"A2B0", table + 4 * even + nodes + 3 * even)
+    return ICC[:16] + space + ICC[20:]
+
+
+INKS = [c | m << 1 | y << 2 | k << 3 for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)]
+
+
+def built(space: bytes, name: bytes, content: bytes) -> bytes:
     white = b"XYZ " + bytes(4) + struct.pack(">iii", 63190, 65536, 54061)
-    words = b"desc" + bytes(4) + struct.pack(">I", 5) + b"grey\0" + bytes(79)
-    tags, at, body = b"", 128 + 4 + 4 * 12, b""
-    for name, data in ((b"desc", words), (b"cprt", b"text" + bytes(4) + b"none\0" + bytes(3)), (b"wtpt", white),
-                       (b"kTRC", curve)):  # fmt: skip
-        data += bytes(-len(data) % 4)
-        tags += name + struct.pack(">II", at + len(body), len(data))
-        body += data
+    words = b"desc" + bytes(4) + struct.pack(">I", 5) + b"made\0" + bytes(79)
+    parts = {b"desc": words, b"cprt": b"text" + bytes(4) + b"none\0" + bytes(3), b"wtpt": white, name: content}
+    tags, at, body = b"", 128 + 4 + 12 * len(parts), b""
+    for tag, data in parts.items():
+        tags += tag + struct.pack(">II", at + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
     head = bytearray(ICC[:128])
-    head[0:4], head[16:20] = struct.pack(">I", at + len(body)), b"GRAY"
-    return bytes(head) + struct.pack(">I", 4) + tags + body
+    head[0:4], head[16:20] = struct.pack(">I", at + len(body)), space
+    if space == b"CMYK":
+        head[12:16], head[20:24] = b"prtr", b"Lab "
+    return bytes(head) + struct.pack(">I", len(parts)) + tags + body
 
 
 def saved(image: Image.Image, name: str, **options) -> io.BytesIO:
@@ -191,6 +204,15 @@ def test_orientation_of_alpha():
     assert (np.asarray(source.alpha) == np.asarray(mask(image.size).transpose(Image.Transpose.ROTATE_270))).all()
 
 
+def test_orientation_in_xmp_is_reset_as_well():
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6" dc:title="A"/></x:xmpmeta>'
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    for options in ({}, {"exif": b"Exif\0\0" + exif_bytes(6)}):
+        source = read(crop(24, 16), pnginfo=text, **options)
+        assert source.image.size == (16, 24) and source.xmp == xmp.replace(b'tiff:Orientation="6"', b"")
+
+
 def test_damaged_exif_is_left_out_and_said():
     good = exif_bytes(6)
     for bad in (b"garbage", good[:9], good[:15], b"XX" + good[2:], good[:4] + b"\xff\xff\xff\xff" + good[8:]):
@@ -229,12 +251,28 @@ def test_grey_profile_is_applied_and_not_carried(mode):
     assert 0 < difference.max() < 12
 
 
+@pytest.mark.parametrize("name", ["TIFF", "JPEG"])
+def test_cmyk_profile_is_applied_and_not_carried(name):
+    """The profile's inks are grey, which CMYK without a profile is not."""
+    image = Image.new("CMYK", (24, 8))
+    for k, inks in enumerate([(0, 0, 0, 0), (255, 0, 0, 0), (255, 255, 0, 0), (0, 0, 0, 255)]):
+        image.paste(inks, (6 * k, 0, 6 * k + 6, 8))
+    source = read(image, name, icc_profile=profile(b"CMYK"), **({"quality": 100} if name == "JPEG" else {}))
+    assert source.icc is None and source.notes == ["CMYK converted to sRGB by its ICC profile"]
+    white, cyan, blue, black = (source.image.getpixel((6 * k + 3, 4)) for k in range(4))
+    for colour in (white, cyan, blue, black):
+        assert max(colour) - min(colour) <= 3
+    assert min(white) >= 252 and white > cyan > blue > black and max(black) <= 3
+    plain = read(image, name)
+    assert plain.notes == ["CMYK converted to RGB"] and plain.image.getpixel((9, 4))[0] < 5
+
+
 def test_profiles_that_do_not_fit_are_left_out():
     for mode, name, space in (("RGB", "PNG", b"GRAY"), ("L", "TIFF", b"CMYK"), ("CMYK", "TIFF", b"RGB ")):
         source = read(crop(8, 6).convert(mode), name, icc_profile=profile(space))
         assert source.icc is None and "does not fit" in source.notes[-1], mode
     # a profile that lies about itself, and garbage
-    for mode, icc in (("CMYK", profile(b"CMYK")), ("CMYK", b"x" * 200), ("RGB", b"short")):
+    for mode, icc in (("CMYK", profile(b"CMYK")[:200]), ("CMYK", b"x" * 200), ("RGB", b"short")):
         source = read(crop(8, 6).convert(mode), "TIFF", icc_profile=icc)
         assert source.icc is None and "left out" in source.notes[-1]
 
