@@ -1,5 +1,6 @@
 """Files on a web server: what is fetched, and what happens when the server does not behave."""
 
+import json
 import re
 import socket
 import threading
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import compass
 
 from compass_codec import container, remote
 from compass_codec.errors import FormatError, LayerError, LimitError, RemoteError, TruncatedError
@@ -141,7 +143,9 @@ END = [entry.end for entry in container.read_header(BIG).layers]
 @pytest.mark.parametrize("layer", [0, 1, 2, None])
 def test_only_what_a_layer_needs_is_fetched(layer):
     with serving(BIG) as server:
-        data, header, last = remote.read_prefix(server.url, layer)
+        found = remote.read_prefix(server.url, layer)
+        data, header, last = found.data, found.header, found.layer
+    assert found.fetched == server.sent and found.size == len(BIG)
     assert last == (2 if layer is None else layer)
     assert data == BIG[: END[last]] and header == container.read_header(BIG)
     assert server.sent == len(data)
@@ -157,10 +161,25 @@ def test_the_header_alone():
         assert file.size == len(BIG) and len(file.data) == server.sent == 512
 
 
+@pytest.mark.parametrize("mode", ["", "no ranges", "unknown size", "piecemeal", "no etag"])
+def test_metadata_at_the_end(mode):
+    """EXIF and XMP lie behind the layers; what is between is not fetched where the server knows ranges."""
+    sections = container.Sections(exif=b"II*\0" + bytes(500), xmp=b"<x/>")
+    data = container.attach(layered(300, 900, 40_000), sections)
+    with serving(data, mode) as server:
+        found = remote.read_prefix(server.url, 1, metadata=True)
+        assert container.sections(found.header, found.data, 1, found.tail) == sections
+        assert found.fetched == (len(data) if mode == "no ranges" else found.header.layers[1].end + 508)
+        assert remote.read_prefix(server.url, 1).tail == b""
+    with serving(data[:-3], mode) as server:
+        found = remote.read_prefix(server.url, 1, metadata=True)
+        assert container.sections(found.header, found.data, 1, found.tail) == container.Sections(exif=sections.exif)
+
+
 def test_a_small_file_takes_one_request():
     data = layered(20, 30)
     with serving(data) as server:
-        assert remote.read_prefix(server.url, None)[0] == data
+        assert remote.read_prefix(server.url, None).data == data
     assert len(server.requests) == 1
 
 
@@ -171,9 +190,9 @@ def test_a_server_without_ranges_is_read_only_as_far_as_needed(mode):
         assert file.read(header.layers[1].end) == BIG[: END[1]]
         assert len(file.data) == END[1] and len(server.requests) == 1
     with serving(BIG, mode) as server:
-        data, _, last = remote.read_prefix(server.url, None)
-        assert (data, last) == (BIG, 2)
-        assert remote.read_prefix(server.url, 1)[0] == BIG[: END[1]]
+        found = remote.read_prefix(server.url, None)
+        assert (found.data, found.layer) == (BIG, 2)
+        assert remote.read_prefix(server.url, 1).data == BIG[: END[1]]
 
 
 @pytest.mark.parametrize(
@@ -182,8 +201,8 @@ def test_a_server_without_ranges_is_read_only_as_far_as_needed(mode):
 def test_a_file_that_was_cut_off(mode):
     cut = BIG[: END[1] + 700]
     with serving(cut, mode) as server:
-        data, _, last = remote.read_prefix(server.url, None)
-        assert last == 1 and data == cut[: END[1]]
+        found = remote.read_prefix(server.url, None)
+        assert found.layer == 1 and found.data == cut[: END[1]]
         with pytest.raises(TruncatedError, match="layer 2 ends at"):
             remote.read_prefix(server.url, 2)
 
@@ -239,7 +258,7 @@ def test_a_server_that_says_nothing():
 
 def test_redirects_are_followed_once():
     with serving(BIG, "redirect") as server:
-        assert remote.read_prefix(server.url, 1)[0] == BIG[: END[1]]
+        assert remote.read_prefix(server.url, 1).data == BIG[: END[1]]
     assert [path for path, _ in server.requests] == ["/photo.cmps", "/there.cmps", "/there.cmps"]
 
 
@@ -261,6 +280,52 @@ def test_addresses_that_are_none(url):
     assert "\n" not in str(error.value)
 
 
-def test_what_is_an_address():
-    assert remote.is_url("https://host/x.cmps") and remote.is_url("HTTP://h") and remote.is_url("ftp://h/x")
-    assert not any(remote.is_url(text) for text in ["x.cmps", "a/b://c", "C:\\x", "-", "http:/x", ""])
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [("http://h/a/photo.cmps?x=1#y", "photo.cmps"), ("http://h/a%20b.cmps", "a b.cmps"), ("http://h/", "decoded.cmps"),
+     ("http://h/x%2F..%2Fetc%2Fpasswd", "passwd"), ("http://h/a%00b", "ab"), ("http://h", "decoded.cmps")],
+)  # fmt: skip
+def test_names_of_outputs(url, name):
+    assert str(remote.file_name(url)) == name
+
+
+def test_decode_from_the_web(tmp_path, monkeypatch, small_file):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "local.cmps").write_bytes(small_file)
+    assert compass("decode", "local.cmps", "--all").code == 0
+    end = container.read_header(small_file).layers[1].end
+    with serving(small_file) as server:
+        result = compass("decode", server.url, "--layer", 1)
+        assert result.code == 0 and result.out == "photo.layer1.png: layer 1, 40 x 30\n"
+        fetched = max(end, 512)
+        assert result.err == f"note: photo.cmps: {fetched} bytes fetched of {len(small_file)}\n"
+        assert server.sent == fetched
+        assert (tmp_path / "photo.layer1.png").read_bytes() == (tmp_path / "local.layer1.png").read_bytes()
+        assert compass("decode", server.url, "-o", "x.png", "--quiet").err == ""
+        assert (tmp_path / "x.png").read_bytes() == (tmp_path / "local.layer2.png").read_bytes()
+        assert "exists" in compass("decode", server.url, "-o", "x.png").err
+        for args in (["local.cmps"], ["--out-dir", tmp_path], ["--engine", "ray"], ["--files-from", "local.cmps"]):
+            result = compass("decode", server.url, *args)
+            assert result.code == 2 and "for one file alone" in result.err
+    with serving(small_file, "status") as server:
+        result = compass("decode", server.url)
+        assert result.code == 1 and result.err == f"compass: {server.url}: the server answers 404 Not Found\n"
+
+
+def test_info_from_the_web(tmp_path, small_file):
+    (tmp_path / "local.cmps").write_bytes(BIG)
+    local = compass("info", tmp_path / "local.cmps").out.splitlines()
+    with serving(BIG) as server:
+        result = compass("info", server.url)
+        assert server.sent == 512 and result.out.splitlines()[1:] == local[1:]
+        assert result.out.startswith(f"{server.url}: compass version 1, {len(BIG)} bytes")
+        facts = json.loads(compass("info", server.url, "--json").out)
+        assert facts["size"] == len(BIG) and {layer["state"] for layer in facts["layers"]} == {"not read"}
+    with serving(BIG[: END[1] + 9]) as server:
+        assert "cut off" in compass("info", server.url).out.splitlines()[-1]
+    with serving(BIG, "no length") as server:
+        assert "unknown bytes" in compass("info", server.url).out
+        assert json.loads(compass("info", server.url, "--json").out)["size"] is None
+    for url in ("ftp://h/x.cmps", "file:///etc/passwd"):
+        result = compass("info", url)
+        assert result.code == 1 and result.err == f"compass: {url}: only http and https addresses can be read\n"

@@ -19,6 +19,8 @@ COMMANDS = {
     "info": "compass_codec.commands.info",
     "extract": "compass_codec.commands.extract",
     "train": "compass_codec.training.command",
+    "view": "compass_codec.commands.view",
+    "serve": "compass_codec.commands.serve",
 }
 
 

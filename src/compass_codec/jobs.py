@@ -69,11 +69,12 @@ class DecodeOptions(Options):
 
 @dataclass(frozen=True)
 class Job:
-    """One file to encode or decode."""
+    """One file to encode or decode. One to decode may be on a web server, at ``url``; ``source`` is then its name."""
 
     source: Path
     target: Path
     options: EncodeOptions | DecodeOptions
+    url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,18 +157,18 @@ def run(job: Job) -> Report:
         if isinstance(job.options, EncodeOptions):
             report = encode(job.source, job.target, job.options)
         else:
-            report = decode(job.source, job.target, job.options)
+            report = decode(job.source, job.target, job.options, job.url)
     except BrokenPipeError:
         raise
     except Exception as e:
-        line = reason(job.source, e)
+        line = reason(job.url or job.source, e)
         if line is None:
             raise
         report = Report(job.source, "failed", error=line)
     return replace(report, seconds=time.perf_counter() - started)
 
 
-def reason(path: Path, error: Exception) -> str | None:
+def reason(path: Path | str, error: Exception) -> str | None:
     """An error as one line that begins with a file's name, ``path`` unless the error knows better; None for a bug."""
     name = "standard input" if path == STDIO else str(path)
     if isinstance(error, CompassError):
@@ -224,9 +225,18 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
     return Report(source, "encoded", (target,), reports, len(data), encodes, notes=tuple(notes))
 
 
-def decode(source: Path, target: Path, options: DecodeOptions) -> Report:
+def decode(source: Path, target: Path, options: DecodeOptions, url: str | None = None) -> Report:
     """Decode layers of ``source`` into pictures named after ``target``. Raises CompassError, OSError or MemoryError."""
-    data, header, last = read_prefix(source, options.layer, options.max_pixels)
+    notes: tuple[str, ...] = ()
+    if url is None:
+        data, header, last = read_prefix(source, options.layer, options.max_pixels)
+        tail = b"" if options.strip else _metadata(source, header)
+    else:
+        from compass_codec import remote
+
+        found = remote.read_prefix(url, options.layer, options.max_pixels, metadata=not options.strip)
+        data, header, last, tail = found.data, found.header, found.layer, found.tail
+        notes = (f"{found.fetched} bytes fetched" + (f" of {found.size}" if found.size is not None else ""),)
     if options.best_effort:
         sound = [state == "ok" for state in container.states(header, data)[: len(header.layers)]]
         last = min(last, [*sound, False].index(False) - 1)
@@ -248,7 +258,6 @@ def decode(source: Path, target: Path, options: DecodeOptions) -> Report:
     else:
         for output in outputs:
             check_target(output, source, options)
-    tail = b"" if options.strip else _metadata(source, header)
     sections = container.sections(header, data, last, tail, options.best_effort)
     alphas = {
         k: pictures.alpha_from_bytes(coded, (header.layers[k].width, header.layers[k].height))
@@ -265,7 +274,19 @@ def decode(source: Path, target: Path, options: DecodeOptions) -> Report:
         encoded = pictures.to_bytes(image, name, None if options.strip else sections)
         put(output, encoded, options.batch)
         size += len(encoded)
-    return Report(source, "decoded", outputs, tuple(_layer_report(header, k) for k in wanted), size)
+    return Report(source, "decoded", outputs, tuple(_layer_report(header, k) for k in wanted), size, notes=notes)
+
+
+def load(options: Options) -> Codec:
+    """The codec, loaded once in a process. A batch computes with one thread: how many there are shows in the last bits
+    of sums, and so in the bytes of a file, which must not depend on the number of workers."""
+    import torch
+
+    from compass_codec import codec
+
+    if options.batch:
+        torch.set_num_threads(1)
+    return codec.shared(options.device, options.weights)
 
 
 def plan_layers(size: tuple[int, int], options: EncodeOptions) -> Plan:

@@ -8,8 +8,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from email.message import Message
-from urllib.parse import urlsplit
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from compass_codec import __version__, container
 from compass_codec.errors import RemoteError, TruncatedError
@@ -19,16 +21,17 @@ FIRST_READ = 512  # holds every header of 16 layers
 HEADER_LIMIT = 2**16
 
 
-def is_url(text: str) -> bool:
-    """Whether ``text`` is the address of something remote, of whatever scheme."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
+def file_name(url: str) -> Path:
+    """What the file at ``url`` would be called here."""
+    return Path(Path(unquote(urlsplit(url).path).replace("\0", "")).name or "decoded.cmps")
 
 
 class Remote:
     """The first part of a file on a web server, fetched as it is asked for.
 
-    ``data`` holds what was fetched so far, ``size`` the bytes of the whole file, or None where the server does not
-    say. A server that knows no ranges sends everything: it is read as far as needed, then the connection is closed.
+    ``data`` is the first part so far, ``size`` the bytes of the whole file, or None where the server does not say, and
+    ``fetched`` counts bytes. A server that knows no ranges sends everything: it is read as far as needed, then the
+    connection is closed.
     """
 
     def __init__(self, url: str, timeout: float = TIMEOUT) -> None:
@@ -36,6 +39,7 @@ class Remote:
         self.url, self.timeout = url, timeout
         self.data: bytes = b""
         self.size: int | None = None
+        self.fetched = 0
         self._version: tuple[str | None, ...] = ()
         self._whole: http.client.HTTPResponse | None = None
         with self._in_one_line():
@@ -52,9 +56,19 @@ class Remote:
     def read(self, end: int) -> bytes:
         """The first ``end`` bytes of the file, or all of it where it is shorter. Raises RemoteError."""
         while len(self.data) < end and len(self.data) != self.size:
-            with self._in_one_line():
-                self._fetch(end)
+            self.data += self._fetch(len(self.data), end)
         return self.data[:end]
+
+    def part(self, start: int, end: int) -> bytes:
+        """Bytes ``start`` to ``end``, as far as they are there; those before only if the server knows no ranges."""
+        if self._whole is not None or start <= len(self.data):
+            return self.read(end)[start:]
+        found = b""
+        while start + len(found) < end and (self.size is None or start + len(found) < self.size):
+            if not (more := self._fetch(start + len(found), end)):
+                break
+            found += more
+        return found
 
     def header(self, max_pixels: int = container.MAX_PIXELS) -> container.Header:
         """The file's header, as ``container.read_header`` gives it."""
@@ -68,20 +82,21 @@ class Remote:
                     raise
             length *= 4
 
-    def _fetch(self, end: int) -> None:
-        """Add bytes up to ``end`` to ``data``: at least one, or the size becomes known."""
-        start = len(self.data)
-        if self._whole is None:
-            answer = self._ask(start, end)
-            if answer is None:
-                return
-            if answer.status == 206:
-                with answer:
-                    self._take(answer, self._range(answer.headers, start, end) - start)
-                return
-            self._whole = answer
-        if not self._take(self._whole, (end if self.size is None else min(end, self.size)) - start):
-            self.size = start
+    def _fetch(self, start: int, end: int) -> bytes:
+        """Bytes from ``start`` on, at most to ``end``. None at all mean that the file ends there; ``size`` says so."""
+        with self._in_one_line():
+            if self._whole is None:
+                answer = self._ask(start, end)
+                if answer is None:
+                    return b""
+                if answer.status == 206:
+                    with answer:
+                        return self._take(answer, start, self._range(answer.headers, start, end))
+                self._whole = answer
+            part = self._take(self._whole, start, end if self.size is None else min(end, self.size))
+            if not part:
+                self.size = start
+            return part
 
     def _ask(self, start: int, end: int) -> http.client.HTTPResponse | None:
         """Send a request for bytes ``start`` to ``end``; None means that the file ends before."""
@@ -126,13 +141,13 @@ class Remote:
         self.size = size
         return stop
 
-    def _take(self, answer: http.client.HTTPResponse, count: int) -> int:
-        """Read ``count`` bytes of an answer; less only where nobody promised more."""
-        part = answer.read(count)
-        self.data += part
-        if len(part) < count and (answer.status == 206 or self.size is not None):
-            raise RemoteError(f"the connection ended after {len(self.data)} bytes, before what the server promised")
-        return len(part)
+    def _take(self, answer: http.client.HTTPResponse, start: int, end: int) -> bytes:
+        """Bytes ``start`` to ``end`` out of an answer; less only where nobody promised more."""
+        part = answer.read(end - start)
+        self.fetched += len(part)
+        if len(part) < end - start and (answer.status == 206 or self.size is not None):
+            raise RemoteError(f"the connection ended after {start + len(part)} bytes, before what the server promised")
+        return part
 
     @contextmanager
     def _in_one_line(self) -> Iterator[None]:
@@ -168,17 +183,38 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def read_prefix(
-    url: str, layer: int | None, max_pixels: int = container.MAX_PIXELS, timeout: float = TIMEOUT
-) -> tuple[bytes, container.Header, int]:
-    """Fetch what ``layer`` (default: the highest that the file holds whole) needs of the file at ``url``.
+@dataclass(frozen=True)
+class Prefix:
+    """What a layer needs of a file: its first bytes, the header, the layer's index, and the metadata behind the layers
+    if that was asked for. ``fetched`` of ``size`` bytes (None: unknown) were read from the server."""
 
-    Returns the first bytes of the file, its header and the layer's index. The header comes first, and nothing more if
-    it breaks a limit. Raises RemoteError and what ``container.read_header`` and ``container.pick`` raise.
+    data: bytes
+    header: container.Header
+    layer: int
+    tail: bytes
+    fetched: int
+    size: int | None
+
+
+def read_prefix(
+    url: str,
+    layer: int | None,
+    max_pixels: int = container.MAX_PIXELS,
+    metadata: bool = False,
+    timeout: float = TIMEOUT,
+) -> Prefix:
+    """Fetch what ``layer`` (default: the highest that the file holds whole) needs of the file at ``url``, and with
+    ``metadata`` EXIF and XMP, which lie at its end.
+
+    The header comes first, and nothing more if it breaks a limit. Raises RemoteError and what
+    ``container.read_header`` and ``container.pick`` raise.
     """
     with Remote(url, timeout) as remote:
         header = remote.header(max_pixels)
-        end = header.layers[-1 if layer is None else min(layer, len(header.layers) - 1)].end
+        behind = header.layers[-1].end
+        end = behind if layer is None else header.layers[min(layer, len(header.layers) - 1)].end
         size = len(remote.read(end)) if remote.size is None else remote.size
         last = container.pick(header, size, layer)
-        return remote.read(header.layers[last].end), header, last
+        data = remote.read(header.layers[last].end)
+        tail = remote.part(behind, header.end) if metadata and header.end > behind else b""
+        return Prefix(data, header, last, tail, remote.fetched, remote.size)

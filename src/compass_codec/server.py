@@ -272,7 +272,10 @@ class App:
         empty = Response(headers=headers, media_type=TYPES[kind])
         if _unchanged(empty, request):
             return NotModifiedResponse(empty.headers)
-        image = await self.layers.get(file, layer)
+        try:
+            image = await self.layers.get(file, layer)
+        except asyncio.CancelledError:
+            raise HTTPException(503, "the server stops") from None
         body = await asyncio.to_thread(render, image, size, kind)
         return Response(body, headers=headers, media_type=TYPES[kind])
 

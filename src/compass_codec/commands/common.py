@@ -20,6 +20,13 @@ from compass_codec.jobs import HEADER_READ, STDIO, DecodeOptions, EncodeOptions,
 __all__ = ["HEADER_READ", "STDIO"]
 
 
+class Source(click.Path):
+    """A file, or as text the address of one on a web server."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
 @contextmanager
 def blame(path: Path) -> Iterator[None]:
     """What goes wrong inside is reported as one line that begins with the file's name."""

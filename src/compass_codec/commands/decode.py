@@ -8,6 +8,7 @@ import click
 
 from compass_codec.commands import values
 from compass_codec.commands.common import (
+    Source,
     batch_options,
     device_option,
     force_option,
@@ -19,11 +20,11 @@ from compass_codec.commands.common import (
     weights_option,
     work,
 )
-from compass_codec.jobs import STDIO, DecodeOptions, Report
+from compass_codec.jobs import STDIO, DecodeOptions, Job, Report
 
 
 @click.command()
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path, allow_dash=True))
+@click.argument("files", nargs=-1, type=Source(path_type=Path, allow_dash=True))
 @click.option("-l", "--layer", type=click.IntRange(0), help="Which layer; default: the highest that the file holds.")
 @click.option("--all", "every", is_flag=True, help="Write every layer that the file holds.")
 @click.option("--best-effort", is_flag=True, help="From a damaged file, take the highest layer that is sound.")
@@ -45,7 +46,7 @@ from compass_codec.jobs import STDIO, DecodeOptions, Report
 @json_option
 @quiet_option
 def decode(
-    files: tuple[Path, ...],
+    files: tuple[Path | str, ...],
     layer: int | None,
     every: bool,
     best_effort: bool,
@@ -71,6 +72,7 @@ def decode(
       compass decode photo.cmps --layer 0 -o thumb.jpg
       compass decode photo.cmps --all
       compass decode - -o - < photo.cmps > photo.png
+      compass decode https://example.org/photo.cmps --layer 1   fetches only what layer 1 needs
     \b
     Many files, in two processes; what is up to date is skipped:
       compass decode *.cmps --layer 1 --format webp --out-dir web -j 2
@@ -105,7 +107,16 @@ def decode(
     extension = extension or ".png"
     if output is None and files == (STDIO,):
         output = Path(f"decoded{extension}")
-    todo = select(files, files_from, out_dir, output, options, lambda: frozenset({".cmps"}), extension)
+    local = [file for file in files if isinstance(file, Path)]
+    if len(local) == len(files):
+        todo = select(local, files_from, out_dir, output, options, lambda: frozenset({".cmps"}), extension)
+    else:
+        if len(files) > 1 or files_from or out_dir or engine == "ray":
+            raise click.UsageError("an address on the web is for one file alone")
+        from compass_codec.remote import file_name
+
+        name = file_name(str(files[0]))
+        todo = [Job(name, output or name.with_suffix(extension), options, str(files[0]))]
     work(todo, engine, workers, as_json, quiet, _lines, _lines)
 
 

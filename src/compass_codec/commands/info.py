@@ -9,18 +9,24 @@ from pathlib import Path
 import click
 
 from compass_codec import container
-from compass_codec.commands.common import STDIO, blame, table
+from compass_codec.commands.common import STDIO, Source, blame, table
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
+@click.argument("file", type=Source(path_type=Path, allow_dash=True))
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def info(file: Path, as_json: bool) -> None:
-    """Show what FILE holds: sizes, scale factors, quality, alpha and metadata, and the bytes that each layer needs."""
+def info(file: Path | str, as_json: bool) -> None:
+    """Show what FILE holds: sizes, scale factors, quality, alpha and metadata, and the bytes that each layer needs.
+
+    Of an address on the web only the header is fetched.
+    """
     with blame(file):
-        data = sys.stdin.buffer.read() if file == STDIO else file.read_bytes()
-        header = container.read_header(data, max_pixels=container.MAX_SIDE**2)
-        states = container.states(header, data)
+        if isinstance(file, str):
+            header, size, states = fetch(file)
+        else:
+            data = sys.stdin.buffer.read() if file == STDIO else file.read_bytes()
+            header = container.read_header(data, max_pixels=container.MAX_SIDE**2)
+            size, states = len(data), container.states(header, data)
     if as_json:
         layers = [
             {
@@ -48,10 +54,11 @@ def info(file: Path, as_json: bool) -> None:
             }
             for s, state in zip(header.sections, states[len(layers) :], strict=True)
         ]
-        facts = {"file": str(file), "size": len(data), "version": container.VERSION, "model": header.model}
+        facts = {"file": str(file), "size": size, "version": container.VERSION, "model": header.model}
         click.echo(json.dumps(facts | {"header": header.length, "layers": layers, "sections": sections}, indent=2))
         return
-    click.echo(f"{file}: compass version {container.VERSION}, {len(data)} bytes, weights {header.model}")
+    length = "unknown" if size is None else size
+    click.echo(f"{file}: compass version {container.VERSION}, {length} bytes, weights {header.model}")
     rows = [["layer", "size", "scale", "quality", "bytes", "first N bytes", "HTTP range", ""]]
     for k, e in enumerate(header.layers):
         row = [str(k), f"{e.width} x {e.height}", f"{e.scale:g}", f"{e.quality:g}", str(e.length), str(e.end)]
@@ -64,8 +71,20 @@ def info(file: Path, as_json: bool) -> None:
         show(rows)
 
 
+def fetch(url: str) -> tuple[container.Header, int | None, list[str]]:
+    """The header of a file on a web server, the file's size if that is known, and what can be told of its parts without
+    fetching them."""
+    from compass_codec.remote import Remote
+
+    with Remote(url) as remote:
+        header = remote.header(max_pixels=container.MAX_SIDE**2)
+    ends = [entry.end for entry in header.layers] + [section.end for section in header.sections]
+    states = ["cut off" if remote.size is not None and end > remote.size else "not read" for end in ends]
+    return header, remote.size, states
+
+
 def shown(state: str) -> str:
-    return "" if state == "ok" else state
+    return "" if state in ("ok", "not read") else state
 
 
 def show(rows: list[list[str]]) -> None:

@@ -1,0 +1,102 @@
+"""``compass view``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from compass_codec import container
+from compass_codec.commands.common import (
+    blame,
+    device_option,
+    force_option,
+    pixels_option,
+    quiet_option,
+    weights_option,
+)
+from compass_codec.errors import PictureError
+from compass_codec.jobs import STDIO, Options, check_target, put
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    help="The picture that was encoded: shown beside, and PSNR is measured against it.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), help="Default: FILE with .html.")
+@force_option
+@device_option
+@weights_option
+@pixels_option
+@quiet_option
+def view(
+    file: Path,
+    source: Path | None,
+    output: Path | None,
+    force: bool,
+    device: str,
+    weights: Path | None,
+    max_pixels: int,
+    quiet: bool,
+) -> None:
+    """Write an HTML page that shows the layers of FILE side by side, for a browser; it needs no network.
+
+    \b
+    compass view photo.cmps                       to photo.html
+    compass view photo.cmps --source photo.png    with PSNR
+    """
+    target = output or file.with_suffix(".html")
+    with blame(file):
+        check_target(target, file, Options(force=force))
+        data = file.read_bytes()
+        header = container.read_header(data, max_pixels)
+        last = container.pick(header, len(data), None)
+    layers = header.layers[: last + 1]
+    from compass_codec import page, pictures
+
+    original = None
+    if source is not None:
+        with blame(source):
+            original = pictures.read(source)
+            top = header.layers[-1]
+            if original.image.size != (top.width, top.height):
+                found = "{} x {}".format(*original.image.size)
+                raise PictureError(f"{found}; the picture in {file} has {top.width} x {top.height}")
+    with blame(file):
+        from compass_codec import codec
+
+        decoded = list(codec.shared(device, weights).decode_layers(data, header, last))
+        alpha = container.sections(header, data, last).alpha
+        sizes = [(entry.width, entry.height) for entry in layers]
+        shown = [
+            pictures.with_alpha(picture, pictures.alpha_from_bytes(alpha[k], sizes[k]) if k in alpha else None)
+            for k, picture in enumerate(decoded)
+        ]
+    psnr: list[str] = []
+    if original is not None:
+        reduced, _ = pictures.pyramid_alpha(original, sizes)
+        psnr = [f"{pictures.psnr(a, b):.2f}" for a, b in zip(reduced, decoded, strict=True)]
+    heads = ["layer", "size", "scale", "quality", "bytes", "bpp", "acc. bytes", "acc. bpp"]
+    rows = [heads + ["PSNR, dB"] * bool(psnr)]
+    panes = []
+    for k, entry in enumerate(layers):
+        pixels, length = entry.width * entry.height, entry.end - (layers[k - 1].end if k else 0)
+        size, bpp = f"{entry.width} x {entry.height}", f"{8 * entry.end / pixels:.3f}"
+        row = [str(k), size, f"{entry.scale:g}", f"{entry.quality:g}", str(length), f"{8 * length / pixels:.3f}"]
+        rows.append([*row, str(entry.end), bpp, *psnr[k : k + 1]])
+        about = f"{size}, {entry.end} bytes, {bpp} bpp" + (f", {psnr[k]} dB" if psnr else "")
+        panes.append(page.Pane(f"Layer {k}", about, shown[k]))
+    if original is not None:
+        if original.alpha is not None:
+            original.image.putalpha(original.alpha)
+        panes.append(page.Pane("Source", source.name if source else "", original.image))
+    summary = f"{len(layers)} layers in {layers[-1].end} bytes: each is decoded from the first bytes of one file."
+    if last + 1 < len(header.layers):
+        summary += f" The file is cut off; it should have {len(header.layers)} layers."
+    with blame(target):
+        put(target, page.view(file.name, summary, panes, rows).encode())
+    if not quiet and target != STDIO:
+        click.echo(f"{target}: {len(layers)} layers")

@@ -1,0 +1,533 @@
+"""The image server, over real connections."""
+
+import asyncio
+import contextlib
+import http.client
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import browser, complaints, loaded
+from conftest import compass, crop, psnr
+from PIL import Image, ImageCms
+
+import compass_codec.pillow  # noqa: F401
+from compass_codec import container, remote
+
+pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
+uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
+
+from compass_codec import page, server  # noqa: E402
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def image(self) -> Image.Image:
+        return Image.open(io.BytesIO(self.body))
+
+    @property
+    def line(self) -> str:
+        """The one line of an error."""
+        assert self.headers["content-type"] == "text/plain; charset=utf-8"
+        text = self.body.decode()
+        assert text.endswith("\n") and len(text.splitlines()) == 1 and "Traceback" not in text
+        return text
+
+
+class Running:
+    """An application behind uvicorn on a free port."""
+
+    def __init__(self, app) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+        self.thread = threading.Thread(target=self.server.run, args=[[self.socket]], daemon=True)
+        self.thread.start()
+
+    def get(self, path: str, method: str = "GET", **headers: str) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, path, headers={k.replace("_", "-"): v for k, v in headers.items()})
+            reply = connection.getresponse()
+            return Answer(reply.status, {k.lower(): v for k, v in reply.getheaders()}, reply.read())
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+        self.socket.close()
+
+
+class Counted:
+    """The codec, counting what it decodes; ``gate`` holds it up."""
+
+    def __init__(self, codec) -> None:
+        self.codec, self.decoded, self.gate = codec, [], threading.Event()
+        self.gate.set()
+
+    def decode(self, data, layer, max_pixels):
+        self.decoded.append(layer)
+        self.gate.wait(30)
+        return self.codec.decode(data, layer, max_pixels)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, small_file) -> Path:
+    """photo.cmps, one in a folder below, damaged and cut ones, and files that must not be seen."""
+    top = tmp_path_factory.mktemp("served")
+    folder = top / "pictures"
+    (folder / "more").mkdir(parents=True)
+    (folder / "photo.cmps").write_bytes(small_file)
+    (folder / "more" / "a b,c.cmps").write_bytes(small_file)
+    ends = [entry.end for entry in container.read_header(small_file).layers]
+    (folder / "cut.cmps").write_bytes(small_file[: ends[1] + 5])
+    (folder / "stub.cmps").write_bytes(small_file[: ends[0] - 5])
+    (folder / "damaged.cmps").write_bytes(small_file[:-3] + bytes([small_file[-3] ^ 8]) + small_file[-2:])
+    (folder / "text.cmps").write_text("no such picture")
+    (folder / "notes.txt").write_text("private")
+    (top / "secret.cmps").write_bytes(small_file)
+    (top / "pictures-too").mkdir()
+    (top / "pictures-too" / "secret.cmps").write_bytes(small_file)
+    (folder / "link.cmps").symlink_to(top / "secret.cmps")
+    (folder / "inside.cmps").symlink_to(folder / "photo.cmps")
+    (folder / "circle.cmps").symlink_to(folder / "circle.cmps")
+    (folder / "away").symlink_to(top)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(folder, codec):
+    running = Running(server.make_app(folder, codec))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def start():
+    """Start a server with settings of its own."""
+    started = []
+
+    def begin(folder, codec, **settings) -> Running:
+        started.append(Running(server.make_app(folder, codec, server.Settings(**settings))))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        running.stop()
+
+
+@pytest.mark.parametrize(
+    ("query", "size"),
+    [
+        ("", (80, 60)),
+        ("?w=20", (20, 15)),
+        ("?w=40", (40, 30)),
+        ("?w=30", (30, 22)),
+        ("?h=15", (20, 15)),
+        ("?h=21", (28, 21)),
+        ("?w=40&h=15", (20, 15)),
+        ("?w=20&h=60", (20, 15)),
+        ("?w=1", (1, 1)),
+        ("?w=5000", (80, 60)),
+        ("?w=5000&h=5000", (80, 60)),
+        ("?w=60&other=1", (60, 45)),
+    ],
+)
+def test_sizes(site, query, size):
+    answer = site.get(f"/photo.png{query}")
+    assert answer.status == 200 and answer.headers["content-type"] == "image/png"
+    assert answer.image.format == "PNG" and answer.image.size == size
+
+
+def test_layers_come_as_they_are(site, codec, small_file):
+    for k, width in enumerate((20, 40, 80)):
+        assert (np.asarray(site.get(f"/photo.png?w={width}").image) == np.asarray(codec.decode(small_file, k))).all()
+
+
+def test_a_size_between_is_the_layer_above_reduced(site, codec, small_file):
+    top = codec.decode(small_file, 2)
+    assert psnr(site.get("/photo.png?w=60").image, top.resize((60, 45), Image.Resampling.BICUBIC)) > 40
+
+
+def test_the_smallest_layer_that_covers():
+    layers = [(20, 15), (40, 30), (40, 30), (80, 61)]
+    for width, height, expected in [
+        (None, None, (3, (80, 61))),
+        (20, None, (0, (20, 15))),
+        (21, None, (1, (21, 16))),
+        (None, 31, (3, (41, 31))),
+        (40, 31, (1, (40, 30))),
+        (100, 20, (1, (27, 20))),
+        (81, None, (3, (80, 61))),
+        (1, 1, (0, (1, 1))),
+    ]:
+        assert server.choose(layers, width, height) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("png", "PNG"), ("jpg", "JPEG"), ("jpeg", "JPEG"), ("JPG", "JPEG"), ("webp", "WEBP"), ("avif", "AVIF")],
+)
+def test_types(site, codec, small_file, name, kind):
+    answer = site.get(f"/photo.{name}", accept="image/gif")
+    assert answer.image.format == kind and answer.headers["content-type"] == f"image/{kind.lower()}"
+    assert "vary" not in answer.headers
+    assert psnr(answer.image.convert("RGB"), codec.decode(small_file, 2)) > 25
+
+
+CHROME = "image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8"
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        (CHROME, "avif"),
+        ("image/webp,*/*", "webp"),
+        ("*/*", "jpg"),
+        ("", "jpg"),
+        ("image/*;q=0.5", "jpg"),
+        ("image/png,*/*;q=0.5", "png"),
+        ("image/avif;q=0, image/webp;q=0.5, image/png;q=0.9", "png"),
+        ("image/avif;q=0.1,image/jpeg", "jpg"),
+        ("IMAGE/WEBP", "webp"),
+        ("image/webp;q=nonsense,image/png", "png"),
+        ("text/html", None),
+        ("image/gif", None),
+    ],
+)
+def test_negotiation(accept, kind):
+    assert server.negotiate(accept) == kind
+
+
+def test_transparent_pictures_do_not_become_jpeg():
+    assert server.negotiate("*/*", opaque=False) == "png"
+    assert server.negotiate("image/jpeg", opaque=False) is None
+    assert server.negotiate(CHROME, opaque=False) == "avif"
+
+
+def test_the_type_follows_the_accept_header(site):
+    answer = site.get("/photo?w=20", accept=CHROME)
+    assert answer.image.format == "AVIF" and answer.headers["vary"] == "Accept"
+    other = site.get("/photo?w=20", accept="image/png")
+    assert other.image.format == "PNG" and other.headers["etag"] != answer.headers["etag"]
+    refused = site.get("/photo", accept="text/html")
+    assert refused.status == 406 and "image/png" in refused.line and refused.headers["vary"] == "Accept"
+
+
+def test_alpha_and_profile(start, tmp_path, codec):
+    picture = crop(24, 16).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize((24, 16)))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture.save(tmp_path / "x.cmps", scales=[1, 2], icc_profile=profile, exif=b"Exif\0\0II*\0\x08\0\0\0\0\0")
+    site = start(tmp_path, codec)
+    for query, accept, kind, mode in [
+        (".png", "", "PNG", "RGBA"),
+        (".png?w=18", "", "PNG", "RGBA"),
+        (".webp", "", "WEBP", "RGBA"),
+        (".avif", "", "AVIF", "RGBA"),
+        (".jpg", "", "JPEG", "RGB"),
+        ("", "*/*", "PNG", "RGBA"),
+        ("", CHROME, "AVIF", "RGBA"),
+    ]:
+        image = site.get(f"/x{query}", accept=accept).image
+        assert (image.format, image.mode) == (kind, mode) and image.info["icc_profile"] == profile
+        assert not image.getexif(), "not on the web"
+    assert site.get("/x", accept="image/jpeg").status == 406
+
+
+def test_validation(site):
+    first = site.get("/photo.png?w=20")
+    etag = first.headers["etag"]
+    assert re.fullmatch(r'"[0-9a-f]+"', etag) and first.headers["cache-control"] == "public, max-age=3600"
+    for headers in ({"If_None_Match": etag}, {"If_None_Match": f'"x", W/{etag}'}, {"If_None_Match": "*"},
+                    {"If_Modified_Since": first.headers["last-modified"]}):  # fmt: skip
+        again = site.get("/photo.png?w=20", **headers)
+        assert again.status == 304 and again.body == b"" and again.headers["etag"] == etag
+    assert site.get("/photo.png?w=20", If_None_Match='"other"').status == 200
+    assert site.get("/photo.png?w=40", If_None_Match=etag).status == 200, "another size, another tag"
+    assert site.get("/photo.webp?w=20", If_None_Match=etag).status == 200
+
+
+def test_a_file_that_changes_has_another_tag(start, tmp_path, codec, small_file):
+    (tmp_path / "x.cmps").write_bytes(small_file)
+    site = start(tmp_path, codec)
+    first = site.get("/x.png")
+    (tmp_path / "x.cmps").write_bytes(codec.encode(crop(40, 30), [1], 50).data)
+    second = site.get("/x.png", If_None_Match=first.headers["etag"])
+    assert second.status == 200 and second.image.size == (40, 30)
+
+
+def test_head(site):
+    answer = site.get("/photo.png?w=20", method="HEAD")
+    assert answer.status == 200 and answer.body == b"" and int(answer.headers["content-length"]) > 100
+
+
+def test_the_file_itself_in_ranges(site, small_file):
+    whole = site.get("/photo.cmps")
+    assert whole.body == small_file and whole.headers["content-type"] == "image/x-cmps"
+    assert whole.headers["accept-ranges"] == "bytes"
+    part = site.get("/photo.cmps", Range="bytes=10-99")
+    assert part.status == 206 and part.body == small_file[10:100]
+    assert part.headers["content-range"] == f"bytes 10-99/{len(small_file)}"
+    etag = whole.headers["etag"]
+    assert site.get("/photo.cmps", Range="bytes=10-99", If_Range=etag).status == 206
+    assert site.get("/photo.cmps", Range="bytes=10-99", If_Range='"old"').body == small_file
+    assert site.get("/photo.cmps", If_None_Match=etag).status == 304
+    assert site.get("/photo.cmps", Range=f"bytes={len(small_file)}-").status == 416
+
+
+def test_our_own_client_reads_it(site, small_file):
+    found = remote.read_prefix(f"http://127.0.0.1:{site.port}/photo.cmps", 1)
+    assert found.data == small_file[: found.header.layers[1].end]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/none.png", "/none", "/none.cmps", "/notes.txt", "/.png", "/.cmps", "/../secret.png", "/../secret.cmps",
+     "/%2e%2e/secret.png", "/..%2fsecret.cmps", "/more/../../secret.png", "/more/%2e%2e/%2e%2e/secret.cmps",
+     "/../pictures-too/secret.png", "/away/secret.png", "/away/secret.cmps", "/link.png", "/link.cmps", "/circle.png",
+     "//etc/passwd", "/%00", "/photo%00.png", "/photo.png/", "/more", "/more/", "/" + "x" * 5000, "/%ff.png",
+     "/photo.tiff", "/..", "/."],
+)  # fmt: skip
+def test_nothing_else_is_served(site, path):
+    answer = site.get(path)
+    assert answer.status == 404 and answer.line
+
+
+def test_links_and_folders_inside_are_served(site):
+    assert site.get("/inside.png?w=20").image.size == (20, 15)
+    assert site.get("/more/a%20b%2Cc.png?w=20").image.size == (20, 15)
+
+
+@pytest.mark.parametrize("query", ["w=0", "w=-5", "w=abc", "w=1.5", "h=", "w=99999999", "h=%C2%B2", "w=1e3", "w=+5"])
+def test_bad_sizes(site, query):
+    answer = site.get(f"/photo.png?{query}")
+    assert answer.status == 400 and answer.line.startswith(f"{query[0]} must be a whole number")
+
+
+def test_bad_methods(site):
+    answer = site.get("/photo.png", method="POST")
+    assert answer.status == 405 and answer.line
+
+
+def test_broken_files(site, small_file):
+    assert site.get("/cut.png").image.size == (40, 30), "what is there is served"
+    for path, text in [("/damaged.png", "layer 2 is damaged"), ("/stub.png", "layer 0"), ("/text.png", "not a .cmps")]:
+        answer = site.get(path)
+        assert answer.status == 500 and text in answer.line and answer.headers["cache-control"] == "no-store"
+    assert site.get("/damaged.png?w=40").status == 200
+    assert "vary" not in answer.headers
+
+
+def test_weights_that_are_not_here(start, tmp_path, codec):
+    (tmp_path / "x.cmps").write_bytes(container.write("0123456789ab", [(9, 9)], [1], [50], [b"x" * 50]))
+    answer = start(tmp_path, codec).get("/x.png")
+    assert answer.status == 500 and "0123456789ab" in answer.line
+
+
+def test_a_bug_is_one_line_too(start, folder, capfd):
+    class Broken:
+        def decode(self, *_, **__):
+            raise ZeroDivisionError("secret")
+
+    answer = start(folder, Broken()).get("/photo.png")
+    assert answer.status == 500 and answer.line == "the server failed\n"
+
+
+def test_the_limit_on_pixels(start, folder, codec):
+    site = start(folder, codec, max_pixels=40 * 30)
+    assert site.get("/photo.png?w=40").status == 200
+    for query in ("", "?w=41"):
+        answer = site.get(f"/photo.png{query}")
+        assert answer.status == 400 and "80 x 60" in answer.line
+    html = site.get("/").body.decode()
+    assert "?w=40 40w" in html and "80w" not in html
+
+
+def test_decoded_layers_are_kept(start, folder, codec):
+    counted = Counted(codec)
+    site = start(folder, counted, cache=80 * 60 * 3 + 20 * 15 * 3)
+    for path in ("/photo.png", "/photo.webp?w=77", "/photo?h=50", "/photo.png?w=20", "/photo.png"):
+        assert site.get(path).status == 200
+    assert counted.decoded == [2, 0]
+    site.get("/photo.png?w=40")
+    assert site.get("/photo.png?w=20").status == 200, "layer 1 pushed layer 0 out, which was used longest ago"
+    assert counted.decoded == [2, 0, 1, 0]
+
+
+def test_nothing_is_kept_without_a_cache(start, folder, codec):
+    counted = Counted(codec)
+    site = start(folder, counted, cache=0)
+    assert [site.get("/photo.png?w=20").status for _ in range(2)] == [200, 200]
+    assert counted.decoded == [0, 0]
+
+
+def wait_for(condition) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_busy(start, folder, codec):
+    """One decodes, one waits, the next is turned away; and those who ask for the same share one decode."""
+    counted = Counted(codec)
+    site = start(folder, counted, decodes=1, queue=1)
+    counted.gate.clear()
+    answers = {}
+
+    def ask(key, path):
+        thread = threading.Thread(target=lambda: answers.update({key: site.get(path)}))
+        thread.start()
+        return thread
+
+    threads = [ask("first", "/photo.png?w=80")]
+    wait_for(lambda: counted.decoded == [2])
+    threads.append(ask("second", "/photo.png?w=20"))
+    jobs = site.server.config.app.state.layers._jobs
+    wait_for(jobs.full)
+    threads += [ask("shared", "/photo.webp?w=70"), ask("shared too", "/photo.png?w=10")]
+    answer = site.get("/photo.png?w=40")
+    assert answer.status == 503 and "try again" in answer.line and int(answer.headers["retry-after"]) > 0
+    assert site.get("/photo.cmps").status == 200, "files need no decoding"
+    counted.gate.set()
+    for thread in threads:
+        thread.join()
+    assert {key: answer.status for key, answer in answers.items()} == dict.fromkeys(
+        ["first", "second", "shared", "shared too"], 200
+    )
+    assert counted.decoded == [2, 0]
+    assert site.get("/photo.png?w=40").status == 200
+
+
+def test_one_who_leaves_does_not_stop_the_others(folder, codec):
+    counted = Counted(codec)
+    counted.gate.clear()
+    layers = server.Layers(counted, server.Settings())
+    file = server.load(folder / "photo.cmps", "photo")
+
+    async def both():
+        first, second = (asyncio.create_task(layers.get(file, 0)) for _ in range(2))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        counted.gate.set()
+        return await second
+
+    assert asyncio.run(both()).size == (20, 15)
+
+
+def test_the_demo_page(site, tmp_path, small_file):
+    answer = site.get("/")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    html = answer.body.decode()
+    assert 'srcset="/photo?w=20 20w, /photo?w=40 40w, /photo?w=80 80w"' in html
+    for entry in container.read_header(small_file).layers:
+        assert f"<td>{entry.width} x {entry.height}</td><td>{entry.end}</td>" in html
+    assert "secret" not in html and "notes" not in html and "link.cmps" not in html
+    with browser(tmp_path / "profile") as driver:
+        driver.get(f"http://127.0.0.1:{site.port}/")
+        driver.execute_script("for (const i of document.images) i.loading = 'eager'")
+        names = driver.execute_script("return [...document.images].map(i => i.alt)")
+        assert names == ["cut", "damaged", "inside", "more/a b,c", "photo"]
+        widths = dict(zip(names, loaded(driver), strict=True))
+        assert widths["damaged"] == 0 and all(widths[name] > 0 for name in names if name != "damaged")
+        assert [line for line in complaints(driver) if "damaged" not in line] == []
+
+
+def test_a_browser_takes_the_layer_that_it_needs(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "START_WIDTH", 18)
+    with browser(tmp_path / "profile") as driver:
+        driver.get(f"http://127.0.0.1:{site.port}/")
+        driver.execute_script("for (const i of document.images) i.loading = 'eager'")
+        for wanted, taken in [(None, "20"), (33, "40"), (70, "80")]:
+            if wanted:
+                driver.execute_script(
+                    "const slider = document.getElementById('width'); slider.value = arguments[0];"
+                    "slider.dispatchEvent(new Event('input'))",
+                    wanted,
+                )
+            wait_for(lambda taken=taken: shown(driver) == taken)
+            assert f"/photo?w={taken}" in driver.execute_script("return document.images[4].currentSrc")
+            assert driver.execute_script("return document.images[4].clientWidth") == (wanted or 18)
+            assert loaded(driver)[4] > 0
+
+
+def shown(driver) -> str:
+    return driver.execute_script(
+        "return document.querySelector('img[alt=photo]').closest('section').querySelector('tr.shown')?.dataset.w"
+    )
+
+
+def test_an_empty_folder(start, tmp_path, codec):
+    assert "No pictures here" in start(tmp_path, codec).get("/").body.decode()
+
+
+def command(*args: object, **options) -> subprocess.Popen:
+    arguments = [sys.executable, "-m", "compass_codec", "serve", *map(str, args), "--port", "0", "--device", "cpu"]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_the_command(folder):
+    with command(folder, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
+        line = process.stdout.readline()
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", line)[1])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/photo.png?w=20")
+        reply = connection.getresponse()
+        assert reply.status == 200 and Image.open(io.BytesIO(reply.read())).size == (20, 15)
+        connection.close()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 0 and out == ""
+    assert [line for line in err.splitlines() if "GET /photo.png?w=20" not in line] == ["stopped"]
+
+
+def test_ctrl_c_does_not_wait_for_a_decode(tmp_path, folder):
+    """A decode that takes long is given up with the process."""
+    code = (
+        "import sys, time\nfrom compass_codec import cli, codec\n"
+        "codec.Codec.decode = lambda *_, **__: time.sleep(60)\n"
+        "cli.main(['serve', sys.argv[1], '--port', '0', '--device', 'cpu'])"
+    )
+    arguments = [sys.executable, "-u", "-c", code, str(folder)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        port = int(re.search(r":(\d+)/", process.stdout.readline())[1])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"GET /photo.png HTTP/1.1\r\nHost: x\r\n\r\n")
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+    assert process.returncode == 0 and "Traceback" not in err, err
+
+
+def lines(result) -> list[str]:
+    return result.err.splitlines()
+
+
+def test_what_does_not_start(folder, tmp_path, monkeypatch):
+    result = compass("serve", tmp_path / "none")
+    assert result.code == 2 and len(lines(result)) == 1
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = compass("serve", folder, "--port", taken.getsockname()[1])
+        assert result.code == 1 and "in use" in result.err and len(lines(result)) == 1
+    result = compass("serve", folder, "--host", "no.such.host.invalid")
+    assert result.code == 1 and len(lines(result)) == 1
+    result = compass("serve", folder, "--weights", tmp_path)
+    assert result.code == 1 and len(lines(result)) == 1
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = compass("serve", folder)
+    assert result.code == 1 and "pip install 'compass_codec[serve]'" in result.err and len(lines(result)) == 1
