@@ -14,7 +14,7 @@ from types import FrameType
 
 from compass_codec import jobs
 from compass_codec.errors import OptionError
-from compass_codec.jobs import DecodeOptions, EncodeOptions, Job, Options, Report
+from compass_codec.jobs import DecodeOptions, EncodeOptions, Job, Report
 
 # formats that Pillow recognises and does not decode by itself
 UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -81,21 +81,25 @@ def _walk(folder: Path, suffixes: frozenset[str]) -> Iterator[Path]:
 
 
 def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, None, None]:
-    """Reports as jobs get done: in this process (the default), or in several that share the cores.
+    """Reports as jobs get done, in ``workers`` processes; one is this process. By default there is one for each core,
+    as a batch computes with one thread in each, or just one where a GPU computes.
 
-    When the caller stops, so do they. Raises WeightsError, and OptionError when a process dies.
+    When the caller stops, so do they. Raises WeightsError and OptionError, also when a process dies.
     """
     if any(job.options.batch for job in work):
-        _check(work[0].options)
+        jobs.identity(work[0].options.weights)  # what is wrong for every file is said once
+        workers = workers or _default_workers(work[0].options.device)
     workers = min(workers or 1, len(work))
     if workers <= 1:
         yield from map(jobs.run, work)
         return
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (threads,))
-    before = signal.signal(signal.SIGTERM, _stop)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start)
+    # the processes inherit that they ignore Ctrl-C: this one alone decides when they stop
+    interrupt, terminate = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, _stop)
     try:
-        for done in as_completed([pool.submit(_run, job) for job in work]):
+        waiting = [pool.submit(_run, job) for job in work]
+        signal.signal(signal.SIGINT, interrupt)
+        for done in as_completed(waiting):
             yield done.result()
     except BrokenProcessPool as e:
         raise OptionError("a worker process died, perhaps for want of memory; fewer of them (-j) need less") from e
@@ -105,26 +109,25 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
 
 
-def _check(options: Options) -> None:
-    """What is wrong for every file is said once."""
-    jobs.identity(options.weights)
-    if options.device == "cuda":
+def _default_workers(device: str) -> int:
+    if device != "cpu":
         from compass_codec.codec import choose_device
 
-        choose_device(options.device)
+        if choose_device(device).type != "cpu":
+            return 1
+    return len(os.sched_getaffinity(0))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _start(threads: int) -> None:
-    """In a new worker: its share of the cores, before PyTorch looks; and the parent alone decides when to stop."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start() -> None:
+    """In a new worker: stop by an exception, which cleans up."""
     signal.signal(signal.SIGTERM, _stop)
 
 

@@ -18,9 +18,7 @@ class Worker:
     """Does jobs in a process of the cluster, with one codec that is loaded when it starts."""
 
     def __init__(self, work: Sequence[Job]) -> None:
-        from compass_codec import codec
-
-        codec.shared(work[0].options.device, work[0].options.weights)  # which jobs.run() then finds loaded
+        jobs.load(work[0].options)  # jobs.run() will find it
         self.work = work
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
@@ -31,8 +29,8 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
     """Reports as jobs get done, on the cluster that RAY_ADDRESS or a running ``ray start`` names, else on this machine.
 
     Every machine must have this package and see the files under the same paths. A worker takes a GPU where the cluster
-    has any, else an equal share of the cores; there are ``workers`` of them, by default one for each GPU or, without
-    any, for each machine. Raises OptionError when Ray is missing or fails.
+    has any, else a core; there are ``workers`` of them, by default as many as there is room for. Raises OptionError
+    when Ray is missing or fails.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -51,7 +49,7 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
-        count, share = _shares(ray.nodes(), workers, len(work))
+        count, place = _places(ray.nodes(), workers, len(work))
         rows = ray.data.from_items([{"job": k} for k in range(len(work))], override_num_blocks=len(work))
         done = rows.map_batches(
             Worker,
@@ -59,7 +57,7 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
             fn_constructor_args=[[replace(j, source=_absolute(j.source), target=_absolute(j.target)) for j in work]],
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=count),
-            **share,
+            **place,
         )
         for row in done.iter_rows():
             report, job = row["report"], work[row["job"]]
@@ -72,14 +70,11 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
             ray.shutdown()
 
 
-def _shares(nodes: list[dict[str, Any]], workers: int | None, most: int) -> tuple[int, dict[str, Any]]:
+def _places(nodes: list[dict[str, Any]], workers: int | None, most: int) -> tuple[int, dict[str, Any]]:
     """How many workers there will be, and what each takes of its machine."""
-    machines = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU")]
-    if gpus := int(sum(machine.get("GPU", 0) for machine in machines)):
-        return min(workers or gpus, gpus, most), {"num_gpus": 1}
-    cores = [int(machine["CPU"]) for machine in machines]
-    count = min(workers or len(cores), sum(cores), most)
-    return count, {"num_cpus": max(1, min(sum(cores) // count, *cores))}
+    kind = "GPU" if any(node["Resources"].get("GPU") for node in nodes) else "CPU"
+    places = int(sum(node["Resources"].get(kind, 0) for node in nodes if node["Alive"]))
+    return min(workers or places, places, most), {f"num_{kind.lower()}s": 1}
 
 
 def _absolute(path: Path) -> Path:

@@ -31,8 +31,8 @@ ORIENTATION, ROTATED = 0x0112, {5, 6, 7, 8}  # the EXIF tag, and its values that
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What both directions need. ``batch`` makes missing folders and leaves alone what is up to date; ``strip`` drops
-    ICC profile, EXIF and XMP."""
+    """What both directions need. ``batch`` makes missing folders, leaves alone what is up to date, and computes with
+    one thread; ``strip`` drops ICC profile, EXIF and XMP."""
 
     force: bool = False
     batch: bool = False
@@ -194,9 +194,7 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
 
     picture = pictures.read(io.BytesIO(sys.stdin.buffer.read()) if source == STDIO else source)
     plan = plan_layers(picture.image.size, options)
-    from compass_codec import codec
-
-    loaded = codec.shared(options.device, options.weights)
+    loaded = load(options)
     layers, alphas = pictures.pyramid_alpha(picture, plan.sizes)
     sections = container.Sections(alpha={k: pictures.alpha_to_bytes(alpha) for k, alpha in enumerate(alphas)})
     if not options.strip:
@@ -264,9 +262,7 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
         for k, coded in sections.alpha.items()
         if k in wanted
     }
-    from compass_codec import codec
-
-    decoded = codec.shared(options.device, options.weights).decode_layers(data, header, last)
+    decoded = load(options).decode_layers(data, header, last)
     size = 0
     for k, picture in [(k, picture) for k, picture in enumerate(decoded) if k in wanted]:
         image, output = pictures.with_alpha(picture, alphas.get(k)), wanted[k]

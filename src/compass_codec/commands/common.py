@@ -28,7 +28,7 @@ class Source(click.Path):
 
 
 @contextmanager
-def blame(path: Path) -> Iterator[None]:
+def blame(path: Path | str) -> Iterator[None]:
     """What goes wrong inside is reported as one line that begins with the file's name."""
     try:
         yield
@@ -116,7 +116,7 @@ def work(
     from compass_codec import batch, cluster
 
     run = cluster.run if engine == "ray" else batch.run
-    many = any(job.options.batch for job in todo)
+    many = not todo or todo[0].options.batch
     bar: Any = None
     if many and not quiet and sys.stderr.isatty():
         bar = click.progressbar(length=len(todo), show_pos=True, item_show_func=lambda text: text, file=sys.stderr)
@@ -182,7 +182,13 @@ BATCH = (
         type=click.Path(path_type=Path, allow_dash=True, dir_okay=False),
         help="Read names from a file or, with -, from standard input: one a line, or as find -print0 writes them.",
     ),
-    click.option("-j", "--jobs", "workers", type=click.IntRange(1), help="Work in this many processes; default: 1."),
+    click.option(
+        "-j",
+        "--jobs",
+        "workers",
+        type=click.IntRange(1),
+        help="Processes for a batch, of one thread each; default: one for each core (with a GPU, one).",
+    ),
     click.option(
         "--engine",
         type=click.Choice(["local", "ray"]),

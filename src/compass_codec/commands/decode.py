@@ -74,8 +74,8 @@ def decode(
       compass decode - -o - < photo.cmps > photo.png
       compass decode https://example.org/photo.cmps --layer 1   fetches only what layer 1 needs
     \b
-    Many files, in two processes; what is up to date is skipped:
-      compass decode *.cmps --layer 1 --format webp --out-dir web -j 2
+    Many files; what is up to date is skipped:
+      compass decode *.cmps --layer 1 --format webp --out-dir web -j 4
       compass decode archive/ --out-dir out
       find archive -name '*.cmps' -print0 | compass decode --files-from - --out-dir out
     \b

@@ -96,8 +96,8 @@ def encode(
       compass encode photo.jpg --scales 1,2,4 --target-size 200kB
       compass encode photo.jpg --scales 1,2,4 --target-psnr 34
     \b
-    Many pictures, in two processes; what is up to date is skipped:
-      compass encode *.jpg photos/ --scales 1,2,4 --out-dir out -j 2
+    Many pictures; what is up to date is skipped:
+      compass encode *.jpg photos/ --scales 1,2,4 --out-dir out -j 4
       find photos -name '*.png' -print0 | compass encode --files-from - --scales 1,2 --out-dir out
     \b
     On a Ray cluster:

@@ -1,0 +1,82 @@
+"""The Ray engine on two workers of this machine."""
+
+import builtins
+import logging
+
+import pytest
+from conftest import compass, crop
+from PIL import Image
+
+from compass_codec import cluster
+
+
+@pytest.fixture(scope="module")
+def two_workers():
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=0,
+        object_store_memory=80 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    yield
+    ray.shutdown()
+
+
+def test_the_same_bytes_as_here(two_workers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "far").mkdir(parents=True)
+    for name, size in (("a", (24, 16)), ("far/b", (17, 31)), ("c", (40, 40))):
+        crop(*size).save(tmp_path / "photos" / f"{name}.png")
+    (tmp_path / "photos" / "bad.jpg").write_bytes(b"no picture")
+    args = ("encode", "photos", "--scales", "1,2", "--device", "cpu")
+    here = compass(*args, "--out-dir", "here", "-j", 1)
+    there = compass(*args, "--out-dir", "there", "--engine", "ray", "-j", 2)
+    assert here.code == there.code == 1
+    assert there.err.count("\n") == 1 and "bad.jpg: not a picture" in there.err
+    for name in ("a", "far/b", "c"):
+        assert (tmp_path / "here" / f"{name}.cmps").read_bytes() == (tmp_path / "there" / f"{name}.cmps").read_bytes()
+    lines = [sorted(line.split(":")[0] for line in result.out.splitlines()[:-1]) for result in (here, there)]
+    assert lines[1] == [line.replace("here", "there") for line in lines[0]]
+    back = compass("decode", "there", "--out-dir", "back", "--layer", 0, "--engine", "ray", "--device", "cpu")
+    assert back.code == 0, back.err
+    assert Image.open(tmp_path / "back" / "far" / "b.layer0.png").size == (8, 16)
+
+
+def test_what_is_wrong_for_all_is_one_line(two_workers, tmp_path):
+    crop(8, 8).save(tmp_path / "a.png")
+    args = ("encode", tmp_path / "a.png", "--scales", "1", "--engine", "ray", "--out-dir", tmp_path / "out")
+    result = compass(*args, "--weights", tmp_path / "none")
+    assert result.code == 1 and len(result.err.splitlines()) == 1 and "cannot read the weights" in result.err
+    result = compass("encode", "-", "--scales", "1", "--engine", "ray")
+    assert result.code == 1 and "standard input" in result.err
+
+
+def test_without_ray_there_is_one_clear_line(tmp_path, monkeypatch):
+    find = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name.split(".")[0] == "ray":
+            raise ImportError("No module named 'ray'")
+        return find(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    crop(8, 8).save(tmp_path / "a.png")
+    result = compass("encode", tmp_path / "a.png", "--scales", "1", "--engine", "ray")
+    assert result.code == 1 and len(result.err.splitlines()) == 1 and "compass_codec[ray]" in result.err
+
+
+def test_places():
+    def node(alive=True, **resources):
+        return {"Alive": alive, "Resources": resources}
+
+    assert cluster._places([node(CPU=4.0), node(CPU=8.0)], None, 100) == (12, {"num_cpus": 1})
+    assert cluster._places([node(CPU=4.0), node(CPU=8.0)], 20, 3) == (3, {"num_cpus": 1})
+    assert cluster._places([node(CPU=4.0, GPU=2.0), node(CPU=8.0), node(False, GPU=4.0)], None, 100) == (
+        2,
+        {"num_gpus": 1},
+    )

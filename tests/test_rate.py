@@ -1,0 +1,126 @@
+"""Search for a target: few encodes, never on the wrong side, as near as steps of 0.01 allow."""
+
+import math
+import random
+
+import pytest
+from conftest import compass, crop
+
+from compass_codec import container
+from compass_codec.rate import Target, search
+
+PIXELS = 100_000
+
+
+class Curve:
+    """A codec's bytes and PSNR over the quality, with bends, an overhead and bytes in steps."""
+
+    def __init__(self, seed: int) -> None:
+        rng = random.Random(seed)
+        self.start, self.slope, self.bend = rng.uniform(6, 14), rng.uniform(0.008, 0.03), rng.uniform(0, 4e-5)
+        self.overhead, self.step = rng.choice([30, 80, 2000]), rng.choice([1, 4])
+        self.psnr, self.gain = rng.uniform(20, 35), rng.uniform(0.03, 0.12)
+        self.share = rng.random()
+
+    def __call__(self, quality: float) -> tuple[int, float]:
+        assert 1 <= quality <= 100 and quality == round(quality, 2)
+        size = self.overhead + math.exp(self.start + self.slope * quality - self.bend * quality**2)
+        return int(size // self.step * self.step), self.psnr + self.gain * quality - 1e-4 * quality**2
+
+
+def between(curve: Curve, kind: str) -> Target:
+    """A target that the curve reaches."""
+    (least, worst), (most, best) = curve(1), curve(100)
+    if kind == "psnr":
+        return Target("psnr", worst + curve.share * (best - worst))
+    return Target(kind, (least + curve.share * (most - least)) * (8 / PIXELS if kind == "bpp" else 1))
+
+
+@pytest.mark.parametrize("kind", ["size", "bpp", "psnr"])
+def test_few_encodes_and_never_on_the_wrong_side(kind):
+    counts = []
+    for seed in range(300):
+        curve = Curve(seed)
+        target = between(curve, kind)
+        found = search(target, PIXELS, curve, lambda made: made)
+        assert found.reached and (found.bytes, found.psnr) == curve(found.quality)
+        if kind == "psnr":
+            assert target.value <= found.psnr <= target.value + 0.1
+        else:
+            most = target.most_bytes(PIXELS)
+            assert found.bytes <= most
+            next_step = curve(round(min(100, found.quality + 0.01), 2))[0]
+            assert found.bytes >= 0.98 * most or next_step > most
+        counts.append(found.encodes)
+    assert sum(counts) / len(counts) < 4 and max(counts) <= 8
+
+
+def test_a_curve_in_large_steps_gives_the_step_below():
+    found = search(Target("size", 1500), PIXELS, lambda q: (1000 if q < 61.37 else 2000, q), lambda made: made)
+    assert (found.quality, found.bytes, found.reached) == (61.36, 1000, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "quality"), [("size", 10, 1), ("size", 10**9, 100), ("psnr", 1, 1), ("psnr", 99, 100)]
+)
+def test_out_of_reach_gives_the_end_of_the_scale(kind, value, quality):
+    found = search(Target(kind, value), PIXELS, Curve(1), lambda made: made)
+    assert (found.quality, found.reached) == (quality, False) and found.encodes <= 3
+
+
+def test_equal_pictures_have_infinite_psnr():
+    found = search(Target("psnr", 40), PIXELS, lambda q: (100, 20 + q / 4 if q < 40 else math.inf), lambda made: made)
+    assert (found.quality, found.psnr) == (40, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--target-bpp", "1.9"), ("--target-size", "1.2kB"), ("--target-psnr", "31")]
+)
+def test_the_codec_meets_its_target(tmp_path, option, value):
+    crop(96, 64).save(tmp_path / "in.png")
+    result = compass("encode", tmp_path / "in.png", "--scales", "1,2", option, value, "--device", "cpu")
+    assert result.code == 0, result.err
+    *_, top, summary = result.out.splitlines()
+    size = (tmp_path / "in.cmps").stat().st_size
+    if option == "--target-psnr":
+        assert 31 <= float(top.split()[-1]) <= 31.105
+    else:
+        most = 1200 if option == "--target-size" else 1.9 * 96 * 64 / 8
+        assert 0.98 * most <= size <= most
+    assert int(summary.split(", ")[-1].removesuffix(" encodes")) <= 6
+    assert len({e.quality for e in container.read_header((tmp_path / "in.cmps").read_bytes()).layers}) == 1
+
+
+def test_a_note_says_that_a_target_is_out_of_reach(tmp_path):
+    crop(20, 16).save(tmp_path / "in.png")
+    result = compass("encode", tmp_path / "in.png", "--scales", "1", "--target-size", "5B")
+    assert result.code == 0 and result.err.startswith("note: ")
+    assert "5 bytes is out of reach; quality 1 gives" in result.err and len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--target-bpp", "0"],
+        ["--target-bpp", "nan"],
+        ["--target-psnr", "1,2"],
+        ["--target-size", "20 parsecs"],
+        ["--target-size", "0.5"],
+        ["--target-size", "9kB", "-q", "50"],
+        ["--target-size", "9kB", "--target-bpp", "1"],
+        ["-q", "50,60,70"],
+        ["-q", "50,"],
+    ],
+)
+def test_wrong_usage(tmp_path, args):
+    crop(20, 16).save(tmp_path / "in.png")
+    result = compass("encode", tmp_path / "in.png", "--scales", "1,2", *args)
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and not (tmp_path / "in.cmps").exists()
+
+
+def test_a_quality_for_each_layer(tmp_path):
+    crop(40, 32).save(tmp_path / "in.png")
+    result = compass("encode", tmp_path / "in.png", "--scales", "1,2,4", "-q", "30,60.5,80")
+    assert "qualities 30,60.5,80" in result.out
+    header = container.read_header((tmp_path / "in.cmps").read_bytes())
+    assert [e.quality for e in header.layers] == [30, 60.5, 80]
