@@ -17,10 +17,11 @@ COMMANDS = {
     "encode": "compass_codec.commands.encode",
     "decode": "compass_codec.commands.decode",
     "info": "compass_codec.commands.info",
+    "bench": "compass_codec.measure.bench",
     "extract": "compass_codec.commands.extract",
-    "train": "compass_codec.training.command",
     "view": "compass_codec.commands.view",
     "serve": "compass_codec.commands.serve",
+    "train": "compass_codec.training.command",
 }
 
 

@@ -172,10 +172,9 @@ def work(jobs: Sequence[tuple[str, Job]], settings: Settings) -> list[tuple[str,
 
 
 def start_worker(threads: int) -> None:
-    import torch
-
+    """Before anything else in a process: its share of the cores, which PyTorch reads when it is imported."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    torch.set_num_threads(threads)
 
 
 @dataclass
