@@ -308,10 +308,25 @@ def test_extract_between_pipes_loads_neither_torch_nor_numpy(full):
     assert done.stdout == container.extract(full.read_bytes(), 1) and done.stderr.split() == [b"[]"]
 
 
+def test_extract_from_the_web(full, tmp_path, monkeypatch):
+    from test_remote import serving
+
+    monkeypatch.chdir(tmp_path)
+    data = full.read_bytes()
+    with serving(data) as server:
+        for layer in (0, 2):
+            assert compass("extract", server.url, "--layer", layer).code == 0
+            assert (tmp_path / f"photo.layer{layer}.cmps").read_bytes() == container.extract(data, layer)
+        assert compass("extract", server.url, "--layer", 1, "--strip", "-o", "small.cmps").code == 0
+        assert (tmp_path / "small.cmps").read_bytes() == container.extract(data, 1, strip=True)
+        result = compass("extract", server.url, "--layer", 3)
+        assert result.code == 1 and result.err.startswith(f"compass: {server.url}: no layer 3")
+
+
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes as Linux does")
 def test_extract_reads_only_what_it_needs(tmp_path):
-    """The top layer has 200 MB, which are not read; the EXIF behind it is."""
-    big = 200_000_000
+    """The top layer has 30 MB, which are not read; the EXIF behind it is."""
+    big = 30_000_000
     sizes, rest = [(20, 15), (40, 30)], {"scales": [1, 2], "qualities": [50, 50]}
     like = container.write(MODEL, sizes, payloads=[b"base", bytes(big)], sections=Sections(exif=b"II*\0"), **rest)
     header = container.read_header(like)

@@ -9,12 +9,12 @@ from pathlib import Path
 import click
 
 from compass_codec import container, jobs
-from compass_codec.commands.common import blame, force_option, quiet_option, strip_option
+from compass_codec.commands.common import Source, blame, force_option, quiet_option, strip_option
 from compass_codec.jobs import STDIO
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
+@click.argument("file", type=Source(path_type=Path, allow_dash=True))
 @click.option("-l", "--layer", type=click.IntRange(0), required=True, help="The largest layer to keep.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, allow_dash=True), help="Default: FILE with .layerK.cmps."
@@ -22,17 +22,25 @@ from compass_codec.jobs import STDIO
 @strip_option
 @force_option
 @quiet_option
-def extract(file: Path, layer: int, output: Path | None, strip: bool, force: bool, quiet: bool) -> None:
+def extract(file: Path | str, layer: int, output: Path | None, strip: bool, force: bool, quiet: bool) -> None:
     """Make a smaller file of FILE's layers up to --layer, as they are: nothing is decoded.
+
+    FILE may be an address on the web, of which only the bytes that are needed are fetched.
 
     \b
     compass extract photo.cmps --layer 1            to photo.layer1.cmps
     compass extract - --layer 0 < photo.cmps > thumb.cmps
     """
+    if isinstance(file, str):
+        from compass_codec.remote import file_name
+
+        name, source = file_name(file), STDIO
+    else:
+        name = source = file
     if output is None:
-        output = STDIO if file == STDIO else file.parent / f"{file.stem}.layer{layer}.cmps"
+        output = STDIO if file == STDIO else name.parent / f"{name.stem}.layer{layer}.cmps"
     with blame(file):
-        jobs.check_target(output, file, jobs.Options(force=force))
+        jobs.check_target(output, source, jobs.Options(force=force))
         data, tail = read_parts(file, layer, strip)
         small = container.extract(data, layer, tail, strip)
         jobs.put(output, small)
@@ -42,8 +50,13 @@ def extract(file: Path, layer: int, output: Path | None, strip: bool, force: boo
         click.echo(f"{output}: {layers}, {entry.width} x {entry.height}, {len(small)} bytes")
 
 
-def read_parts(path: Path, layer: int, strip: bool) -> tuple[bytes, bytes]:
+def read_parts(path: Path | str, layer: int, strip: bool) -> tuple[bytes, bytes]:
     """The first part of a file, up to the end of ``layer``, and the metadata behind its last layer unless ``strip``."""
+    if isinstance(path, str):
+        from compass_codec.remote import read_prefix
+
+        found = read_prefix(path, layer, container.MAX_SIDE**2, metadata=not strip)
+        return found.data[: found.header.layers[layer].end], found.tail
     if path == STDIO:
         return sys.stdin.buffer.read(), b""
     with path.open("rb") as file:
