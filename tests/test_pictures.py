@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,25 @@ def test_16_bits():
     assert source.notes == [note] and (np.asarray(source.image) == np.asarray(base)).all()
 
 
+def test_16_bit_colour_png():
+    """Which Pillow reads and does not write."""
+    pixels = np.random.default_rng(2).integers(0, 65536, (5, 7, 4)).astype(">u2")
+    for channels, kind in ((4, 6), (3, 2)):
+        rows = b"".join(b"\0" + row.tobytes() for row in pixels[..., :channels])
+        chunks = [
+            (b"IHDR", struct.pack(">IIBBBBB", 7, 5, 16, kind, 0, 0, 0)),
+            (b"IDAT", zlib.compress(rows)),
+            (b"IEND", b""),
+        ]
+        png = b"\x89PNG\r\n\x1a\n"
+        for name, data in chunks:
+            png += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        source = pictures.read(io.BytesIO(png))
+        assert source.notes == ["16-bit samples reduced to 8 bits"]
+        assert (np.asarray(source.image) == pixels[..., :3] >> 8).all()
+        assert source.alpha is None if channels == 3 else (np.asarray(source.alpha) == pixels[..., 3] >> 8).all()
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_32_bits_are_refused(mode):
     with pytest.raises(PictureError, match="32-bit samples"):
@@ -202,6 +222,16 @@ def test_orientation_of_alpha():
     image.putalpha(mask(image.size))
     source = read(image, exif=b"Exif\0\0" + exif_bytes(6))
     assert (np.asarray(source.alpha) == np.asarray(mask(image.size).transpose(Image.Transpose.ROTATE_270))).all()
+
+
+def test_orientation_of_a_wrong_type_is_reset_if_it_is_applied():
+    usual = struct.pack(">HHIHH", ORIENTATION, 3, 1, 6, 0)
+    long = exif_bytes(6).replace(usual, struct.pack(">HHII", ORIENTATION, 4, 1, 6))
+    source = read(crop(24, 16), exif=b"Exif\0\0" + long)
+    assert source.image.size == (16, 24) and source.exif == exif_bytes(1)
+    byte = exif_bytes(6).replace(usual, struct.pack(">HHIB3x", ORIENTATION, 1, 1, 6))
+    source = read(crop(24, 16), exif=b"Exif\0\0" + byte)
+    assert source.image.size == (24, 16) and source.exif == byte
 
 
 def test_orientation_in_xmp_is_reset_as_well():

@@ -35,7 +35,7 @@ MARKER = 65533  # bytes that a JPEG marker holds
 GREYS = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"}
 WORDS = {"P": "palette", "PA": "palette", "1": "1-bit samples"} | dict.fromkeys(GREYS - {"1"}, "greyscale")
 IFDS = (0x8769, 0x8825)  # tags that point to the EXIF and GPS tags
-XMP_TAG = 700
+ORIENTATION, XMP_TAG = 0x0112, 700
 DESCRIPTIVE = (270, 271, 272, 305, 306, 315, 316, 33432, *IFDS)  # words, device, time, owner
 
 
@@ -123,10 +123,8 @@ def _to_rgba(image: Image.Image) -> Image.Image | None:
 def _to_srgb(image: Image.Image, rgb: Image.Image, notes: list[str]) -> tuple[Image.Image, bytes | None]:
     """``rgb`` and the profile that holds for it. A profile of ``image`` that is not for RGB is applied and dropped."""
     icc = image.info.get("icc_profile") or None
-    if image.mode == "RGB" or image.mode in ("RGBA", "RGBa", "RGBX"):
-        space = "RGB"
-    else:
-        space = "GRAY" if image.mode in GREYS else "RGB" if image.mode in ("P", "PA") else image.mode
+    space = "GRAY" if image.mode in GREYS else image.mode if image.mode in ("CMYK", "LAB", "HSV") else "RGB"
+    if not image.mode.startswith("RGB"):
         notes.append(f"{WORDS.get(image.mode, image.mode)} converted to RGB")
     if icc is None or (icc[16:20] == b"RGB " and space in ("RGB", "GRAY")):
         return rgb, icc
@@ -174,8 +172,9 @@ def _exif(image: Image.Image) -> bytes | None:
     (at,) = struct.unpack_from(f"{order}I", exif, 4)
     (count,) = struct.unpack_from(f"{order}H", exif, at)
     for entry in range(at + 2, at + 2 + 12 * count, 12):
-        if struct.unpack_from(f"{order}HHI", exif, entry) == (0x0112, 3, 1):
-            struct.pack_into(f"{order}H", exif, entry + 8, 1)
+        # a short, or wrongly a long, which Pillow applies as well
+        if struct.unpack_from(f"{order}HHI", exif, entry) in ((ORIENTATION, 3, 1), (ORIENTATION, 4, 1)):
+            struct.pack_into(f"{order}HIHH", exif, entry + 2, 3, 1, 1, 0)
     return bytes(exif)
 
 
