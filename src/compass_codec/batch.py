@@ -18,6 +18,7 @@ from compass_codec.jobs import DecodeOptions, EncodeOptions, Job, Report
 
 # formats that Pillow recognises and does not decode by itself
 UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, under Windows
 
 
 def picture_suffixes() -> frozenset[str]:
@@ -114,12 +115,14 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
 
 
 def _default_workers(device: str) -> int:
-    if device != "cpu":
+    # where there is certainly no GPU, PyTorch need not be loaded to hear so
+    may_have_gpu = sys.platform != "linux" or any(Path(path).exists() for path in GPU_DRIVERS)
+    if device == "cuda" or (device == "auto" and may_have_gpu):
         from compass_codec.codec import choose_device
 
         if choose_device(device).type != "cpu":
             return 1
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
