@@ -83,6 +83,19 @@ def test_in_a_browser(folder, tmp_path, size, dark):
         assert driver.execute_script("return document.getElementById('shown').value") == "4.0 x"
 
 
+@pytest.mark.parametrize("size", [(100, 400), (400, 100)])
+def test_tall_and_wide_pictures_keep_their_shape(tmp_path, size):
+    (tmp_path / "x.html").write_text(
+        page.view("x", "", [page.Pane("Layer 0", "", Image.new("RGB", size, "red"))], [["a"]])
+    )
+    with browser(tmp_path / "profile") as driver:
+        driver.get((tmp_path / "x.html").as_uri())
+        loaded(driver)
+        box = driver.execute_script("return document.images[0].getBoundingClientRect().toJSON()")
+        assert box["width"] / box["height"] == pytest.approx(size[0] / size[1], rel=0.02)
+        assert box["width"] > 150 and box["height"] < 800, "large, and seen at once"
+
+
 def offsets(driver) -> list[tuple[float, float]]:
     """Where the corner of each picture is, in widths and heights of its pane."""
     return driver.execute_script(
@@ -93,10 +106,10 @@ def offsets(driver) -> list[tuple[float, float]]:
 
 
 def test_zoom_and_move_in_all_panes_together(folder, tmp_path):
-    from selenium.webdriver import ActionChains
-    from selenium.webdriver.common.by import By
-
     with browser(tmp_path / "profile") as driver:
+        from selenium.webdriver import ActionChains
+        from selenium.webdriver.common.by import By
+
         driver.get((folder / "photo.html").as_uri())
         loaded(driver)
         pane = driver.find_elements(By.CSS_SELECTOR, ".pane")[1]
