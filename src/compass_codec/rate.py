@@ -31,7 +31,9 @@ class Target:
         return max(1, math.floor(self.value * pixels / 8 if self.kind == "bpp" else self.value))
 
     def __str__(self) -> str:
-        return f"{self.value:g} {'dB' if self.kind == 'psnr' else 'bpp' if self.kind == 'bpp' else 'bytes'}"
+        if self.kind == "size":
+            return f"{self.value:.0f} bytes"
+        return f"{self.value:g} {'dB' if self.kind == 'psnr' else 'bpp'}"
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,8 @@ def work(
     def say(text: str, err: bool = False) -> None:
         # names that are no UTF-8 can be opened and not be printed
         text = text.encode(errors="replace").decode()
-        click.echo(f"\r\x1b[K{text}" if bar and err else text, err=err)
+        over_bar = bar and (err or sys.stdout.isatty())
+        click.echo(f"\r\x1b[K{text}" if over_bar else text, err=err)
 
     started, states, size = time.perf_counter(), Counter[str](), 0
     try:
