@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if self.headers.get("If-Range", etag) != etag:
             match = None
-        if match is None or mode in ("no ranges", "short", "chunked", "no length"):
+        if match is None or mode in ("no ranges", "short", "chunked", "no length", "negative length"):
             self.whole(content, mode, tags)
             return
         first, stop = int(match[1]), min(int(match[2]) + 1, len(content))
@@ -88,6 +88,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
             self.end_headers()
             self.wfile.write(content)
+        elif mode == "negative length":
+            self.reply(200, content, length=-5)
         elif mode == "short":
             self.reply(200, content[: len(content) // 2], length=len(content), **tags)
         else:
@@ -183,7 +185,7 @@ def test_a_small_file_takes_one_request():
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("mode", ["no ranges", "chunked", "no length"])
+@pytest.mark.parametrize("mode", ["no ranges", "chunked", "no length", "negative length"])
 def test_a_server_without_ranges_is_read_only_as_far_as_needed(mode):
     with serving(BIG, mode) as server, remote.Remote(server.url) as file:
         header = file.header()

@@ -418,7 +418,7 @@ def test_one_who_leaves_does_not_stop_the_others(folder, codec):
     counted = Counted(codec)
     counted.gate.clear()
     layers = server.Layers(counted, server.Settings())
-    file = server.load(folder / "photo.cmps", "photo")
+    file = server.load(folder / "photo.cmps")
 
     async def both():
         first, second = (asyncio.create_task(layers.get(file, 0)) for _ in range(2))

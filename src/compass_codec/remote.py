@@ -122,7 +122,7 @@ class Remote:
         if start and (answer.status == 200 or version != self._version):
             raise RemoteError("the file changed on the server while it was read")
         self._version, self.url = version, answer.url
-        if answer.status == 200 and (length := answer.headers.get("Content-Length")):
+        if answer.status == 200 and (length := answer.headers.get("Content-Length", "")).isdecimal():
             self.size = int(length)
         return answer
 

@@ -71,7 +71,6 @@ class File:
     """A .cmps file and its header as they are now. ``version`` changes whenever the file does."""
 
     path: Path
-    name: str
     header: container.Header
     size: int
     modified: float
@@ -92,16 +91,15 @@ def find(folder: Path, name: str) -> Path | None:
     return path if path.is_relative_to(folder) and path.is_file() else None
 
 
-def load(path: Path, name: str) -> File:
+def load(path: Path) -> File:
     """Read a file's header. Raises CompassError and OSError."""
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         head = file.read(HEADER_READ)
     header = container.read_header(head, max_pixels=container.MAX_SIDE**2)
-    facts = (head[: header.length], status.st_size, status.st_mtime_ns)
-    return File(
-        path, name, header, status.st_size, status.st_mtime, hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
-    )
+    facts = repr((head[: header.length], status.st_size, status.st_mtime_ns))
+    version = hashlib.sha256(facts.encode()).hexdigest()[:20]
+    return File(path, header, status.st_size, status.st_mtime, version)
 
 
 def choose(layers: list[tuple[int, int]], width: int | None, height: int | None) -> tuple[int, tuple[int, int]]:
@@ -231,7 +229,7 @@ class App:
             name = path.relative_to(self.folder).as_posix().removesuffix(".cmps")
             if found := find(self.folder, name):
                 try:
-                    file = load(found, name)
+                    file = load(found)
                 except (CompassError, OSError):
                     continue
                 sizes = [(e.width, e.height, e.end) for e in file.layers if self._allowed(e)]
@@ -254,7 +252,7 @@ class App:
         path = find(self.folder, name)
         if path is None:
             raise HTTPException(404, f"no picture {full}")
-        file = await asyncio.to_thread(load, path, name)
+        file = await asyncio.to_thread(load, path)
         if not file.layers:
             raise HTTPException(500, f"{name}.cmps: cut off inside layer 0")
         sizes = [(entry.width, entry.height) for entry in file.layers]
