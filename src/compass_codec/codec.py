@@ -80,8 +80,8 @@ class LayerCodec:
         """Strips of a layer less its prediction, of ``size`` in all, to the symbols of z and of y."""
         latent, hyper_latent = ImageCodec.latent_size(size), ImageCodec.hyper_size(size)
         level = self.level(quality)
-        down = strips.Network(lambda x, _: self.codec.analysis(x, level), 16, 1, 2, self.tile // 16)
-        hyper_down = strips.Network(lambda y, _: self.codec.hyper_analysis(y), 4, 1, 2, self.tile // 64)
+        down = strips.Network(lambda x, _: self.codec.analysis(x, level), *self._cells(size, 16, 1))
+        hyper_down = strips.Network(lambda y, _: self.codec.hyper_analysis(y), *self._cells(size, 4, 1, 64))
         for_hyper, for_symbols = tee(strips.run(down, residual, size[0], latent))
         z: list[Tensor] = []
 
@@ -110,15 +110,15 @@ class LayerCodec:
             index, means = self.hyper(part, part_size)
             return torch.cat([index.to(means), means], 1)
 
-        network = strips.Network(both, 1, 4, 2, self.tile // 64)
+        network = strips.Network(both, *self._cells(size, 1, 4, 64))
         for strip in strips.run(network, z, ImageCodec.hyper_size(size)[0], ImageCodec.latent_size(size)):
             yield strip[:, :m].to(torch.uint8), strip[:, m:]
 
     def decode(self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float) -> np.ndarray:
         """Bytes, and what is known of the layer, to the layer: uint8 [height, width, 3] of ``size``."""
         _, y, means = self.parse(data, size)
-        heights = strips.spans(y.shape[1], strips.STRIP[self.device.type] // 16)
-        y_hat = (torch.from_numpy(y[None, :, a:b]).to(self.device) + means[:, :, a:b] for a, b in heights)
+        cells = strips.strip_spans(size, self.device, 16)
+        y_hat = (torch.from_numpy(y[None, :, a:b]).to(self.device) + means[:, :, a:b] for a, b in cells)
         return self.reconstruct(y_hat, prediction, quality, size)
 
     def parse(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, Tensor]:
@@ -144,12 +144,16 @@ class LayerCodec:
         """Strips of the quantised latent and of the prediction to the layer, uint8 [height, width, 3]; in floating
         point. Encoder and decoder both come here."""
         level, known = self.level(quality), strips.Rows(prediction)
-        up = strips.Network(lambda y, part: self.codec.synthesis(y, level, part), 1, 16, 2, self.tile // 16)
+        up = strips.Network(lambda y, part: self.codec.synthesis(y, level, part), *self._cells(size, 1, 16))
         done, row = np.empty((*size, 3), np.uint8), 0
         for strip in strips.run(up, y_hat, ImageCodec.latent_size(size)[0], size):
             rows = slice(row, row := row + strip.shape[2])
-            done[rows] = to_bytes(known.take(strip.shape[2]) + strip)
+            done[rows] = to_bytes(strip.add_(known.take(strip.shape[2])))
         return done
+
+    def _cells(self, size: tuple[int, int], cell_in: int, cell_out: int, pixels: int = 16) -> tuple[int, ...]:
+        """Geometry of a network whose cells are ``pixels`` wide in a layer of ``size``; all four see 2 cells around."""
+        return cell_in, cell_out, 2, self.tile // pixels, strips.strip_rows(size[1], self.device) // pixels
 
     def level(self, quality: float) -> Tensor:
         return level_of(quality_to_lambda(quality))[None].to(self.device)
@@ -179,7 +183,7 @@ def to_tensor(picture: np.ndarray, device: torch.device) -> Tensor:
 def to_bytes(x: Tensor) -> np.ndarray:
     """[1, 3, height, width] in 0..1 to uint8 [height, width, 3]. Layers are predicted from this, at both ends, so
     differences between devices in the last bit of a float cannot grow from layer to layer."""
-    return (x[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return x[0].clamp(0, 1).mul_(255).round_().byte().permute(1, 2, 0).cpu().numpy()
 
 
 class Codec:
@@ -259,7 +263,7 @@ class Codec:
     def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
         """Strips [1, 3, rows, width] of what a layer of ``size`` adds to: mid-grey for the base layer, LIFF's
         prediction from ``below`` for the others."""
-        for rows in strips.spans(size[0], strips.STRIP[self.device.type]):
+        for rows in strips.strip_spans(size, self.device):
             if below is None:
                 yield torch.full((1, 3, 1, 1), 0.5, device=self.device).expand(1, 3, rows[1] - rows[0], size[1])
             else:

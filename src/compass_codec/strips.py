@@ -13,10 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Sides of what is computed at once, in pixels of the layer: rows of a strip, columns of a tile. The arrays of a tile
-# take some hundred MB, and what is computed twice at its borders stays a small part.
-STRIP = {"cpu": 512, "cuda": 2048}
+# What is computed at once, in pixels of the layer: columns of a tile, rows of a strip, and what a strip may hold where
+# the picture is wide. The arrays of a tile take some hundred MB, and what is computed twice at its borders stays small.
 TILE = {"cpu": 768, "cuda": 4096}
+STRIP = {"cpu": 512, "cuda": 2048}
+STRIP_PIXELS = {"cpu": 3 << 20, "cuda": 1 << 24}
+
+
+def strip_spans(size: tuple[int, int], device: torch.device, cell: int = 1) -> list[tuple[int, int]]:
+    """First row and last row + 1, in cells of ``cell`` pixels, of each strip that a picture of ``size`` (height, width)
+    is computed in."""
+    return spans(-(-size[0] // cell), strip_rows(size[1], device) // cell)
+
+
+def strip_rows(width: int, device: torch.device) -> int:
+    """The most rows of a strip of a picture so wide."""
+    return max(64, min(STRIP[device.type], STRIP_PIXELS[device.type] // width))
 
 
 def spans(length: int, largest: int) -> list[tuple[int, int]]:
@@ -29,7 +41,7 @@ def spans(length: int, largest: int) -> list[tuple[int, int]]:
 class Network:
     """``apply`` takes a part of the input, and (height, width) of the output that belongs to it.
 
-    ``tile``: cells that are computed at once along a row.
+    ``tile`` and ``height``: cells that are computed at once along a row and along a column.
     """
 
     apply: Callable[[Tensor, tuple[int, int]], Tensor]
@@ -37,6 +49,7 @@ class Network:
     cell_out: int
     reach: int
     tile: int
+    height: int
 
 
 def run(network: Network, strips: Iterable[Tensor], rows: int, size: tuple[int, int]) -> Iterator[Tensor]:
@@ -50,12 +63,11 @@ def run(network: Network, strips: Iterable[Tensor], rows: int, size: tuple[int, 
         ready = cells if received == rows else received // network.cell_in - network.reach
         if ready <= done:
             continue
-        end = min(cells, ready + network.reach)
-        part = buffer[:, :, : (end - start) * network.cell_in]
-        top, bottom = ((cell - start) * network.cell_out for cell in (done, ready))
-        yield _columns(
-            network, part, min(size[0] - start * network.cell_out, (end - start) * network.cell_out), size[1]
-        )[:, :, top:bottom]
+        for first, last in spans(ready - done, network.height):
+            low, high = max(0, done + first - network.reach), min(cells, done + last + network.reach)
+            part = buffer[:, :, (low - start) * network.cell_in : (high - start) * network.cell_in]
+            out = _columns(network, part, min(size[0], high * network.cell_out) - low * network.cell_out, size[1])
+            yield out[:, :, (done + first - low) * network.cell_out : (done + last - low) * network.cell_out]
         done = ready
         keep = max(0, done - network.reach)
         buffer, start = buffer[:, :, (keep - start) * network.cell_in :], keep

@@ -1,0 +1,81 @@
+"""A picture in strips and tiles gives what it gives as a whole."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import crop
+
+from compass_codec import container, liff, strips
+from compass_codec.codec import Codec
+
+
+@pytest.mark.parametrize(("length", "largest"), [(1, 5), (5, 5), (6, 5), (100, 7)])
+def test_spans_cut_evenly(length, largest):
+    found = strips.spans(length, largest)
+    assert [a for a, _ in found] == [0, *(b for _, b in found[:-1])] and found[-1][1] == length
+    sizes = [b - a for a, b in found]
+    assert max(sizes) <= largest and max(sizes) - min(sizes) <= 1
+
+
+def test_rows_are_taken_in_any_numbers():
+    x = torch.arange(20.0).reshape(1, 1, 10, 2)
+    rows = strips.Rows(iter([x[:, :, :3], x[:, :, 3:9], x[:, :, 9:]]))
+    assert torch.equal(torch.cat([rows.take(n) for n in (1, 1, 5, 3)], 2), x)
+
+
+@pytest.mark.parametrize("height", [16, 17, 64, 97])
+@pytest.mark.parametrize("pieces", [(16,), (5, 40), (1,)])
+def test_a_network_in_strips(height, pieces):
+    """Two convolutions of stride 2 and back, over strips that come in odd numbers of rows."""
+    torch.manual_seed(1)
+    down = torch.nn.Sequential(*(torch.nn.Conv2d(3 if i == 0 else 4, 4, 5, 2, 2) for i in range(2)))
+    x = torch.rand(1, 3, height + -height % 4, 20)
+    whole = down(x)
+    cuts, at = [], 0
+    while at < x.shape[2]:
+        step = pieces[len(cuts) % len(pieces)]
+        cuts.append(x[:, :, at : at + step])
+        at += step
+    network = strips.Network(lambda part, size: down(part), 4, 1, 2, tile=2, height=3)
+    parts = list(strips.run(network, cuts, x.shape[2], tuple(whole.shape[2:])))
+    assert len(parts) > 1
+    torch.testing.assert_close(torch.cat(parts, 2), whole)
+
+
+def small_strips(monkeypatch) -> Codec:
+    """A codec that cuts even a small picture into many tiles."""
+    for table in (strips.STRIP, strips.TILE):
+        monkeypatch.setitem(table, "cpu", 64)
+    monkeypatch.setitem(liff.TILE, "cpu", 40)
+    return Codec.load("cpu")
+
+
+@pytest.mark.parametrize("size", [(130, 201), (257, 75)])
+def test_the_codec_in_tiles(codec, monkeypatch, size):
+    """The same bytes, and the same pixels but for the last digit of a float here and there."""
+    image, scales = crop(*size), [1, 1.7, 3.1]
+    whole = codec.encode(image, scales, 60)
+    tiled = small_strips(monkeypatch)
+    again = tiled.encode(image, scales, 60)
+    assert again.data == whole.data
+    header = container.read_header(again.data)
+    for mine, theirs, seen in zip(again.layers, whole.layers, tiled.decode_layers(again.data, header, 2), strict=True):
+        assert np.array_equal(mine, seen)
+        difference = np.abs(mine.astype(int) - theirs)
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.001
+
+
+def test_memory_follows_the_strip_and_not_the_height(codec, monkeypatch):
+    """No network ever sees more rows than a strip and what lies around it."""
+    tiled = small_strips(monkeypatch)
+    seen = []
+    for layer in (tiled.base, tiled.residual):
+        exact = layer.codec.synthesis
+
+        def synthesis(y, level, size, exact=exact):
+            seen.append(size)
+            return exact(y, level, size)
+
+        monkeypatch.setattr(layer.codec, "synthesis", synthesis)
+    tiled.encode(crop(90, 600), [1, 2], 60)
+    assert len(seen) > 12 and max(max(size) for size in seen) <= 64 + 2 * 2 * 16
