@@ -48,19 +48,19 @@ class Names(click.ParamType):
 @click.option(
     "--two",
     type=Numbers(),
-    default=(1.2, 2.0, 2.8),
-    show_default="1.2,2,2.8",
+    default="1.2,2,2.8",
+    show_default=True,
     help="Columns of the table of two layers: the scale of the last. The paper has 1.2,1.6,2,2.4,2.8.",
 )
 @click.option(
     "--three",
     type=Numbers(),
-    default=(2.4, 3.2, 4.0),
-    show_default="2.4,3.2,4",
+    default="2.4,3.2,4",
+    show_default=True,
     help="The same for three layers, 1x, 2x and this. The paper has 2.4,2.8,3.2,3.6,4.",
 )
 @click.option("--ablation", type=float, default=3.2, show_default=True, help="Scale of the last of its three layers.")
-@click.option("--qualities", type=Numbers(), default=(1.0, 30.0, 60.0, 100.0), show_default="1,30,60,100")
+@click.option("--qualities", type=Numbers(), default="1,30,60,100", show_default=True)
 @click.option("--peers", type=Names(list(PEERS)), default=tuple(PEERS), help=f"Default: {','.join(PEERS)}.")
 @click.option(
     "--curves",
@@ -69,7 +69,7 @@ class Names(click.ParamType):
     help="JSON of published rate-distortion curves; may be given several times.",
 )
 @click.option("--quick", is_flag=True, help=f"Only {QUICK} of the pictures.")
-@click.option("-j", "--jobs", type=click.IntRange(1), help="Processes; default: one for each core.")
+@click.option("-j", "--jobs", type=click.IntRange(1), help="Processes of one thread each; default: one for each core.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--weights", type=click.Path(path_type=Path), help="Folder of weights; default: the installed ones.")
 def bench(
@@ -114,10 +114,8 @@ def bench(
     except (ValueError, OSError) as e:
         missing = "" if images.is_dir() else f"; {WHERE}"
         raise click.ClickException(f"{' '.join(str(e).split())}{missing}") from e
-    jobs = jobs or cores()
-    # each process gets its share of the cores; LIFF does not gain from more processes than cores
-    settings = Settings(out / "measured.jsonl", weights, device, max(1, cores() // jobs))
-    runner = Runner(settings, jobs)
+    settings = Settings(out / "measured.jsonl", weights, device)
+    runner = Runner(settings, jobs or cores())
     results = Results(sources, qualities, runner.records)
     wanted: dict[str, list[Scales]] = {
         "two": [(1.0, s) for s in two] if "two" in tables else [],

@@ -40,7 +40,6 @@ class Settings:
     cache: Path
     weights: Path | None = None
     device: str = "cpu"
-    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -171,9 +170,10 @@ def work(jobs: Sequence[tuple[str, Job]], settings: Settings) -> list[tuple[str,
     return done
 
 
-def start_worker(threads: int) -> None:
-    """Before anything else in a process: its share of the cores, which PyTorch reads when it is imported."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+def start_worker() -> None:
+    """Before anything else in a process. PyTorch reads the number of threads when it is imported; with one, what is
+    measured does not depend on how many processes measure."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 
 
@@ -239,7 +239,7 @@ class Runner:
     @contextmanager
     def _pool(self, jobs: int) -> Iterator[ProcessPoolExecutor]:
         context = multiprocessing.get_context("spawn")  # PyTorch's threads do not survive a fork
-        pool = ProcessPoolExecutor(jobs, context, start_worker, (self.settings.threads,))
+        pool = ProcessPoolExecutor(jobs, context, start_worker)
         try:
             yield pool
         finally:

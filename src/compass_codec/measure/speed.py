@@ -1,0 +1,258 @@
+"""Where the time and the memory go: ``python -m compass_codec.measure.speed`` writes docs/performance.md.
+
+Absolute times mean little on a machine that others use, so variants run side by side and ratios of processor time are
+given. Memory is the peak of a process of its own.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+REPEATS = 3
+SIZE = (768, 512)
+SCALES = [1, 2, 4]
+
+
+def seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Least processor time of a few runs after a first one."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def photograph(width: int, height: int):
+    """The public-domain portrait that matplotlib ships, resized."""
+    import matplotlib
+    from PIL import Image
+
+    file = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    return Image.open(file).convert("RGB").resize((width, height))
+
+
+def rows(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@contextmanager
+def timed(codec: Any) -> Iterator[dict[str, float]]:
+    """Processor seconds spent in each part of ``codec`` while this is open."""
+    from compass_codec import entropy
+
+    spent: dict[str, float] = defaultdict(float)
+    replaced = []
+
+    def watch(owner: Any, name: str, label: str) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                spent[label] += time.process_time() - start
+
+        replaced.append((owner, name, original))
+        setattr(owner, name, wrapped)
+
+    watch(codec.liff.extractor, "forward", "LIFF: features")
+    watch(codec.liff, "_maps", "LIFF: maps")
+    watch(codec.liff, "_query", "LIFF: MLP at every pixel")
+    for layer in (codec.base, codec.residual):
+        watch(layer.codec, "analysis", "analysis")
+        watch(layer.codec, "hyper_analysis", "hyper-analysis")
+        watch(layer.codec, "synthesis", "synthesis")
+        watch(layer.hyper, "forward", "integer hyper-decoder")
+    watch(entropy, "encode", "entropy coding")
+    watch(entropy.Decoder, "z", "entropy coding")
+    watch(entropy.Decoder, "y", "entropy coding")
+    try:
+        yield spent
+    finally:
+        for owner, name, original in replaced:
+            setattr(owner, name, original)
+
+
+def factored() -> str:
+    """LIFF in its factored form against the naive one."""
+    import torch
+
+    from compass_codec.codec import Codec
+    from compass_codec.measure import naive
+
+    body = []
+    with torch.inference_mode():
+        network = Codec.load("cpu").liff
+        for factor in (1.2, 2.0, 4.0):
+            low = torch.rand(1, 3, round(256 / factor), round(384 / factor))
+            a = seconds(lambda low=low: naive.liff(network, low, (256, 384)))  # type: ignore[misc]
+            b = seconds(lambda low=low: network(low, (256, 384)))  # type: ignore[misc]
+            difference = (naive.liff(network, low, (256, 384)) - network(low, (256, 384))).abs().max()
+            body.append([f"{factor:g}", f"{a / b:.1f} times", f"{difference:.0e}"])
+    return rows(["factor", "the factored form is faster", "largest difference"], body)
+
+
+def whole() -> tuple[str, dict[str, dict[str, float]]]:
+    """Encoding and decoding three layers: against the usual way, and what each part takes."""
+    import torch
+
+    from compass_codec import pictures
+    from compass_codec.codec import Codec, layer_sizes
+    from compass_codec.measure import naive
+
+    layers = pictures.pyramid(photograph(*SIZE), layer_sizes(SIZE, SCALES))
+    codec, parts = Codec.load("cpu"), {}
+    data = codec.encode_layers(layers, SCALES, 60).data
+    totals = {
+        "encode": seconds(lambda: codec.encode_layers(layers, SCALES, 60)),
+        "decode": seconds(lambda: codec.decode(data)),
+    }
+    works = {"encode": lambda: codec.encode_layers(layers, SCALES, 60), "decode": lambda: codec.decode(data)}
+    for name, work in works.items():
+        with timed(codec) as spent:
+            for _ in range(REPEATS):
+                start = time.process_time()
+                work()
+                spent["everything"] += time.process_time() - start
+        inside = sum(value for key, value in spent.items() if key != "everything")
+        parts[name] = {**spent, "the rest": spent["everything"] - inside}
+    with torch.inference_mode():
+        usual = Codec.load("cpu")
+        for network in (usual.base.codec, usual.residual.codec, usual.liff):
+            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        level = codec.base.level(60)
+        ratio = (totals["encode"] + totals["decode"]) / seconds(lambda: naive.code(usual, layers, level), 1)
+    layer_times = [seconds(lambda k=k: codec.decode(data, k)) for k in range(3)]  # type: ignore[misc]
+    pixels = SIZE[0] * SIZE[1] / 1e6
+    text = [
+        f"- Encoding and decoding take {100 * ratio:.0f} % of the usual way's time (a filter for every pixel, channels "
+        "first, a Gaussian for every symbol; the same weights).",
+        f"- Encoding: {totals['encode'] / pixels:.1f} s of processor time a megapixel of the largest layer; decoding: "
+        f"{totals['decode'] / pixels:.1f} s.",
+        "- Decoding layer 0, 1 and 2 takes "
+        + ", ".join(f"{100 * t / layer_times[-1]:.0f} %" for t in layer_times)
+        + " of decoding everything.",
+    ]
+    return "\n".join(text), parts
+
+
+MEMORY = """
+import resource, sys, time
+from compass_codec import pictures
+from compass_codec.codec import Codec, layer_sizes
+from compass_codec.measure.speed import photograph
+width, height, scales = int(sys.argv[1]), int(sys.argv[2]), [1, 2, 4]
+codec = Codec.load("cpu")
+layers = pictures.pyramid(photograph(width, height), layer_sizes((width, height), scales))
+start = time.process_time()
+data = codec.encode_layers(layers, scales, 60).data
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(time.process_time() - start, peak)
+"""
+
+
+def memory(sizes: list[tuple[int, int]]) -> str:
+    """Peak memory and time of encoding three layers, in a process for each size."""
+    body = []
+    for width, height in sizes:
+        command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(width), str(height)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        spent, peak = map(float, done.stdout.split())
+        body.append([f"{width} x {height}", f"{peak:.0f} MiB", f"{spent / (width * height / 1e6):.1f} s"])
+    return rows(["largest layer", "peak memory, encoding", "processor time a megapixel"], body)
+
+
+def cold() -> str:
+    """Processor time of short commands, against the least that such a program can take."""
+    from compass_codec.codec import Codec
+
+    def run(*arguments: str) -> float:
+        def once() -> float:
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+        once()
+        return min(once() for _ in range(REPEATS))
+
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "small.cmps"
+        file.write_bytes(Codec.load("cpu").encode(photograph(64, 48), [1, 2], 60).data)
+        empty = run("-c", "import click; click.command()(lambda: None)([], standalone_mode=False)")
+        info = run("-m", "compass_codec", "info", str(file))
+        torch = run("-c", "import torch")
+        decode = run("-m", "compass_codec", "decode", str(file), "--force", "-o", str(file.with_suffix(".png")))
+    return (
+        f"- `compass info` takes {info - empty:.2f} s of processor time more than an empty click program.\n"
+        f'- `compass decode` of a small file takes {decode / torch:.2f} times as long as `python -c "import torch"`.'
+    )
+
+
+def plot(parts: dict[str, dict[str, float]], path: Path) -> None:
+    """Bars of what each part takes of encoding and of decoding."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [name for name in parts["encode"] if name != "everything"]
+    figure, axis = plt.subplots(figsize=(8, 2.6), layout="constrained")
+    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    left = dict.fromkeys(parts, 0.0)
+    for name, colour in zip(names, colours, strict=False):
+        shares = [100 * parts[way].get(name, 0.0) / parts[way]["everything"] for way in parts]
+        axis.barh(list(parts), shares, left=list(left.values()), color=colour, label=name)
+        left = {way: left[way] + share for way, share in zip(parts, shares, strict=True)}
+    axis.set_xlabel("% of processor time")
+    axis.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True)
+@click.option("--large", is_flag=True, help="Also a picture of 12000 x 8000, which takes a while.")
+def main(out: Path, large: bool) -> None:
+    """Measure speed and memory and write performance.md and performance.svg to the folder OUT."""
+    import torch
+
+    sections = ["# Speed and memory", "Made by `make speed`."]
+    sections.append(f"PyTorch {torch.__version__} with {torch.get_num_threads()} threads.")
+    text, parts = whole()
+    sections += ["## Three layers of 768 x 512", text]
+    names = sorted(parts["encode"] | parts["decode"], key=lambda n: -parts["encode"].get(n, 0))
+    body = [
+        [n, *(f"{100 * parts[w].get(n, 0) / parts[w]['everything']:.1f} %" for w in parts)]
+        for n in names
+        if n != "everything"
+    ]
+    sections += [rows(["part", *parts], body), "![What each part takes](performance.svg)"]
+    sections += ["## LIFF", factored(), "## Starting", cold(), "## Large pictures"]
+    sizes = [(3000, 500), (3000, 1000), (3000, 2000)] + ([(4000, 2000), (12000, 8000)] if large else [])
+    sections.append(memory(sizes))
+    out.mkdir(parents=True, exist_ok=True)
+    plot(parts, out / "performance.svg")
+    (out / "performance.md").write_text("\n\n".join(sections) + "\n")
+    click.echo("\n\n".join(sections))
+
+
+if __name__ == "__main__":
+    main()
