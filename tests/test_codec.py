@@ -43,6 +43,15 @@ def test_public_calls(small_file):
     assert issubclass(CompassError, ValueError)
 
 
+def test_alpha_is_kept(codec):
+    image = crop(40, 30).convert("RGBA")
+    alpha = Image.linear_gradient("L").resize(image.size)
+    image.putalpha(alpha)
+    data = codec.encode(image, [1, 2], 60).data
+    assert (np.asarray(codec.decode(data).getchannel("A")) == np.asarray(alpha)).all()
+    assert codec.decode(data, 0).mode == "RGBA" and codec.decode(codec.encode(crop(8, 8), [1]).data).mode == "RGB"
+
+
 def test_it_is_the_picture(codec):
     image = crop(128, 128)
     for quality, least in ((1, 24), (60, 28), (100, 30)):

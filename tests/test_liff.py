@@ -2,40 +2,21 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from compass_codec import liff as module
-from compass_codec.liff import LIFF, SIZES, bicubic, bicubic_matrix
+from compass_codec.liff import LIFF, SIZES, bicubic, bicubic_matrix, nearest
+from compass_codec.measure import naive
 
 
-def coordinates(n: int) -> torch.Tensor:
-    return -1 + (2 * torch.arange(n, dtype=torch.float64) + 1) / n
-
-
-def nearest(low: int, high: int) -> torch.Tensor:
-    """Index of the source sample nearest to each target sample; of two equally near, the later."""
-    source = torch.tensor([[(2 * k + 1) * high for k in range(low)]])
-    target = torch.tensor([[(2 * i + 1) * low] for i in range(high)])
-    distance = (source - target).abs()
-    return low - 1 - distance.flip(1).argmin(1)
-
-
-def naive(liff: LIFF, low: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Section 3.2 of the paper as it stands: unfold, look up the nearest, make a filter for every pixel, apply it."""
-    h, w = low.shape[-2:]
-    unfolded = F.unfold(liff.extractor(low), 3, padding=1).reshape(1, -1, h, w)
-    target_y, target_x = coordinates(size[0]), coordinates(size[1])
-    rows, cols = nearest(h, size[0]), nearest(w, size[1])
-    features = unfolded[:, :, rows][:, :, :, cols][0].permute(1, 2, 0)
-    offset_y = ((target_y - coordinates(h)[rows]) * h).float()[:, None, None].expand(*size, 1)
-    offset_x = ((target_x - coordinates(w)[cols]) * w).float()[None, :, None].expand(*size, 1)
-    cell = torch.tensor([2 * h / size[0], 2 * w / size[1]]).expand(*size, 2)
-    hidden = F.relu(liff.mlp_first(torch.cat([features, offset_y, offset_x, cell], -1)))
-    for layer in liff.mlp_hidden:
-        hidden = F.relu(layer(hidden))
-    filters = liff.mlp_last(hidden).reshape(*size, -1, 3)
-    out = torch.einsum("hwk,hwko->hwo", features, filters)
-    return bicubic(low, size) + out.permute(2, 0, 1)[None]
+def test_nearest_by_searching():
+    """The index of the nearest source sample, of two equally near the later; offsets in -1..1 within a sample."""
+    for low, high in ((5, 5), (7, 11), (3, 12), (1, 4), (40, 41)):
+        source = torch.tensor([[(2 * k + 1) * high for k in range(low)]])
+        target = torch.tensor([[(2 * i + 1) * low] for i in range(high)])
+        expected = low - 1 - (source - target).abs().flip(1).argmin(1)
+        index, offset = nearest(low, high, (0, high))
+        assert torch.equal(index, expected)
+        torch.testing.assert_close(offset, (target[:, 0] - source[0, expected]).float() / high)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +41,7 @@ def liff() -> LIFF:
 )
 def test_factored_equals_naive(liff, low, high):
     x = torch.rand(1, 3, *low)
-    expected = naive(liff, x, high)
+    expected = naive.liff(liff, x, high)
     assert (expected - bicubic(x, high)).abs().max() > 1e-3  # the network does contribute
     torch.testing.assert_close(liff(x, high), expected, atol=1e-5, rtol=0)
 
@@ -68,7 +49,7 @@ def test_factored_equals_naive(liff, low, high):
 def test_shipped_weights_too(codec):
     x = torch.rand(1, 3, 10, 12)
     with torch.inference_mode():
-        torch.testing.assert_close(codec.liff(x, (16, 27)), naive(codec.liff, x, (16, 27)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(codec.liff(x, (16, 27)), naive.liff(codec.liff, x, (16, 27)), atol=1e-5, rtol=0)
 
 
 def test_tiles_change_nothing(liff, monkeypatch):

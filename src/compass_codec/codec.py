@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import tee
 from pathlib import Path
@@ -207,11 +207,13 @@ class Codec:
         return cls(load_weights(weights, chosen), chosen)
 
     def encode(self, image: Image.Image, scales: Sequence[float], quality: float = DEFAULT_QUALITY) -> Encoded:
-        """Encode ``image`` at every scale factor. The factors are relative to each other and must not fall; the
-        last layer is the picture itself. Quality 1..100. Raises OptionError, LimitError or PictureError."""
+        """Encode ``image`` at every scale factor, its alpha too. The factors are relative to each other and must not
+        fall; the last layer is the picture itself. Quality 1..100. Raises OptionError, LimitError or PictureError."""
         scales = container.check_scales(scales)
-        sizes = layer_sizes(image.size, scales)
-        return self.encode_layers(pictures.pyramid(pictures.to_rgb(image), sizes), scales, quality)
+        layers, alphas = pictures.pyramid_alpha(pictures.split(image), layer_sizes(image.size, scales))
+        encoded = self.encode_layers(layers, scales, quality)
+        alpha = {k: pictures.alpha_to_bytes(plane) for k, plane in enumerate(alphas)}
+        return replace(encoded, data=container.attach(encoded.data, container.Sections(alpha=alpha)))
 
     @torch.inference_mode()
     def encode_layers(

@@ -200,6 +200,7 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
     if not options.strip:
         sections = replace(sections, icc=picture.icc, exif=picture.exif, xmp=picture.xmp)
     notes, encodes = [*picture.notes, *plan.notes], 0
+    del picture  # Pillow's copy of a large picture is not needed any more
 
     def attempt(quality: float | Sequence[float]) -> tuple[bytes, list[np.ndarray]]:
         result = loaded.encode_layers(layers, plan.scales, quality)

@@ -103,10 +103,9 @@ def _source(image: Image.Image) -> Source:
         image = image.convert("I;16")
     if deep or image.mode.startswith("I;16"):
         notes.append("16-bit samples reduced to 8 bits")
-    rgba = _to_rgba(image)
-    alpha = rgba.getchannel("A") if rgba and rgba.getchannel("A").getextrema() != (255, 255) else None
-    rgb, icc = _to_srgb(image, rgba.convert("RGB") if rgba else to_rgb(image), notes)
-    return Source(rgb, alpha, icc, exif, xmp, notes)
+    pixels = split(image)
+    rgb, icc = _to_srgb(image, pixels.image, notes)
+    return Source(rgb, pixels.alpha, icc, exif, xmp, notes)
 
 
 def _to_rgba(image: Image.Image) -> Image.Image | None:
@@ -176,6 +175,14 @@ def _exif(image: Image.Image) -> bytes | None:
         if struct.unpack_from(f"{order}HHI", exif, entry) in ((ORIENTATION, 3, 1), (ORIENTATION, 4, 1)):
             struct.pack_into(f"{order}HIHH", exif, entry + 2, 3, 1, 1, 0)
     return bytes(exif)
+
+
+def split(image: Image.Image) -> Source:
+    """The pixels of a Pillow image: RGB and, unless it is opaque, alpha. Raises PictureError for samples of 32 bits."""
+    rgba = _to_rgba(image)
+    if rgba is None or rgba.getchannel("A").getextrema() == (255, 255):
+        return Source(rgba.convert("RGB") if rgba else to_rgb(image))
+    return Source(rgba.convert("RGB"), rgba.getchannel("A"))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -140,10 +140,8 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
     icc = options.get("icc_profile", im.info.get("icc_profile"))
     exif = options.get("exif")
     exif = exif.tobytes() if isinstance(exif, Image.Exif) else exif
-    alpha = im.convert("RGBA").getchannel("A") if im.has_transparency_data else None
     try:
-        source = pictures.Source(im.convert("RGBA").convert("RGB") if alpha else pictures.to_rgb(im), alpha)
-        layers, alphas = pictures.pyramid_alpha(source, codec.layer_sizes(im.size, scales))
+        layers, alphas = pictures.pyramid_alpha(pictures.split(im), codec.layer_sizes(im.size, scales))
     except PictureError as e:
         raise OSError(f"cannot write mode {im.mode} as CMPS ({e})") from e
     sections = container.Sections(
