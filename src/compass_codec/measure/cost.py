@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -80,8 +81,12 @@ def _pictures(task: dict[str, Any], files: list[bytes]) -> None:
         for _ in _codec(task).decode_layers(data, header, len(header.layers) - 1):
             pass
         return
+    if method == LEVELS:
+        for s in task["scales"]:
+            PEERS[J2K].decode(files[0], round(math.log2(task["scales"][-1] / s)))
+        return
     for data in files:
-        PEERS[J2K if method == LEVELS else method].decode(data)
+        PEERS[method].decode(data)
 
 
 def _codec(task: dict[str, Any]):
