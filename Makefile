@@ -7,7 +7,7 @@ RUN ?= runs/new
 DATA ?= $(wildcard ../shared/data/train-*.tar)
 CURVES ?= ../shared/anchors/kodak_single_layer_rd.json
 
-.PHONY: demo test check format install kodak weights-check train fuzz golden clean
+.PHONY: demo test check format install kodak tables speed weights-check train fuzz golden clean
 
 demo: install  ## encode a photograph in three sizes, decode all three, print the table
 	@mkdir -p out
@@ -38,13 +38,16 @@ install: .venv/installed
 kodak: install  ## rate and distortion on the Kodak pictures, real files
 	$(BIN)/python -m compass_codec.measure.kodak --images $(KODAK) --curves $(CURVES)
 
+speed: install  ## where time and memory go: docs/performance.md
+	$(BIN)/python -W ignore -m compass_codec.measure.speed $(LARGE)
+
 weights-check: install  ## make weights-check NEW=runs/a/weights: may these replace the weights in models/?
 	$(BIN)/python -m compass_codec.measure.ratchet $(OLD) $(NEW) --images $(KODAK) --curves $(CURVES) $(QUICK)
 
 # Every stage in turn, within half an hour of one GPU. DATA: tars or folders of photographs.
 train: install
 	$(BIN)/compass train base $(DATA:%=--data %) --minutes 12 --batch 64,32 --side 128,256 --lr 5e-4 --resume $(RUN) $(START)
-	$(BIN)/compass train liff $(DATA:%=--data %) --minutes 5 --batch 64 --side 128 --lr 5e-4 --resume $(RUN) --weights $(RUN)/weights
+	$(BIN)/compass train liff $(DATA:%=--data %) --minutes 5 --batch 64 --side 128 --lr 1e-3 --resume $(RUN) --weights $(RUN)/weights
 	rm -f $(RUN)/weights/residual.safetensors
 	$(BIN)/compass train residual $(DATA:%=--data %) --minutes 6 --batch 64 --side 128 --lr 4e-4 --resume $(RUN) --weights $(RUN)/weights
 	$(BIN)/compass train joint $(DATA:%=--data %) --minutes 5 --batch 32 --side 192 --lr 1e-4 --resume $(RUN) --weights $(RUN)/weights
