@@ -62,16 +62,17 @@ class Report:
 
     def _head(self) -> Iterator[str]:
         f = self.facts
+        count = len(f["pictures"])
         yield "# Results"
         yield (
             f"Made by `compass bench` (`make tables`), version {f['version']}, weights {f['weights']}, on "
-            f"{len(f['pictures'])} picture{'s' * (len(f['pictures']) != 1)} at qualities {', '.join(f'{q:g}' for q in f['qualities'])}. "
+            f"{count} picture{'s' * (count != 1)} at qualities {', '.join(f'{q:g}' for q in f['qualities'])}. "
             "BD-rates are those of COMPASS against the codec of the row, at the final layer, over the PSNRs that both "
             "reach: **below zero COMPASS needs fewer bits**. Bits are accumulated, headers included; PSNR is that of "
             "8-bit RGB; both are means over the pictures. In brackets is the 95 % interval when the pictures are drawn "
             "again at random."
         )
-        if len(f["pictures"]) != 24:
+        if count != 24:
             yield "**Not the 24 Kodak pictures of the paper**: read the figures as a check that everything runs."
         yield "![Rate-distortion curves](rd.png)"
 
