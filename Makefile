@@ -38,6 +38,10 @@ install: .venv/installed
 kodak: install  ## rate and distortion on the Kodak pictures, real files
 	$(BIN)/python -m compass_codec.measure.kodak --images $(KODAK) --curves $(CURVES)
 
+tables: install  ## COMPASS next to other codecs on the Kodak pictures; writes docs/results.md
+	$(BIN)/compass bench --images $(KODAK) --out out/bench $(patsubst %,--curves %,$(wildcard ../shared/anchors/*_rd.json)) $(BENCH)
+	cp out/bench/results.md out/bench/rd.png out/bench/bits.png docs/
+
 speed: install  ## where time and memory go: docs/performance.md
 	$(BIN)/python -W ignore -m compass_codec.measure.speed $(LARGE)
 
