@@ -347,6 +347,14 @@ class TestExport:
             export(stage, tmp_path)
         assert not list(tmp_path.glob("*.safetensors"))
 
+    def test_liff_of_another_size_starts_anew(self, small, tmp_path):
+        export(started("liff"), tmp_path)
+        stage = make_stage("liff")
+        assert load_parts(stage, tmp_path, "paper") == set()
+        assert LIFF.dimensions(stage.liff.state_dict()) == SIZES["paper"]
+        assert load_parts(stage, tmp_path) == {"liff"}
+        assert LIFF.dimensions(stage.liff.state_dict()) == SIZES["small"]
+
     def test_weights_of_another_shape(self, small, tmp_path):
         save_file({"first.weight": torch.zeros(3)}, tmp_path / "liff.safetensors")
         with pytest.raises(ValueError, match=r"liff\.safetensors: not weights of this architecture"):
