@@ -29,7 +29,7 @@ def symbol_hashes(codec: Codec, data: bytes) -> list[str]:
     header, hashes = container.read_header(data), []
     for k, entry in enumerate(header.layers):
         layer = codec.residual if k else codec.base
-        z, y, _ = layer.parse(container.payload(header, data, k), (entry.height, entry.width))
+        z, y, *_ = layer.parse(container.payload(header, data, k), (entry.height, entry.width))
         digest = hashlib.sha256()
         for symbols in (z, y):
             digest.update(symbols.astype("<i4").tobytes())

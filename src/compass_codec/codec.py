@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DEFAULT_QUALITY = 60.0
+EFFORTS = range(10)
 # A latent this close to its mean becomes 0 rather than 1 or -1: the bits saved are worth more than the error
 # (1.4 % BD-rate on training pictures; the decoder does not care).
 DEAD_ZONE = 0.6
@@ -116,14 +119,20 @@ class LayerCodec:
 
     def decode(self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float) -> np.ndarray:
         """Bytes, and what is known of the layer, to the layer: uint8 [height, width, 3] of ``size``."""
-        _, y, means = self.parse(data, size)
+        _, y, _, means = self.parse(data, size)
+        return self.rebuild(y, means, prediction, quality, size)
+
+    def rebuild(
+        self, y: np.ndarray, means: Tensor, prediction: Iterable[Tensor], quality: float, size: tuple[int, int]
+    ) -> np.ndarray:
+        """Symbols of y [M, h, w], their means [1, M, h, w] and strips of the prediction to the layer."""
         cells = strips.strip_spans(size, self.device, 16)
         y_hat = (torch.from_numpy(y[None, :, a:b]).to(self.device) + means[:, :, a:b] for a, b in cells)
         return self.reconstruct(y_hat, prediction, quality, size)
 
-    def parse(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    def parse(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
         """Bytes of a layer of ``size`` (height, width) to the symbols of z [N, h, w] and of y [M, h, w], int32, and
-        the means of y [1, M, h, w]."""
+        the scale indices [M, h, w], uint8, and means [1, M, h, w] of y."""
         z_size, y_size, m = ImageCodec.hyper_size(size), ImageCodec.latent_size(size), self.codec.m
         decoder = entropy.Decoder(data, self.tables, z_size[0] * z_size[1], m * y_size[0] * y_size[1])
         z = decoder.z(self.codec.n, *z_size)
@@ -136,7 +145,7 @@ class LayerCodec:
             rows = slice(row, row := row + part.shape[2])
             index[:, rows] = part[0].cpu().numpy()
             means.append(mean)
-        return z, decoder.y(index), means[0] if len(means) == 1 else torch.cat(means, 2)
+        return z, decoder.y(index), index, means[0] if len(means) == 1 else torch.cat(means, 2)
 
     def reconstruct(
         self, y_hat: Iterable[Tensor], prediction: Iterable[Tensor], quality: float, size: tuple[int, int]
@@ -206,25 +215,38 @@ class Codec:
         chosen = choose_device(device)
         return cls(load_weights(weights, chosen), chosen)
 
-    def encode(self, image: Image.Image, scales: Sequence[float], quality: float = DEFAULT_QUALITY) -> Encoded:
+    def encode(
+        self, image: Image.Image, scales: Sequence[float], quality: float = DEFAULT_QUALITY, effort: int = 0
+    ) -> Encoded:
         """Encode ``image`` at every scale factor, its alpha too. The factors are relative to each other and must not
-        fall; the last layer is the picture itself. Quality 1..100. Raises OptionError, LimitError or PictureError."""
+        fall; the last layer is the picture itself. Quality 1..100, effort 0..9. Raises OptionError, LimitError or
+        PictureError."""
         scales = container.check_scales(scales)
         layers, alphas = pictures.pyramid_alpha(pictures.split(image), layer_sizes(image.size, scales))
-        encoded = self.encode_layers(layers, scales, quality)
+        encoded = self.encode_layers(layers, scales, quality, effort)
         alpha = {k: pictures.alpha_to_bytes(plane) for k, plane in enumerate(alphas)}
         return replace(encoded, data=container.attach(encoded.data, container.Sections(alpha=alpha)))
 
     @torch.inference_mode()
     def encode_layers(
-        self, layers: Sequence[np.ndarray], scales: Sequence[float], quality: float | Sequence[float]
+        self,
+        layers: Sequence[np.ndarray],
+        scales: Sequence[float],
+        quality: float | Sequence[float],
+        effort: int = 0,
+        time_budget: float | None = None,
+        progress: Callable[[int, float], None] | None = None,
     ) -> Encoded:
         """Encode pictures that were reduced elsewhere: uint8 [height, width, 3] each, smallest first. ``quality`` is
-        one number for all layers or one for each."""
+        one number for all layers or one for each. With an ``effort`` of 1 to 9 a search lowers rate and distortion
+        together, for about ``time_budget`` seconds at most; see search.improve, also for ``progress``."""
+        started = time.monotonic()
         scales = container.check_scales(scales)
         qualities = [check_quality(q) for q in (quality if isinstance(quality, Sequence) else [quality] * len(layers))]
         if not len(layers) == len(scales) == len(qualities):
             raise OptionError(f"{len(layers)} layers, {len(scales)} scale factors, {len(qualities)} qualities")
+        if effort not in EFFORTS:
+            raise OptionError(f"effort {effort}; it goes from 0 to 9")
         if layers[-1].shape[0] * layers[-1].shape[1] > container.MAX_PIXELS:
             raise LimitError(f"more than {container.MAX_PIXELS} pixels")
         payloads: list[bytes] = []
@@ -235,6 +257,14 @@ class Codec:
                 data, seen = (self.residual if done else self.base).encode(picture, prediction, q)
             payloads.append(data)
             done.append(seen)
+        if effort:
+            from compass_codec import search
+
+            deadline = math.inf if time_budget is None else started + time_budget
+            coded = list(zip(payloads, done, strict=True))
+            with float32_convolutions():
+                found = search.improve(self, layers, qualities, coded, effort, deadline, progress)
+            payloads, done = [layer.data for layer in found], [layer.seen for layer in found]
         sizes = [(p.shape[1], p.shape[0]) for p in layers]
         return Encoded(container.write(self.model, sizes, scales, qualities, payloads), done)
 

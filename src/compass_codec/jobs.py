@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from compass_codec.codec import Codec
 
 STDIO = Path("-")
+CLEAR = "\r\x1b[K"  # of a terminal's line
 HEADER_READ = 4096  # more than any header
 ORIENTATION, ROTATED = 0x0112, {5, 6, 7, 8}  # the EXIF tag, and its values that swap width and height
 
@@ -44,7 +45,8 @@ class Options:
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions(Options):
     """How to encode. Exactly one of ``scales``, ``sizes`` (width, height) and ``widths`` is given, smallest first;
-    ``qualities`` holds one number or one for each layer and does not matter with a ``target``."""
+    ``qualities`` holds one number or one for each layer and does not matter with a ``target``. ``effort`` and
+    ``time_budget`` (seconds) are those of Codec.encode_layers; ``progress`` writes to standard error how it goes."""
 
     scales: tuple[float, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
@@ -52,6 +54,9 @@ class EncodeOptions(Options):
     upscale: bool = False
     qualities: tuple[float, ...] = (60.0,)
     target: Target | None = None
+    effort: int = 0
+    time_budget: float | None = None
+    progress: bool = False
     verify: bool = False
 
 
@@ -203,7 +208,8 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
     del picture  # Pillow's copy of a large picture is not needed any more
 
     def attempt(quality: float | Sequence[float]) -> tuple[bytes, list[np.ndarray]]:
-        result = loaded.encode_layers(layers, plan.scales, quality)
+        show = _show_effort if options.progress else None
+        result = loaded.encode_layers(layers, plan.scales, quality, options.effort, options.time_budget, show)
         return container.attach(result.data, sections), result.layers
 
     if options.target is None:
@@ -215,6 +221,8 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
         if not found.reached:
             gives = f"{len(data)} bytes, {8 * len(data) / pixels:.3f} bpp, {found.psnr:.2f} dB"
             notes.append(f"{options.target} is out of reach; quality {found.quality:g} gives {gives}")
+    if options.progress:
+        print(end=CLEAR, file=sys.stderr, flush=True)
     put(target, data, options.batch)
     if options.verify:
         _verify(loaded, data if target == STDIO else target.read_bytes(), reconstructed, sections, target)
@@ -383,6 +391,12 @@ def _layer_report(header: container.Header, k: int, psnr: float | None = None) -
     entry = header.layers[k]
     length = entry.end - (header.layers[k - 1].end if k else 0)
     return LayerReport(k, entry.width, entry.height, entry.scale, entry.quality, length, entry.end, psnr)
+
+
+def _show_effort(effort: int, gain: float) -> None:
+    print(
+        f"{CLEAR}effort {effort}: {100 * gain:.2f} % of rate and distortion saved", end="", file=sys.stderr, flush=True
+    )
 
 
 def _verify(loaded: Codec, data: bytes, layers: Sequence[np.ndarray], sections: container.Sections, path: Path) -> None:

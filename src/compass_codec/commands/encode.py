@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -45,6 +47,18 @@ from compass_codec.rate import Target
 )
 @click.option("--target-size", type=values.Value("BYTES", values.byte_count), help="Most bytes: 90000, 90kB, 88KiB.")
 @click.option("--target-psnr", type=values.Value("DB", values.positive), help="Least PSNR of the largest layer.")
+@click.option(
+    "--effort",
+    type=click.IntRange(0, 9),
+    default=0,
+    show_default=True,
+    help="How long to search for a better file, 0 (not at all) to 9; decoding takes the same time.",
+)
+@click.option(
+    "--time-budget",
+    type=values.Value("SECONDS", values.positive),
+    help="Stop the search for a picture about so long after it began.",
+)
 @click.option("--verify", is_flag=True, help="Decode what was written and compare it with the encoder's pictures.")
 @strip_option
 @batch_options
@@ -64,6 +78,8 @@ def encode(
     target_bpp: float | None,
     target_size: float | None,
     target_psnr: float | None,
+    effort: int,
+    time_budget: float | None,
     verify: bool,
     strip: bool,
     out_dir: Path | None,
@@ -95,6 +111,7 @@ def encode(
       compass encode photo.jpg --scales 1,2,4 -q 50,60,70
       compass encode photo.jpg --scales 1,2,4 --target-size 200kB
       compass encode photo.jpg --scales 1,2,4 --target-psnr 34
+      compass encode photo.jpg --scales 1,2,4 --effort 5
     \b
     Many pictures; what is up to date is skipped:
       compass encode *.jpg photos/ --scales 1,2,4 --out-dir out -j 4
@@ -118,6 +135,10 @@ def encode(
     count = len(scales or sizes or widths or ())
     if quality and len(quality) not in (1, count):
         raise click.UsageError(f"--quality: {len(quality)} values for {count} layers")
+    if time_budget and not effort:
+        raise click.UsageError("--time-budget goes with --effort")
+    if time_budget and targets:
+        raise click.UsageError("--time-budget and a target exclude each other")
     if output is None and images == (STDIO,):
         output = STDIO
     if as_json and output == STDIO:
@@ -129,6 +150,8 @@ def encode(
         upscale=upscale,
         qualities=quality or (60.0,),
         target=targets[0] if targets else None,
+        effort=effort,
+        time_budget=time_budget,
         verify=verify,
         strip=strip,
         force=force,
@@ -138,6 +161,8 @@ def encode(
     from compass_codec.batch import picture_suffixes
 
     todo = select(images, files_from, out_dir, output, options, picture_suffixes, ".cmps")
+    if effort and not quiet and sys.stderr.isatty():
+        todo = [job if job.options.batch else replace(job, options=replace(options, progress=True)) for job in todo]
     ending = ", verified" if verify else ""
     work(todo, engine, workers, as_json, quiet, _line, lambda report: _table(report) + ending)
 
