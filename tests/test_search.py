@@ -33,7 +33,7 @@ def costs(encoded, layers, quality) -> float:
 @pytest.mark.parametrize("quality", [1, 60, 100])
 def test_more_effort_never_costs_more(codec, widths, quality):
     layers = layers_of(*widths)
-    found = [codec.encode_layers(layers, list(widths), quality, effort) for effort in (0, 1, 2, 4)]
+    found = [codec.encode_layers(layers, list(widths), quality, effort) for effort in (0, 1, 3, 5)]
     values = [costs(f, layers, quality) for f in found]
     assert values == sorted(values, reverse=True)
     assert values[-1] < 0.995 * values[0]
@@ -50,10 +50,10 @@ def test_effort_0_is_no_search(codec, monkeypatch):
 
 def test_same_bytes_again_whatever_was_drawn_before(codec):
     layers = layers_of(24, 50)
-    once = codec.encode_layers(layers, [1, 2], 60, 3)
+    once = codec.encode_layers(layers, [1, 2], 60, 5)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert codec.encode_layers(layers, [1, 2], 60, 3).data == once.data
+    assert codec.encode_layers(layers, [1, 2], 60, 5).data == once.data
     assert (torch.get_rng_state() == before).all()
 
 

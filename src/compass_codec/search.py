@@ -3,14 +3,16 @@
 What is lowered is R + lambda * 255^2 * MSE. Symbols of y move up or down by one wherever the change of the distortion
 (its gradient through the synthesis, and the curvature along each channel) and that of the bits (from the probability
 tables that code them) add up to less than nothing. Neighbouring latents overlap in the picture, so only a random few
-move at a time. z, and with it the tables and the means, stays as it is. The decoder knows nothing of all this.
+move at a time. From effort 5 on these moves begin where stochastic Gumbel annealing (Yang, Bamler, Mandt 2020) of the
+unrounded latent has ended. z, and with it the tables and the means, stays as rounding gave it. The decoder knows
+nothing of all this.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,11 +25,15 @@ from compass_codec.networks import ImageCodec, quality_to_lambda
 if TYPE_CHECKING:
     from compass_codec.codec import Codec, LayerCodec
 
-# Gradients spent on each layer, by effort. An effort begins with what the effort below it ended with.
-STEPS = (0, 4, 8, 16, 30, 50, 80, 130, 200, 400)
+# What an effort adds to those below it: gradients spent on annealing each layer, and on moves. Without annealing moves
+# begin with what the effort below has ended with.
+ANNEAL = (0, 0, 0, 0, 0, 32, 48, 64, 100, 200)
+MOVES = (0, 4, 4, 8, 12, 12, 12, 16, 20, 30)
 SHARE = 0.15  # of the symbols that may move in one step
 CAUTION = 1.5  # times the curvature: what moves together adds up
 FIRST_GAIN = 2.0  # bits that a move must win in the first step of an effort; falls to 0 in the last
+RATE = 0.02  # of Adam, in quantisation steps; falls to a tenth
+HOT, COLD = 0.3, 0.1  # temperatures of annealing
 PROBES = 3  # random pictures from which the curvature is measured
 ESCAPE_BITS = 16.0  # about what an escaped value costs beyond its escape
 # Side of what is searched at once, and what is computed around it, in latents. A latent shows in the pixels of 2 around
@@ -79,12 +85,11 @@ def improve(
             search = above[0] if k else base
             size = (picture.shape[0], picture.shape[1])
             prediction = list(codec.predict(tried[-1].seen if k else None, size))
-            # what lies below has changed most in the first effort: begin with rounding once more
-            again = stage == 1 and k > 0
+            # what lies below has changed most in the first effort, and annealing begins anew
+            again = k > 0 and (stage == 1 or ANNEAL[stage] > 0)
             data = search.layer.encode(picture, prediction, quality)[0] if again else best[k].data
             generator = torch.Generator().manual_seed(stage)
-            steps = STEPS[stage] - STEPS[stage - 1]
-            tried.append(search.refine(data, picture, prediction, quality, steps, generator, deadline))
+            tried.append(search.refine(data, picture, prediction, quality, stage, generator, deadline))
         if sum(layer.cost for layer in tried) < sum(layer.cost for layer in best):
             best = tried
         if progress is not None:
@@ -112,12 +117,12 @@ class Search:
         picture: np.ndarray,
         prediction: Sequence[Tensor],
         quality: float,
-        steps: int,
+        stage: int,
         generator: torch.Generator,
         deadline: float,
     ) -> Coded:
-        """A layer, uint8 [height, width, 3], coded as ``data`` given its ``prediction`` in strips, after ``steps``
-        more steps of search in each tile."""
+        """A layer, uint8 [height, width, 3], coded as ``data`` given its ``prediction`` in strips, after what effort
+        ``stage`` adds to the one below it."""
         size = (picture.shape[0], picture.shape[1])
         z, y, index, means = self.layer.parse(data, size)
         with torch.inference_mode(False), torch.enable_grad():
@@ -126,7 +131,10 @@ class Search:
             for top, bottom in strips.spans(y.shape[1], TILE):
                 for left, right in strips.spans(y.shape[2], TILE):
                     tile = Tile.cut((top, bottom, left, right), y, index, means, picture, known)
-                    y[:, top:bottom, left:right] = self.search(tile, quality, level, gain, steps, generator, deadline)
+                    if ANNEAL[stage] and time.monotonic() < deadline:
+                        tile = self.anneal(tile, quality, level, ANNEAL[stage], generator, deadline)
+                    core = self.move(tile, quality, level, gain, MOVES[stage], generator, deadline)
+                    y[:, top:bottom, left:right] = core
         data = entropy.encode(z, y, index, self.layer.tables)
         seen = self.layer.rebuild(y, means, prediction, quality, size)
         return Coded(data, seen, cost(data, seen, picture, quality))
@@ -145,7 +153,39 @@ class Search:
             squares += torch.autograd.grad(out, latent, probe, retain_graph=True)[0].square()
         return squares.mean((0, 2, 3), keepdim=True) / PROBES
 
-    def search(
+    def error(self, latent: Tensor, tile: Tile, quality: float, level: Tensor) -> Tensor:
+        """What the squared error of the tile's pixels is worth, in bits."""
+        out = (self.codec.synthesis(latent, level, tile.size) + tile.prediction).clamp(0, 1)
+        return quality_to_lambda(quality) * 255**2 / 3 * (out - tile.picture)[tile.pixels].square().sum()
+
+    def anneal(
+        self, tile: Tile, quality: float, level: Tensor, steps: int, generator: torch.Generator, deadline: float
+    ) -> Tile:
+        """The tile with new symbols in its core: its latent less the means, moved by gradients while a random choice
+        between the two nearest integers, ever nearer to rounding, takes the place of rounding."""
+        inside, latent = tile.core, tile.symbols + tile.means
+        means = tile.means[inside]
+        centred = self.codec.analysis(tile.picture - tile.prediction, level)[inside] - means
+        centred.requires_grad_()
+        adam = torch.optim.Adam([centred], RATE)
+        for step in range(steps):
+            if time.monotonic() >= deadline:
+                break
+            adam.param_groups[0]["lr"] = RATE * (1 - 0.9 * step / steps)
+            below = centred.detach().floor()
+            share = relax(centred - below, HOT * (COLD / HOT) ** (step / steps), generator)
+            low, high = (self.bits_of(below.long() + by, tile.index) for by in (0, 1))
+            latent = latent.detach().clone()
+            latent[inside] = below + share + means
+            loss = self.error(latent, tile, quality, level) + (low + (high - low) * share).sum()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        symbols = tile.symbols.clone()
+        symbols[inside] = centred.detach().round().long()
+        return replace(tile, symbols=symbols)
+
+    def move(
         self,
         tile: Tile,
         quality: float,
@@ -161,8 +201,7 @@ class Search:
         best, least = symbols[inside], float("inf")
         for step in range(steps + 1):
             latent = (symbols + tile.means).requires_grad_()
-            out = (self.codec.synthesis(latent, level, tile.size) + tile.prediction).clamp(0, 1)
-            error = weight * (out - tile.picture)[tile.pixels].square().sum()
+            error = self.error(latent, tile, quality, level)
             here = symbols[inside]
             bits = self.bits_of(here, tile.index)
             if (found := float(error.detach() + bits.sum())) < least:
@@ -235,6 +274,15 @@ class Tile:
             tuple(inside),
             tuple(pixels),
         )
+
+
+def relax(fraction: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """0..1, the nearer to 0 or 1 the lower the temperature, and at random to 1 the more often the nearer ``fraction``,
+    0..1, is to it: a binary concrete variable."""
+    inside = fraction.clamp(1e-5, 1 - 1e-5)
+    odds = (torch.atanh(inside) - torch.atanh(1 - inside)) / temperature
+    drawn = torch.rand(fraction.shape, generator=generator).clamp(1e-7, 1 - 1e-7).to(fraction.device)
+    return torch.sigmoid((odds + torch.logit(drawn)) / temperature)
 
 
 def table_bits(tables: Sequence[entropy.Table]) -> Tensor:
