@@ -21,7 +21,7 @@ from compass_codec.codec import Codec
 from compass_codec.errors import CompassError
 
 MAX_PIXELS = 4096  # forged sizes above this are refused; those below cost little to decode
-SLOWEST = 10.0  # seconds a case may take
+SLOWEST = 10.0  # seconds of processor time a case may take
 MEMORY = 200 << 20  # bytes of memory that all cases together may add
 
 
@@ -99,7 +99,7 @@ def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
 
 def attempt(codec: Codec, data: bytes) -> str:
     """Decode; the outcome in a word. Whatever is not a picture or a clean error is raised."""
-    started = time.monotonic()
+    started = time.process_time()  # what others do on the machine must not count
     try:
         header = container.read_header(data, MAX_PIXELS)
         last = container.pick(header, len(data), None)
@@ -114,7 +114,7 @@ def attempt(codec: Codec, data: bytes) -> str:
     except CompassError as e:
         assert str(e) and "\n" not in str(e)
         outcome = type(e).__name__
-    assert time.monotonic() - started < SLOWEST, "too slow"
+    assert time.process_time() - started < SLOWEST, "too slow"
     return outcome
 
 
