@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from compass_codec.liff import LIFF, SIZES, bicubic
-from compass_codec.networks import LAMBDAS, ImageCodec, lower_bound
+from compass_codec.networks import LAMBDAS, ImageCodec, level_of, lower_bound
 from compass_codec.training.data import resize
 from compass_codec.training.density import FactorizedDensity
 
 SCALE_MIN = 0.11  # smallest standard deviation that has a probability table
+REPEAT = 1 / 6  # of the steps between layers that repeat the size, for a better quality of it
 
 
 def round_ste(x: Tensor) -> Tensor:
@@ -177,7 +178,8 @@ class JointStage(Stage):
     """LIFF and residual codec through recursive enhancement layers, base frozen (paper, equation 5).
 
     ``factors`` are the steps between layers from the top down; the loss sums over the enhancement layers, each
-    per pixel of the top layer as in the paper.
+    per pixel of the top layer as in the paper. What is below a step of 1 is coded with a lambda drawn from the lowest
+    to that above it: the same size again at a better quality.
     """
 
     trains = ("residual", "liff")
@@ -185,15 +187,19 @@ class JointStage(Stage):
     def forward(
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        pyramid, total = [x], 1.0
+        pyramid, total = [(x, lam, level)], 1.0
         for factor in factors:
             total *= factor
-            pyramid.append(shrink(x, total))
-        rec = self.lower(pyramid.pop(), level)
+            if factor == 1:
+                lam = LAMBDAS[0] * (lam / LAMBDAS[0]) ** torch.rand_like(lam)
+                level = level_of(lam).float()
+            pyramid.append((shrink(x, total), lam, level))
+        target, _, level = pyramid.pop()
+        rec = self.lower(target, level)
         loss = x.new_zeros(())
         parts: dict[str, Tensor] = {}
         while pyramid:
-            target = pyramid.pop()
+            target, lam, level = pyramid.pop()
             share = target.shape[-1] * target.shape[-2] / (x.shape[-1] * x.shape[-2])
             rec, part, parts = self.enhance(target, rec, level, lam)
             loss = loss + share * part
@@ -216,6 +222,6 @@ def draw_lambdas(batch: int, generator: torch.Generator) -> Tensor:
 
 
 def draw_factors(generator: torch.Generator) -> tuple[float, float]:
-    """Steps between layers from the top down: the first U(1, 4), the second U(1, 2)."""
-    first, second = torch.rand(2, generator=generator).tolist()
-    return 1 + 3 * first, 1 + second
+    """Steps between layers from the top down: the first U(1, 4), the second U(1, 2); or, at times, 1 exactly."""
+    first, second, repeat, again = torch.rand(4, generator=generator).tolist()
+    return 1.0 if repeat < REPEAT else 1 + 3 * first, 1.0 if again < REPEAT else 1 + second
