@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,39 +133,32 @@ def main(
     Exit code 0 when NEW needs fewer bits for a single layer and for three layers, 1 when it does not, 2 when the
     comparison could not be made.
     """
+    from compass_codec.codec import Codec
+
     try:
         if len(qualities) < FEWEST:
             raise ValueError(f"a rate-distortion curve needs at least {FEWEST} qualities")
-        better = compare(
-            old, new, pictures_in(images, quick), qualities, scales, simulcast, curves, key, cache, device, report
-        )
+        pictures = pictures_in(images, quick)
+        anchor = (key, published(curves, key)) if curves else None
+        known: dict[str, Any] = json.loads(cache.read_text()) if cache and cache.exists() else {}
+        sets = {
+            name: Measurement(Codec.load(device, path), pictures, qualities, known, cache)
+            for name, path in (("old", old), ("new", new))
+        }
+        result = compare(sets, scales, anchor, simulcast)
+        if report:
+            report.write_text(json.dumps(result, indent=1) + "\n")
     except (CompassError, OSError, ValueError) as error:
         raise Incomparable(" ".join(str(error).split())) from error
-    sys.exit(0 if better else 1)
+    sys.exit(0 if result["better"] else 1)
 
 
 def compare(
-    old: Path,
-    new: Path,
-    images: Sequence[Path],
-    qualities: Sequence[float],
-    scales: Sequence[Scales],
-    simulcast: bool,
-    curves: Path | None,
-    key: str,
-    cache: Path | None,
-    device: str,
-    report: Path | None,
-) -> bool:
-    """Measure, print the tables, write the report; True when the new weights pass."""
-    from compass_codec.codec import Codec
-
-    anchor = published(curves, key) if curves else None
-    known: dict[str, Any] = json.loads(cache.read_text()) if cache and cache.exists() else {}
-    sets = {
-        name: Measurement(Codec.load(device, path), images, qualities, known, cache)
-        for name, path in (("old", old), ("new", new))
-    }
+    sets: Mapping[str, Measurement], scales: Sequence[Scales], anchor: tuple[str, Curve] | None, simulcast: bool
+) -> dict[str, Any]:
+    """Measure the "old" and the "new" weights and print the tables; all that was found, and under "better" whether the
+    new ones pass. ``anchor`` is a published single-layer curve and its name."""
+    images, qualities = sets["new"].images, sets["new"].qualities
     result: dict[str, Any] = {name: m.codec.model for name, m in sets.items()}
     result |= {"images": [image.name for image in images], "qualities": list(qualities), "curves": {}, "bd_rate": {}}
     points, rates = [], []
@@ -189,7 +182,7 @@ def compare(
         percent = rate(f"{title(layers)}: new against old", measured["new"], measured["old"])
         better &= percent < 0 or layers not in DECIDING
         if layers == SINGLE and anchor:
-            rate(f"{title(layers)}: new against {key}", measured["new"], anchor)
+            rate(f"{title(layers)}: new against {anchor[0]}", measured["new"], anchor[1])
         if simulcast and len(layers) > 1:
             separate = sets["new"].simulcast(layers)
             result["curves"][f"new, {title(layers)}, simulcast"] = vars(separate)
@@ -200,9 +193,7 @@ def compare(
     click.echo(rows(["layers", "quality", "old bpp", "old PSNR", "new bpp", "new PSNR"], points) + "\n")
     click.echo(rows(["BD-rate", "fewer bits below 0", "over PSNR"], rates) + "\n")
     click.echo("The new weights need fewer bits." if better else "The new weights do not need fewer bits everywhere.")
-    if report:
-        report.write_text(json.dumps(result, indent=1) + "\n")
-    return better
+    return result
 
 
 if __name__ == "__main__":

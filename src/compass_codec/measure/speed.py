@@ -6,12 +6,15 @@ given. Memory is the peak of a process of its own.
 
 from __future__ import annotations
 
+import json
+import re
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,30 +154,74 @@ def whole() -> tuple[str, dict[str, dict[str, float]]]:
     return "\n".join(text), parts
 
 
-MEMORY = """
-import sys, time
-from compass_codec import pictures
-from compass_codec.codec import Codec, layer_sizes
-from compass_codec.measure.cost import peak_mb
-from compass_codec.measure.speed import photograph
-width, height, scales = int(sys.argv[1]), int(sys.argv[2]), [1, 2, 4]
-codec = Codec.load("cpu")
-layers = pictures.pyramid(photograph(width, height), layer_sizes((width, height), scales))
-start = time.process_time()
-data = codec.encode_layers(layers, scales, 60).data
-print(time.process_time() - start, peak_mb())
-"""
+Size = tuple[int, int]  # width, height
 
 
-def memory(sizes: list[tuple[int, int]]) -> str:
-    """Peak memory and time of encoding three layers, in a process for each size."""
+def alone(function: str, *arguments: Any) -> list[float]:
+    """What a function of this module gives in a process of its own."""
+    code = f"from compass_codec.measure import speed; print(speed.{function}(*{arguments!r}))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def encode_here(file: str, sizes: list[Size]) -> list[float]:
+    """Encode a photograph with layers of these sizes to a file: processor seconds, and the peak of memory in MB."""
+    from compass_codec import pictures
+    from compass_codec.codec import Codec
+    from compass_codec.measure.cost import peak_mb
+
+    codec = Codec.load("cpu")
+    layers = pictures.pyramid(photograph(*sizes[-1]), sizes)
+    start = time.process_time()
+    encoded = codec.encode_layers(layers, [width / sizes[0][0] for width, _ in sizes], 60)
+    spent = time.process_time() - start
+    Path(file).write_bytes(encoded.data)
+    return [spent, peak_mb() * 2**20 / 1e6]
+
+
+def decode_here(file: str, layer: int) -> list[float]:
+    """Decode one layer of a file: processor seconds, the peak of memory in MB, and the bytes read."""
+    from compass_codec import jobs
+    from compass_codec.codec import Codec
+    from compass_codec.measure.cost import peak_mb
+
+    codec = Codec.load("cpu")
+    start = time.process_time()
+    data, header, last = jobs.read_prefix(Path(file), layer, 10**9)
+    for _ in codec.decode_layers(data, header, last):
+        pass
+    return [time.process_time() - start, peak_mb() * 2**20 / 1e6, len(data)]
+
+
+def times(size: Size, factors: Sequence[float]) -> list[Size]:
+    """Layers that are ``size`` divided by each of ``factors``."""
+    return [(round(size[0] / factor), round(size[1] / factor)) for factor in factors]
+
+
+def memory(pictures: list[list[Size]]) -> str:
+    """Peak memory and time of encoding and decoding pictures with layers of these sizes, each in its own process."""
     body = []
-    for width, height in sizes:
-        command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(width), str(height)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        spent, peak = map(float, done.stdout.split())
-        body.append([f"{width} x {height}", f"{peak:.0f} MiB", f"{spent / (width * height / 1e6):.1f} s"])
-    return rows(["largest layer", "peak memory, encoding", "processor time a megapixel"], body)
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/large.cmps"
+        for sizes in pictures:
+            encoding, decoding = alone("encode_here", file, sizes), alone("decode_here", file, len(sizes) - 1)
+            pixels = sizes[-1][0] * sizes[-1][1] / 1e6
+            measured = [text for s, mb, *_ in (encoding, decoding) for text in (f"{mb:.0f} MB", f"{s / pixels:.1f} s")]
+            body.append([", ".join(f"{width} x {height}" for width, height in sizes), *measured])
+    return rows(["layers", "encoding: peak memory", "time a megapixel", "decoding: peak memory", "time a megapixel"], body)
+
+
+def thumbnail(sizes: list[Size]) -> str:
+    """What the smallest layer of a large picture costs to decode, against all of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/large.cmps"
+        alone("encode_here", file, sizes)
+        decoded = [alone("decode_here", file, layer) for layer in range(len(sizes))]
+    body = [
+        [f"{k} ({width} x {height})", f"{s:.2f} s", f"{100 * s / decoded[-1][0]:.2g} %", f"{mb:.0f} MB", f"{read:.0f}"]
+        for k, ((width, height), (s, mb, read)) in enumerate(zip(sizes, decoded, strict=True))
+    ]
+    return rows(["up to layer", "processor time", "of decoding all", "peak memory", "bytes read"], body)
 
 
 def cold() -> str:
@@ -190,8 +237,6 @@ def cold() -> str:
 
         once()
         return min(once() for _ in range(REPEATS))
-
-    import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "small.cmps"
@@ -228,31 +273,53 @@ def plot(parts: dict[str, dict[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
-@click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True)
-@click.option("--large", is_flag=True, help="Also a picture of 12000 x 8000, which takes a while.")
-def main(out: Path, large: bool) -> None:
-    """Measure speed and memory and write performance.md and performance.svg to the folder OUT."""
+def kept(file: Path) -> dict[str, str]:
+    """The sections of a page that is there already, by their headings."""
+    parts = re.split(r"^## (.*)\n+", file.read_text() if file.exists() else "", flags=re.MULTILINE)
+    return {head: text.strip() for head, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def ordinary() -> tuple[dict[str, str], dict[str, dict[str, float]]]:
+    """The sections on pictures of everyday size, and what each part takes."""
     import torch
 
-    sections = ["# Speed and memory", "Made by `make speed`."]
-    sections.append(f"PyTorch {torch.__version__} with {torch.get_num_threads()} threads.")
     text, parts = whole()
-    sections += ["## Three layers of 768 x 512", text]
     names = sorted(parts["encode"] | parts["decode"], key=lambda n: -parts["encode"].get(n, 0))
     body = [
         [n, *(f"{100 * parts[w].get(n, 0) / parts[w]['everything']:.1f} %" for w in parts)]
         for n in names
         if n != "everything"
     ]
-    sections += [rows(["part", *parts], body), "![What each part takes](performance.svg)"]
-    sections += ["## LIFF", factored(), "## Starting", cold(), "## Large pictures"]
-    sizes = [(3000, 500), (3000, 1000), (3000, 2000)] + ([(4000, 2000), (12000, 8000)] if large else [])
-    sections.append(memory(sizes))
+    first = f"PyTorch {torch.__version__} with {torch.get_num_threads()} threads.\n\n{text}"
+    three = "\n\n".join([first, rows(["part", *parts], body), "![What each part takes](performance.svg)"])
+    heights = [times((3000, height), (4, 2, 1)) for height in (500, 1000, 2000)]
+    sections = dict(zip(SECTIONS, (three, factored(), cold(), memory(heights)), strict=False))
+    return sections, parts
+
+
+SECTIONS = ("Three layers of 768 x 512", "LIFF", "Starting", "Pictures of any height", "Large pictures", "A thumbnail")
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True)
+@click.option("--large", is_flag=True, help="Measure large pictures instead, which takes about an hour.")
+def main(out: Path, large: bool) -> None:
+    """Measure speed and memory and write performance.md and performance.svg to the folder OUT. What is measured with
+    --large stays in the page when the rest is measured anew, and the reverse."""
     out.mkdir(parents=True, exist_ok=True)
-    plot(parts, out / "performance.svg")
-    (out / "performance.md").write_text("\n\n".join(sections) + "\n")
-    click.echo("\n\n".join(sections))
+    page = out / "performance.md"
+    if large:
+        named = [(720, 360), (1280, 640), (1920, 960), (4000, 2000)]
+        tables = memory([named, times((12000, 8000), (4, 2, 1))]), thumbnail(times((6000, 4000), (16, 4, 1)))
+        found = dict(zip(SECTIONS[4:], tables, strict=True))
+    else:
+        found, parts = ordinary()
+        plot(parts, out / "performance.svg")
+    sections = kept(page) | found
+    text = ["# Speed and memory", "Made by `make speed` and, for the last two tables, `make speed LARGE=--large`."]
+    text += [f"## {head}\n\n{sections[head]}" for head in SECTIONS if head in sections]
+    page.write_text("\n\n".join(text) + "\n")
+    click.echo(page.read_text())
 
 
 if __name__ == "__main__":
