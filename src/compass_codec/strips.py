@@ -97,6 +97,8 @@ def run(network: Network, strips: Iterable[Tensor], rows: int, size: tuple[int, 
         done = ready
         keep = max(0, done - network.reach)
         buffer, start = buffer[:, :, (keep - start) * network.cell_in :], keep
+    if done > network.height:
+        release()
 
 
 def _columns(network: Network, x: Tensor, height: int, width: int) -> Tensor:

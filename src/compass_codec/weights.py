@@ -74,8 +74,11 @@ def load(folder: Path | None, device: torch.device) -> Weights:
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
 
+    from compass_codec import strips
     from compass_codec.liff import LIFF
 
+    if device.type == "cpu":
+        strips.hold()
     folder = folder_or_default(folder)
     files = _read(folder)
     try:

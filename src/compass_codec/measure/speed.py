@@ -208,7 +208,9 @@ def memory(pictures: list[list[Size]]) -> str:
             pixels = sizes[-1][0] * sizes[-1][1] / 1e6
             measured = [text for s, mb, *_ in (encoding, decoding) for text in (f"{mb:.0f} MB", f"{s / pixels:.1f} s")]
             body.append([", ".join(f"{width} x {height}" for width, height in sizes), *measured])
-    return rows(["layers", "encoding: peak memory", "time a megapixel", "decoding: peak memory", "time a megapixel"], body)
+    return rows(
+        ["layers", "encoding: peak memory", "time a megapixel", "decoding: peak memory", "time a megapixel"], body
+    )
 
 
 def thumbnail(sizes: list[Size]) -> str:
@@ -218,7 +220,7 @@ def thumbnail(sizes: list[Size]) -> str:
         alone("encode_here", file, sizes)
         decoded = [alone("decode_here", file, layer) for layer in range(len(sizes))]
     body = [
-        [f"{k} ({width} x {height})", f"{s:.2f} s", f"{100 * s / decoded[-1][0]:.2g} %", f"{mb:.0f} MB", f"{read:.0f}"]
+        [f"{k} ({width} x {height})", f"{s:.2f} s", f"{100 * s / decoded[-1][0]:.1f} %", f"{mb:.0f} MB", f"{read:.0f}"]
         for k, ((width, height), (s, mb, read)) in enumerate(zip(sizes, decoded, strict=True))
     ]
     return rows(["up to layer", "processor time", "of decoding all", "peak memory", "bytes read"], body)
