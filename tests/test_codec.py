@@ -102,6 +102,104 @@ def test_sixteen_layers_and_equal_factors(codec):
     assert psnr(Image.fromarray(twice.layers[1]), crop(64, 64)) > psnr(Image.fromarray(twice.layers[0]), crop(64, 64))
 
 
+GREY = Image.new("RGB", (40, 30), (128, 128, 128))  # what the base layer's prediction already is
+
+
+def sides(data: bytes) -> list[container.Side]:
+    return [entry.side for entry in container.read_header(data).layers]
+
+
+def seen_again(codec, encoded) -> bool:
+    """Does every layer decode to what the encoder saw?"""
+    decoded = codec.decode_layers(encoded.data, container.read_header(encoded.data), len(encoded.layers) - 1)
+    return all((a == b).all() for a, b in zip(decoded, encoded.layers, strict=True))
+
+
+def test_nothing_to_add(codec):
+    data = codec.encode(GREY, [1, 1], 60).data
+    assert sides(data)[0] == container.Side(empty=True) and container.read_header(data).layers[0].length == 0
+    assert codec.decode(data, 0).getextrema() == ((128, 128),) * 3
+    # a photograph's first layers are never worth leaving out
+    assert not any(side.empty for side in sides(codec.encode(crop(64, 48), [1, 2], 60).data)[:1])
+
+
+def test_an_empty_layer_costs_less_and_a_better_one_is_never_empty(codec):
+    layers = [np.array(crop(64, 48))] * 2
+    both = []
+    for adaptive in (True, False):
+        codec.adaptive = adaptive
+        try:
+            both.append(codec.encode_layers(layers, [1, 1], [100, 1]))
+        finally:
+            del codec.adaptive
+    chosen, plain = both
+    assert sides(chosen.data)[1].empty and len(chosen.data) < len(plain.data) and seen_again(codec, chosen)
+    assert sides(plain.data) == [container.Side()] * 2
+    header = container.read_header(chosen.data)
+    assert header.layers[1].end == header.layers[0].end
+    # the same quality once more may be empty, a higher one may not
+    raised = codec.encode_layers(layers, [1, 1], [60, 60.5])
+    assert not sides(raised.data)[1].empty and seen_again(codec, raised)
+
+
+def spoiled(factor: float) -> Codec:
+    """A codec whose LIFF adds ``factor`` times what it should."""
+    codec = Codec.load("cpu")
+    with torch.inference_mode():
+        codec.liff.mlp_last.weight *= factor
+        codec.liff.mlp_last.bias *= factor
+    return codec
+
+
+def test_a_prediction_that_harms_is_left_out():
+    """Where a size repeats that costs no trying; else an effort finds it."""
+    codec, layers = spoiled(-6), [np.array(crop(64, 48))] * 2
+    repeated = codec.encode_layers(layers, [1, 1], [20, 60])
+    assert sides(repeated.data)[1] == container.Side(gain=0) and seen_again(codec, repeated)
+    layers = [np.array(crop(64, 48).resize(size)) for size in ((32, 24), (64, 48))]
+    plain, tried = (codec.encode_layers(layers, [1, 2], 60, effort) for effort in (0, 1))
+    assert sides(plain.data)[1].gain == container.FULL_GAIN
+    assert sides(tried.data)[1].gain < container.FULL_GAIN and seen_again(codec, tried)
+    assert len(tried.data) < len(plain.data)
+
+
+def test_a_search_keeps_side_information(codec):
+    """An empty layer stays empty, and the others are searched above it."""
+    layers = [np.array(image) for image in (GREY, GREY, crop(40, 30))]
+    for effort in (0, 1):
+        encoded = codec.encode_layers(layers, [1, 1, 1], [60, 60, 70], effort)
+        assert [side.empty for side in sides(encoded.data)][::2] == [True, False] and seen_again(codec, encoded)
+
+
+def test_side_information_of_every_kind_decodes(codec, small_file):
+    """What no encoder would choose: it changes the layer that it belongs to and those above, not those below."""
+    header = container.read_header(small_file)
+    parts = [container.payload(header, small_file, k) for k in range(3)]
+    plain = [np.asarray(codec.decode(small_file, k)) for k in range(3)]
+    rest = {
+        "sizes": [(e.width, e.height) for e in header.layers],
+        "scales": [e.scale for e in header.layers],
+        "qualities": [e.quality for e in header.layers],
+    }
+    for side in (container.Side(0), container.Side(32), container.Side(7, True)):
+        forged = [container.Side(), side, container.Side()]
+        payloads = [parts[0], b"" if side.empty else parts[1], parts[2]]
+        data = container.write(codec.model, payloads=payloads, sides=forged, **rest)
+        found = [np.asarray(codec.decode(data, k)) for k in range(3)]
+        assert (found[0] == plain[0]).all()
+        assert all((a != b).any() for a, b in zip(found[1:], plain[1:], strict=True))
+    # interpolation alone: LIFF is not asked
+    low = Image.fromarray(plain[0])
+    data = container.write(
+        codec.model,
+        payloads=[parts[0], b"", parts[2]],
+        sides=[container.Side(), container.Side(0, True), container.Side()],
+        **rest,
+    )
+    alone = np.asarray(codec.decode(data, 1)).astype(int)
+    assert np.abs(alone - np.asarray(low.resize((40, 30), Image.Resampling.BICUBIC))).mean() < 4
+
+
 def test_same_input_same_bytes_with_one_thread_or_two(codec):
     image = crop(70, 50)
     threads = torch.get_num_threads()

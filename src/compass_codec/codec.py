@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import tee
+from itertools import chain, tee
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from compass_codec import container, entropy, pictures, strips
+from compass_codec.container import FULL_GAIN, MAX_GAIN, Side
 from compass_codec.errors import LimitError, OptionError, WeightsError
+from compass_codec.liff import combine
 from compass_codec.networks import ImageCodec, level_of, quality_to_lambda
 from compass_codec.weights import CodecWeights, Weights
 from compass_codec.weights import load as load_weights
@@ -30,6 +32,10 @@ EFFORTS = range(10)
 # A latent this close to its mean becomes 0 rather than 1 or -1: the bits saved are worth more than the error
 # (1.4 % BD-rate on training pictures; the decoder does not care).
 DEAD_ZONE = 0.6
+LATENT_LIMIT = 2**15 - 1  # of the symbols of y that the encoder makes; it holds them in 16 bits
+# Gains of LIFF in sixteenths. What predicts best is not quite what costs least, so that without trying only a gain far
+# below the full one is taken: at most this. An effort tries gains in this step.
+FAR_BELOW, GAIN_STEP = 8, 4
 
 
 @dataclass(frozen=True)
@@ -66,17 +72,17 @@ class LayerCodec:
         predicted, known = tee(prediction)
         analysed = self.analyse(residual_strips(picture, predicted, self.device), size, quality)
         shape = (self.codec.m, *ImageCodec.latent_size(size))
-        y, index = np.empty(shape, np.int32), np.empty(shape, np.uint8)
+        y, index = np.empty(shape, np.int16), np.empty(shape, np.uint8)  # of a large picture, hundreds of MB
 
         def latents() -> Iterator[Tensor]:
             row = 0
             for symbols, part, means in analysed.latents:
                 rows = slice(row, row := row + symbols.shape[2])
-                y[:, rows], index[:, rows] = symbols[0].cpu().numpy(), part[0].cpu().numpy()
-                yield symbols + means
+                yield symbols + means  # which a GPU goes on with while this is fetched
+                y[:, rows], index[:, rows] = to_host(symbols[0].to(torch.int16)), to_host(part[0])
 
         done = self.reconstruct(latents(), known, quality, size)
-        z = torch.cat(analysed.z, 2)[0].cpu().numpy().astype(np.int32)
+        z = to_host(torch.cat(analysed.z, 2)[0]).astype(np.int32)
         return entropy.encode(z, y, index, self.tables), done
 
     def analyse(self, residual: Iterable[Tensor], size: tuple[int, int], quality: float) -> Analysis:
@@ -98,7 +104,7 @@ class LayerCodec:
             for index, means in self.parameters(hyper_latents(), size):
                 centred = y.take(means.shape[2]) - means
                 symbols = torch.where(centred.abs() < DEAD_ZONE, 0.0, centred.round())
-                yield symbols.clamp(-entropy.SYMBOL_LIMIT, entropy.SYMBOL_LIMIT), index, means
+                yield symbols.clamp(-LATENT_LIMIT, LATENT_LIMIT), index, means
 
         return Analysis(z, latents())
 
@@ -127,7 +133,7 @@ class LayerCodec:
     ) -> np.ndarray:
         """Symbols of y [M, h, w], their means [1, M, h, w] and strips of the prediction to the layer."""
         cells = strips.strip_spans(size, self.device, 16)
-        y_hat = (torch.from_numpy(y[None, :, a:b]).to(self.device) + means[:, :, a:b] for a, b in cells)
+        y_hat = (to_device(y[None, :, a:b], self.device) + means[:, :, a:b] for a, b in cells)
         return self.reconstruct(y_hat, prediction, quality, size)
 
     def parse(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
@@ -140,10 +146,10 @@ class LayerCodec:
         heights = strips.spans(z_size[0], strips.STRIP[self.device.type] // 64)
         row = 0
         for part, mean in self.parameters(
-            (torch.from_numpy(z[None, :, a:b]).to(self.device) for a, b in heights), size
+            (to_device(z[None, :, a:b], self.device) for a, b in heights), size
         ):
             rows = slice(row, row := row + part.shape[2])
-            index[:, rows] = part[0].cpu().numpy()
+            index[:, rows] = to_host(part[0])
             means.append(mean)
         return z, decoder.y(index), index, means[0] if len(means) == 1 else torch.cat(means, 2)
 
@@ -165,7 +171,7 @@ class LayerCodec:
         return cell_in, cell_out, 2, self.tile // pixels, strips.strip_rows(size[1], self.device) // pixels
 
     def level(self, quality: float) -> Tensor:
-        return level_of(quality_to_lambda(quality))[None].to(self.device)
+        return level_of(quality_to_lambda(quality))[None].to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -184,15 +190,65 @@ def residual_strips(picture: np.ndarray, prediction: Iterable[Tensor], device: t
         yield to_tensor(picture[rows], device).float().div_(255).sub_(strip)
 
 
+def squared_error(picture: np.ndarray, seen: np.ndarray) -> int:
+    """Sum of squared differences of two uint8 pictures."""
+    rows = strips.spans(len(picture), 64)  # few at a time: a whole strip's integers take a hundred MB
+    return sum(int(np.square(picture[a:b].astype(np.int32) - seen[a:b]).sum(dtype=np.int64)) for a, b in rows)
+
+
+def best_gain(picture: np.ndarray, interpolated: Tensor, added: Tensor) -> float:
+    """The multiple of ``added`` that takes ``interpolated``, both [1, 3, height, width] in 0..1, nearest to
+    ``picture``, uint8 [height, width, 3]; 1 where nothing is added."""
+    energy = float(added.square().sum())
+    if not energy:
+        return 1.0
+    missing = to_tensor(picture, added.device).float().div_(255).sub_(interpolated)
+    return float(missing.mul_(added).sum()) / energy
+
+
 def to_tensor(picture: np.ndarray, device: torch.device) -> Tensor:
     """uint8 [height, width, 3] to uint8 [1, 3, height, width]; on the CPU a view."""
-    return torch.from_numpy(np.ascontiguousarray(picture)).to(device).permute(2, 0, 1)[None]
+    return to_device(picture, device).permute(2, 0, 1)[None]
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor: on the CPU a view where it can be, to a GPU through pinned memory and without waiting."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(x: Tensor) -> np.ndarray:
+    """A tensor as an array: on the CPU a view, from a GPU through pinned memory."""
+    if x.device.type == "cpu":
+        return x.numpy()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x).numpy()
 
 
 def to_bytes(x: Tensor) -> np.ndarray:
     """[1, 3, height, width] in 0..1 to uint8 [height, width, 3]. Layers are predicted from this, at both ends, so
     differences between devices in the last bit of a float cannot grow from layer to layer."""
-    return x[0].clamp(0, 1).mul_(255).round_().byte().permute(1, 2, 0).cpu().numpy()
+    pixels = x[0].clamp(0, 1).mul_(255).round_().byte().permute(1, 2, 0)
+    return to_host(pixels)
+
+
+@dataclass(frozen=True)
+class CodedLayer:
+    """One layer: its bytes, what the decoder will see (uint8 [height, width, 3]), its side information, and
+    R + lambda * 255^2 * MSE times its pixels, in bits."""
+
+    data: bytes
+    seen: np.ndarray
+    side: Side
+    cost: float
+
+
+def rounded(prediction: Iterable[Tensor], size: tuple[int, int]) -> np.ndarray:
+    """Strips of a prediction to the layer that is nothing else: uint8 [height, width, 3] of ``size``."""
+    done, row = np.empty((*size, 3), np.uint8), 0
+    for strip in prediction:
+        rows = slice(row, row := row + strip.shape[2])
+        done[rows] = to_bytes(strip)
+    return done
 
 
 class Codec:
@@ -203,17 +259,21 @@ class Codec:
     >>> codec.decode(data, layer=1).size
     """
 
+    adaptive = True  # choose side information; what is measured against the codec may not
+
     def __init__(self, loaded: Weights, device: torch.device) -> None:
         self.device, self.model = device, loaded.identity
         self.base, self.residual = LayerCodec(loaded.base, device), LayerCodec(loaded.residual, device)
         self.liff = loaded.liff
 
     @classmethod
-    def load(cls, device: str = "auto", weights: Path | None = None) -> Codec:
+    def load(cls, device: str = "auto", weights: Path | None = None, precision: str = "auto") -> Codec:
         """Load the weights in folder ``weights`` (default: those installed) to "cpu", "cuda" or, with "auto", to
-        the GPU if there is one. Raises WeightsError, and OptionError for a device that is not there."""
+        the GPU if there is one. ``precision`` of what computes pixels: "float32", "float16", or "auto", which is
+        float16 on a GPU. Raises WeightsError, and OptionError for a device that is not there."""
         chosen = choose_device(device)
-        return cls(load_weights(weights, chosen), chosen)
+        half = precision == "float16" or (precision == "auto" and chosen.type != "cpu")
+        return cls(load_weights(weights, chosen, half), chosen)
 
     def encode(
         self, image: Image.Image, scales: Sequence[float], quality: float = DEFAULT_QUALITY, effort: int = 0
@@ -249,24 +309,93 @@ class Codec:
             raise OptionError(f"effort {effort}; it goes from 0 to 9")
         if layers[-1].shape[0] * layers[-1].shape[1] > container.MAX_PIXELS:
             raise LimitError(f"more than {container.MAX_PIXELS} pixels")
-        payloads: list[bytes] = []
-        done: list[np.ndarray] = []
-        for picture, q in zip(layers, qualities, strict=True):
-            with float32_convolutions():
-                prediction = self.predict(done[-1] if done else None, (picture.shape[0], picture.shape[1]))
-                data, seen = (self.residual if done else self.base).encode(picture, prediction, q)
-            payloads.append(data)
-            done.append(seen)
+        deadline = math.inf if time_budget is None else started + time_budget
+        coded: list[CodedLayer] = []
+        with float32_convolutions():
+            for k, (picture, q) in enumerate(zip(layers, qualities, strict=True)):
+                below = coded[-1].seen if coded else None
+                # what layers above are predicted from, and what repeats a size to be better, is wanted as it is
+                raised = below is not None and below.shape == picture.shape and q > qualities[k - 1]
+                needed = raised or k < len(layers) - 1
+                layer = self.encode_layer(picture, below, q, needed)
+                if effort and self.adaptive and below is not None:
+                    layer = self.try_gains(layer, picture, below, q, needed, deadline)
+                coded.append(layer)
+        payloads, done = [layer.data for layer in coded], [layer.seen for layer in coded]
+        sides = [layer.side for layer in coded]
         if effort:
             from compass_codec import search
 
-            deadline = math.inf if time_budget is None else started + time_budget
-            coded = list(zip(payloads, done, strict=True))
             with float32_convolutions():
-                found = search.improve(self, layers, qualities, coded, effort, deadline, progress)
+                found = search.improve(
+                    self, layers, qualities, list(zip(payloads, done, strict=True)), effort, deadline, progress, sides
+                )
             payloads, done = [layer.data for layer in found], [layer.seen for layer in found]
         sizes = [(p.shape[1], p.shape[0]) for p in layers]
-        return Encoded(container.write(self.model, sizes, scales, qualities, payloads), done)
+        return Encoded(container.write(self.model, sizes, scales, qualities, payloads, sides=sides), done)
+
+    def encode_layer(
+        self,
+        picture: np.ndarray,
+        below: np.ndarray | None,
+        quality: float,
+        needed: bool = False,
+        gain: int | None = None,
+    ) -> CodedLayer:
+        """A layer, uint8 [height, width, 3], given what the decoder will see of the one below it. It is left empty
+        where that costs less; a ``needed`` one only if it is no worse for it. ``gain`` is that of LIFF; None chooses
+        it where the size repeats, from the first strip."""
+        size = (picture.shape[0], picture.shape[1])
+        first: list[Tensor] = []
+        if gain is None:
+            gain = FULL_GAIN
+            if self.adaptive and below is not None and below.shape == picture.shape:
+                rows = strips.strip_spans(size, self.device)[0]
+                interpolated, added = self.liff.parts(to_tensor(below, self.device), size, rows)
+                part = best_gain(picture[slice(*rows)], interpolated, added)
+                wanted = max(0, round(FULL_GAIN * part))
+                gain = wanted if wanted <= FAR_BELOW else FULL_GAIN
+                first = [combine(interpolated, added, gain / FULL_GAIN)]
+        bare = np.empty_like(picture)
+
+        def prediction() -> Iterator[Tensor]:
+            row = 0
+            for strip in chain(first, self.predict(below, size, gain, len(first))):
+                rows = slice(row, row := row + strip.shape[2])
+                bare[rows] = to_bytes(strip)
+                yield strip
+
+        codec = self.base if below is None else self.residual
+        data, seen = codec.encode(picture, prediction(), quality)
+        weight = quality_to_lambda(quality) / 3  # bits for each unit of squared error
+        error, without = squared_error(picture, seen), squared_error(picture, bare)
+        cost = 8 * len(data) + weight * error
+        if self.adaptive and weight * without < cost and (without <= error or not needed):
+            return CodedLayer(b"", bare, Side(gain, empty=True), weight * without)
+        return CodedLayer(data, seen, Side(gain), cost)
+
+    def try_gains(
+        self,
+        coded: CodedLayer,
+        picture: np.ndarray,
+        below: np.ndarray,
+        quality: float,
+        needed: bool,
+        deadline: float,
+    ) -> CodedLayer:
+        """``coded``, or the same layer with another gain of LIFF that costs less: upwards or downwards as long as that
+        helps, until ``deadline`` on the clock of time.monotonic."""
+        start = coded.side.gain
+        for step in (GAIN_STEP, -GAIN_STEP):
+            gain = start + step
+            while 0 <= gain <= MAX_GAIN and time.monotonic() < deadline:
+                tried = self.encode_layer(picture, below, quality, needed, gain)
+                if tried.cost >= coded.cost:
+                    break
+                coded, gain = tried, gain + step
+            if coded.side.gain != start:
+                break
+        return coded
 
     def decode(self, data: bytes, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:
         """Decode one layer (default: the highest that ``data`` holds whole) as an RGB picture, RGBA if it has alpha."""
@@ -289,17 +418,25 @@ class Codec:
             part = container.payload(header, data, k)
             codec = self.base if below is None else self.residual
             with torch.inference_mode(), float32_convolutions():
-                below = codec.decode(part, size, self.predict(below, size), entry.quality)
+                prediction = self.predict(below, size, entry.side.gain)
+                if entry.side.empty:
+                    below = rounded(prediction, size)
+                else:
+                    below = codec.decode(part, size, prediction, entry.quality)
             yield below
 
-    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
-        """Strips [1, 3, rows, width] of what a layer of ``size`` adds to: mid-grey for the base layer, LIFF's
-        prediction from ``below`` for the others."""
-        for rows in strips.strip_spans(size, self.device):
-            if below is None:
+    def predict(
+        self, below: np.ndarray | None, size: tuple[int, int], gain: int = FULL_GAIN, skip: int = 0
+    ) -> Iterator[Tensor]:
+        """Strips [1, 3, rows, width] of what a layer of ``size`` adds to, without the first ``skip``: mid-grey for the
+        base layer, LIFF's prediction from ``below`` for the others, with ``gain`` sixteenths of what LIFF adds to
+        interpolation."""
+        low = None if below is None else to_tensor(below, self.device)
+        for rows in strips.strip_spans(size, self.device)[skip:]:
+            if low is None:
                 yield torch.full((1, 3, 1, 1), 0.5, device=self.device).expand(1, 3, rows[1] - rows[0], size[1])
             else:
-                yield self.liff.rows(to_tensor(below, self.device), size, rows)
+                yield self.liff.rows(low, size, rows, gain / FULL_GAIN)
 
 
 def float32_convolutions() -> AbstractContextManager[None]:
@@ -317,6 +454,6 @@ def choose_device(name: str) -> torch.device:
 
 
 @lru_cache(maxsize=4)
-def shared(device: str = "auto", folder: Path | None = None) -> Codec:
+def shared(device: str = "auto", folder: Path | None = None, precision: str = "auto") -> Codec:
     """A codec that is loaded once in a process."""
-    return Codec.load(device, folder)
+    return Codec.load(device, folder, precision)

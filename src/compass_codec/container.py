@@ -29,6 +29,11 @@ MAX_EXPONENT = 6
 
 
 WITH_SECTIONS = 1  # flag: a table of sections follows the layer entries
+WITH_SIDE = 2  # flag: side information follows the layer entries, before the table of sections
+SIDE_VERSION = 1
+SIDE_EMPTY, SIDE_GAIN = 1, 2  # bits: the layer has no bytes; a gain follows
+FULL_GAIN = 16  # of LIFF: in sixteenths of what it adds to interpolation
+MAX_GAIN = 32
 
 
 class Place(Enum):
@@ -94,6 +99,21 @@ class Sections:
 
 
 @dataclass(frozen=True)
+class Side:
+    """Side information: what a decoder must know of a layer beside its bytes and its quality.
+
+    ``gain``: how much of what LIFF adds to interpolation is in the prediction, 0..32 sixteenths; 0 is interpolation
+    alone. ``empty``: nothing is added to the prediction, and the layer has no bytes.
+    """
+
+    gain: int = FULL_GAIN
+    empty: bool = False
+
+
+PLAIN = Side()
+
+
+@dataclass(frozen=True)
 class Layer:
     """One layer's place in the file. ``end`` is also the length of the shortest file that decodes it with all that
     belongs to it."""
@@ -106,6 +126,7 @@ class Layer:
     length: int
     checksum: int
     end: int
+    side: Side = PLAIN
 
 
 @dataclass(frozen=True)
@@ -201,12 +222,17 @@ def write(
     qualities: Sequence[float],
     payloads: Sequence[bytes],
     sections: Sections | None = None,
+    sides: Sequence[Side] = (),
 ) -> bytes:
-    """A whole file. ``sizes`` are (width, height) of each layer, smallest first; ``payloads`` their bytes."""
+    """A whole file. ``sizes`` are (width, height) of each layer, smallest first; ``payloads`` their bytes, none where
+    ``sides`` (one for each layer, or none at all) says that the layer is empty."""
     extras = _laid_out(sections or Sections(), len(payloads))
-    flags = WITH_SECTIONS if extras else 0
+    sides = sides or [PLAIN] * len(payloads)
+    told = {k: side for k, side in enumerate(sides) if side != PLAIN}
+    flags = (WITH_SECTIONS if extras else 0) | (WITH_SIDE if told else 0)
     head = bytearray(MAGIC + bytes([VERSION, flags]) + bytes.fromhex(model) + bytes([len(payloads)]))
-    for (width, height), scale, quality, payload in zip(sizes, scales, qualities, payloads, strict=True):
+    for (width, height), scale, quality, payload, side in zip(sizes, scales, qualities, payloads, sides, strict=True):
+        assert side.empty == (not payload), "a layer is empty or has bytes"
         if max(width, height) > MAX_SIDE:
             raise LimitError(f"a layer of {width} x {height}; a side may have {MAX_SIDE} samples")
         if len(payload) >= 2**28:
@@ -214,6 +240,11 @@ def write(
         mantissa, exponent = _decimal(scale)
         head += _varint(width) + _varint(height) + _varint(mantissa) + struct.pack("<b", exponent)
         head += _varint(round(quality * 100)) + _varint(len(payload)) + struct.pack("<I", zlib.crc32(payload))
+    if told:
+        head += bytes([SIDE_VERSION, len(told)])
+    for k, side in told.items():
+        gain = [] if side.gain == FULL_GAIN else [side.gain]
+        head += bytes([k, (SIDE_EMPTY if side.empty else 0) | (SIDE_GAIN if gain else 0), *gain])
     if extras:
         head += bytes([len(extras)])
     for kind, layer, data in extras:
@@ -273,7 +304,8 @@ def extract(data: bytes, layer: int, tail: bytes = b"", strip: bool = False) -> 
 def _rewrite(header: Header, payloads: list[bytes], sections: Sections) -> bytes:
     layers = header.layers[: len(payloads)]
     sizes = [(e.width, e.height) for e in layers]
-    return write(header.model, sizes, [e.scale for e in layers], [e.quality for e in layers], payloads, sections)
+    scales, qualities, sides = ([getattr(e, name) for e in layers] for name in ("scale", "quality", "side"))
+    return write(header.model, sizes, scales, qualities, payloads, sections, sides)
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
@@ -289,7 +321,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
     if version != VERSION:
         raise FormatError(f"format version {version}; this program reads version {VERSION}")
     flags = reader.byte()
-    if flags & ~WITH_SECTIONS:
+    if flags & ~(WITH_SECTIONS | WITH_SIDE):
         raise FormatError(f"the file uses features that this program does not know (flags {flags:#04x})")
     model = reader.take(MODEL_BYTES).hex()
     count = reader.byte()
@@ -304,9 +336,10 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         if not -16 <= exponent <= MAX_EXPONENT:
             raise FormatError("the header's scale factor is out of range")
         quality = reader.varint("quality", 100, 10000) / 100
-        length = reader.varint("layer length", 1, 2**28 - 1)
+        length = reader.varint("layer length", 0, 2**28 - 1)
         (checksum,) = struct.unpack("<I", reader.take(4))
         fields.append((width, height, _from_decimal(mantissa, exponent), quality, length, checksum))
+    sides = _read_sides(reader, count) if flags & WITH_SIDE else {}
     table = _read_table(reader, count) if flags & WITH_SECTIONS else []
     expected = zlib.crc32(data[: reader.at])
     (found,) = struct.unpack("<I", reader.take(4))
@@ -321,7 +354,12 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         ends[order[0]] = at
     layers: list[Layer] = []
     for k, (width, height, scale, quality, length, checksum) in enumerate(fields):
-        layer = Layer(width, height, scale, quality, starts[_order(None, k)], length, checksum, ends[k])
+        side = sides.get(k, PLAIN)
+        if side.empty == (length > 0):
+            raise FormatError(
+                f"the header gives layer {k} {length} bytes and calls it {'' if side.empty else 'not '}empty"
+            )
+        layer = Layer(width, height, scale, quality, starts[_order(None, k)], length, checksum, ends[k], side)
         if layers and (width < layers[-1].width or height < layers[-1].height or scale < layers[-1].scale):
             raise FormatError("the header's layers get smaller")
         if width * height > max_pixels:
@@ -329,6 +367,28 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         layers.append(layer)
     extras = [Section(kind, of, starts[_order(kind, of)], length, checksum) for kind, of, length, checksum in table]
     return Header(model, tuple(layers), reader.at, tuple(extras))
+
+
+def _read_sides(reader: _Reader, layers: int) -> dict[int, Side]:
+    """The side information of those layers that have some."""
+    version, count = reader.byte(), reader.byte()
+    if version != SIDE_VERSION:
+        raise FormatError(f"side information of version {version}; this program reads version {SIDE_VERSION}")
+    if not count:
+        raise FormatError("the header's side information is empty")
+    sides: dict[int, Side] = {}
+    for _ in range(count):
+        layer, bits = reader.byte(), reader.byte()
+        if not max(sides, default=-1) < layer < layers:
+            raise FormatError(f"the header has side information of layer {layer} where it cannot be")
+        if not 0 < bits <= SIDE_EMPTY | SIDE_GAIN:
+            raise FormatError(f"the header's side information of layer {layer} is out of range")
+        gain = reader.byte() if bits & SIDE_GAIN else None
+        # the base layer is not predicted by LIFF, and the full gain is said by saying nothing
+        if gain is not None and (layer == 0 or gain == FULL_GAIN or gain > MAX_GAIN):
+            raise FormatError(f"the header's gain of layer {layer} is out of range")
+        sides[layer] = Side(FULL_GAIN if gain is None else gain, bool(bits & SIDE_EMPTY))
+    return sides
 
 
 def _read_table(reader: _Reader, layers: int) -> list[tuple[int, int, int, int]]:

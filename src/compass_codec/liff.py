@@ -79,12 +79,14 @@ def bicubic(low: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(low, size=size, mode="bicubic", align_corners=False)
 
 
-def bicubic_matrix(low: int, high: int, span: tuple[int, int], first: int, last: int) -> Tensor:
+def bicubic_matrix(
+    low: int, high: int, span: tuple[int, int], first: int, last: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Weights [target samples of ``span``, source samples first..last - 1] with which ``bicubic`` works along an axis:
     Keys' kernel with a = -0.75, the edge sample repeated."""
-    position = (torch.arange(*span, dtype=torch.float64) + 0.5) * low / high - 0.5
+    position = (torch.arange(*span, dtype=torch.float64, device=device) + 0.5) * low / high - 0.5
     nearest_below = position.floor()
-    weights = torch.zeros(len(position), last - first, dtype=torch.float64)
+    weights = torch.zeros(len(position), last - first, dtype=torch.float64, device=device)
     for tap in range(-1, 3):
         source = nearest_below + tap
         t = (position - source).abs()
@@ -93,6 +95,13 @@ def bicubic_matrix(low: int, high: int, span: tuple[int, int], first: int, last:
         column = source.clamp(0, low - 1).long() - first
         weights.scatter_add_(1, column[:, None], torch.where(t <= 1, inner, outer)[:, None])
     return weights.float()
+
+
+def combine(interpolated: Tensor, added: Tensor, gain: float = 1.0) -> Tensor:
+    """The prediction from its two parts."""
+    if not gain:
+        return interpolated
+    return (added if gain == 1 else added * gain) + interpolated
 
 
 # Sizes to train: the paper's, and one that costs an eighth of it.
@@ -149,19 +158,29 @@ class LIFF(nn.Module):
 
     def forward(self, low: Tensor, size: tuple[int, int]) -> Tensor:
         """Prediction [B, 3, *size], about 0..1, from the layer below ``low`` [B, 3, h, w] in 0..1."""
-        return self._tile(low, size, (0, size[0]), (0, size[1]))
+        return combine(*self._tile(low, size, (0, size[0]), (0, size[1])))
 
-    def rows(self, low: Tensor, size: tuple[int, int], rows: tuple[int, int]) -> Tensor:
-        """Rows ``rows`` of ``forward``, a tile at a time. ``low`` may be uint8 in 0..255."""
-        tiles = [self._tile(low, size, rows, cols) for cols in self._column_tiles(low, size)]
+    def rows(self, low: Tensor, size: tuple[int, int], rows: tuple[int, int], gain: float = 1.0) -> Tensor:
+        """Rows ``rows`` of ``forward``, a tile at a time. ``low`` may be uint8 in 0..255. What the network adds to
+        bicubic interpolation is multiplied by ``gain``; with 0 the network does not run."""
+        columns = self._column_tiles(low, size)
+        tiles = [combine(*self._tile(low, size, rows, cols, gain != 0), gain) for cols in columns]
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles, 3)
+
+    def parts(self, low: Tensor, size: tuple[int, int], rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What ``combine`` makes ``rows`` of: bicubic interpolation, and what the network adds to it."""
+        tiles = [self._tile(low, size, rows, cols) for cols in self._column_tiles(low, size)]
+        interpolated, added = (torch.cat(part, 3) for part in zip(*tiles, strict=True))
+        return interpolated, added
 
     @staticmethod
     def _column_tiles(low: Tensor, size: tuple[int, int]) -> list[tuple[int, int]]:
         return spans(size[1], max(1, TILE[low.device.type] * size[1] // low.shape[-1]))
 
-    def _tile(self, low: Tensor, size: tuple[int, int], rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
-        """The prediction at target ``rows`` and ``cols`` (first, last + 1)."""
+    def _tile(
+        self, low: Tensor, size: tuple[int, int], rows: tuple[int, int], cols: tuple[int, int], network: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Bicubic interpolation at target ``rows`` and ``cols`` (first, last + 1), and what the network adds to it."""
         axes = []
         for low_side, high, span in ((low.shape[-2], size[0], rows), (low.shape[-1], size[1], cols)):
             # the samples that are looked up, known without asking the device, and what their features see
@@ -173,14 +192,20 @@ class LIFF(nn.Module):
         if part.dtype == torch.uint8:
             part = part.float() / 255
         part = part.contiguous(memory_format=torch.channels_last)
-        features = F.pad(self.extractor(part), (1, 1, 1, 1))  # zeros around the picture, as a convolution has them
+        weights = [bicubic_matrix(a[4], a[5], a[6], a[2], a[3], part.device).to(part.dtype) for a in axes]
+        interpolated = weights[0] @ part @ weights[1].T
+        if not network:
+            return interpolated, torch.zeros(())
+        dtype = self.mlp_first.weight.dtype
+        features = F.pad(
+            self.extractor(part.to(dtype)), (1, 1, 1, 1)
+        )  # zeros around the picture, as a convolution has them
         features = features[..., top - y0 : bottom - y0 + 2, left - x0 : right - x0 + 2]
-        cell = torch.tensor([2 * low.shape[-2] / size[0], 2 * low.shape[-1] / size[1]]).to(part, non_blocking=True)
+        cell = torch.tensor([2 * low.shape[-2] / size[0], 2 * low.shape[-1] / size[1]]).to(features, non_blocking=True)
         maps = self._maps(features, cell)
         (row, dy), (col, dx) = (nearest(a[4], a[5], a[6], low.device) for a in axes)
-        out = self._query(maps, row - top, col - left, dy, dx)
-        weights = [bicubic_matrix(a[4], a[5], a[6], a[2], a[3]).to(part, non_blocking=True) for a in axes]
-        return out + weights[0] @ part @ weights[1].T
+        out = self._query(maps, row - top, col - left, dy, dx).to(part.dtype)
+        return interpolated, out
 
     def _query(self, maps: Tensor, row: Tensor, col: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
         """The MLP at every target pixel, some rows at a time: the filtered picture [B, 3, rows, cols]."""

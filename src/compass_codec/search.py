@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from compass_codec import entropy, strips
+from compass_codec.codec import rounded
+from compass_codec.container import PLAIN, Side
 from compass_codec.networks import ImageCodec, quality_to_lambda
 
 if TYPE_CHECKING:
@@ -67,13 +69,16 @@ def improve(
     effort: int,
     deadline: float,
     progress: Progress | None = None,
+    sides: Sequence[Side] = (),
 ) -> list[Coded]:
     """Search from what effort 0 made of a picture's layers, ``coded``, up to ``effort``; stop at ``deadline`` on the
     clock of time.monotonic, finishing what has begun without more search.
 
     An effort's layers are kept only if together they cost less than those of the effort below. ``progress`` hears of
-    each effort and of the share of the first cost that is saved so far.
+    each effort and of the share of the first cost that is saved so far. ``sides`` is the side information of each
+    layer, which stays as it is.
     """
+    sides = sides or [PLAIN] * len(layers)
     best = [Coded(*c, cost(*c, p, q)) for c, p, q in zip(coded, layers, qualities, strict=True)]
     first = sum(layer.cost for layer in best)
     base, *above = [Search(codec.base), *([Search(codec.residual)] if len(layers) > 1 else [])]
@@ -84,7 +89,11 @@ def improve(
         for k, (picture, quality) in enumerate(zip(layers, qualities, strict=True)):
             search = above[0] if k else base
             size = (picture.shape[0], picture.shape[1])
-            prediction = list(codec.predict(tried[-1].seen if k else None, size))
+            prediction = list(codec.predict(tried[-1].seen if k else None, size, sides[k].gain))
+            if sides[k].empty:
+                flat = rounded(prediction, size)
+                tried.append(Coded(b"", flat, cost(b"", flat, picture, quality)))
+                continue
             # what lies below has changed most in the first effort, and annealing begins anew
             again = k > 0 and (stage == 1 or ANNEAL[stage] > 0)
             data = search.layer.encode(picture, prediction, quality)[0] if again else best[k].data
@@ -104,7 +113,7 @@ class Search:
         self.layer = layer
         with torch.inference_mode(False):
             # the weights were made in inference mode, where autograd may not keep them
-            tensors = {name: tensor.clone() for name, tensor in layer.codec.state_dict().items()}
+            tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in layer.codec.state_dict().items()}
             with torch.device("meta"):
                 self.codec = ImageCodec(layer.codec.n, layer.codec.m)
             self.codec.load_state_dict(tensors, assign=True)

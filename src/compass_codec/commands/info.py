@@ -38,6 +38,8 @@ def info(file: Path | str, as_json: bool) -> None:
                 "start": e.start,
                 "length": e.length,
                 "end": e.end,
+                "gain": e.side.gain / container.FULL_GAIN,
+                "empty": e.side.empty,
                 "range": f"bytes=0-{e.end - 1}",
                 "state": states[k],
             }
@@ -64,6 +66,9 @@ def info(file: Path | str, as_json: bool) -> None:
         row = [str(k), f"{e.width} x {e.height}", f"{e.scale:g}", f"{e.quality:g}", str(e.length), str(e.end)]
         rows.append([*row, f"bytes=0-{e.end - 1}", shown(states[k])])
     show(rows)
+    for k, e in enumerate(header.layers):
+        if e.side != container.PLAIN:
+            click.echo(f"layer {k}: {described(e.side)}")
     if header.sections:
         rows = [["section", "bytes", "start", "end", ""]]
         for s, state in zip(header.sections, states[len(header.layers) :], strict=True):
@@ -81,6 +86,16 @@ def fetch(url: str) -> tuple[container.Header, int | None, list[str]]:
     ends = [entry.end for entry in header.layers] + [section.end for section in header.sections]
     states = ["cut off" if remote.size is not None and end > remote.size else "not read" for end in ends]
     return header, remote.size, states
+
+
+def described(side: container.Side) -> str:
+    """Side information in words."""
+    facts = []
+    if side.gain != container.FULL_GAIN:
+        facts.append(f"LIFF's part of the prediction x {side.gain / container.FULL_GAIN:g}" if side.gain else "no LIFF")
+    if side.empty:
+        facts.append("nothing is added to the prediction")
+    return ", ".join(facts)
 
 
 def shown(state: str) -> str:

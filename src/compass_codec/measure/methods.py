@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from compass_codec import container
 from compass_codec.codec import Codec, to_tensor
+from compass_codec.container import FULL_GAIN
 from compass_codec.measure.peers import PEERS, resolutions
 from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales
 
@@ -37,23 +38,29 @@ class Remembering(Measured):
 
     KEPT = 4
 
-    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
+    def predict(
+        self, below: np.ndarray | None, size: tuple[int, int], gain: int = FULL_GAIN, skip: int = 0
+    ) -> Iterator[Tensor]:
         if below is None:
             return super().predict(below, size)
         known: OrderedDict[tuple, list[Tensor]] = self.__dict__.setdefault("known", OrderedDict())
-        key = (hashlib.sha256(below.tobytes()).digest(), below.shape, size)
+        key = (hashlib.sha256(below.tobytes()).digest(), below.shape, size, gain)
         if key not in known:
-            known[key] = list(super().predict(below, size))
+            known[key] = list(super().predict(below, size, gain))
         known.move_to_end(key)
         while len(known) > self.KEPT:
             known.popitem(last=False)
-        return (strip.clone() for strip in known[key])
+        return (strip.clone() for strip in known[key][skip:])
 
 
 class Bicubic(Measured):
     """The paper's table 4: bicubic interpolation instead of LIFF."""
 
-    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
+    adaptive = False
+
+    def predict(
+        self, below: np.ndarray | None, size: tuple[int, int], gain: int = FULL_GAIN, skip: int = 0
+    ) -> Iterator[Tensor]:
         if below is None:
             return super().predict(below, size)
         x = to_tensor(below, self.device).float() / 255
@@ -66,6 +73,8 @@ class Padded(Measured):
     LIFF still predicts between the true sizes, so that only the two image codecs see the padding.
     """
 
+    adaptive = False
+
     true: Iterator[tuple[tuple[int, int], tuple[int, int]]]
 
     def code(self, layers: Sequence[np.ndarray], scales: Scales, quality: float) -> Coded:
@@ -75,7 +84,9 @@ class Padded(Measured):
         coded = super().code([np.pad(p, e, "edge") for p, e in zip(layers, edges, strict=True)], scales, quality)
         return [(end, p[:h, :w]) for (end, p), (h, w) in zip(coded, sizes, strict=True)]
 
-    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
+    def predict(
+        self, below: np.ndarray | None, size: tuple[int, int], gain: int = FULL_GAIN, skip: int = 0
+    ) -> Iterator[Tensor]:
         if below is None:
             return super().predict(below, size)
         (low, left), (height, width) = next(self.true)
