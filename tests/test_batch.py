@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import compass, crop
@@ -29,6 +30,19 @@ def album(tmp_path) -> Path:
     (album / "notes.txt").write_text("no picture")
     (album / ".hidden.png").write_text("no picture either")
     return album
+
+
+@pytest.mark.parametrize(("memory", "workers"), [(80, 4), (9, 2), (2, 1)])
+def test_processes_share_a_gpu_that_has_room(monkeypatch, memory, workers):
+    import torch
+
+    found = SimpleNamespace(total_memory=memory << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert batch._default_workers("cuda") == workers
+    assert batch._default_workers("cpu") == 16
 
 
 def encode(*args: object):

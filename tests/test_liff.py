@@ -1,5 +1,7 @@
 """LIFF: the factored form against the paper's own, written out."""
 
+import copy
+
 import pytest
 import torch
 
@@ -50,6 +52,28 @@ def test_shipped_weights_too(codec):
     x = torch.rand(1, 3, 10, 12)
     with torch.inference_mode():
         torch.testing.assert_close(codec.liff(x, (16, 27)), naive.liff(codec.liff, x, (16, 27)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [1.2, 2.0, 4.0])
+def test_shipped_weights_in_a_larger_picture(codec, factor):
+    """Far from the corner, where positions in float32 have lost digits: those here have not."""
+    x, high = torch.rand(1, 3, round(20 / factor), round(384 / factor)), (20, 384)
+    with torch.inference_mode():
+        found, expected = codec.liff(x, high), naive.liff(codec.liff, x, high)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    if factor == 1.2:
+        assert (bicubic(x, high) - bicubic(x.double(), high)).abs().max() > 1e-5
+
+
+def test_half_precision(liff):
+    x = torch.rand(1, 3, 12, 9)
+    half = copy.deepcopy(liff).half()(x, (19, 14))
+    assert half.dtype == torch.float32
+    difference = (half - liff(x, (19, 14))).abs().max()
+    assert 0 < difference < 2e-3
+    # the skip stays in float32
+    half = LIFF(**SIZES["small"] | {"channels": 8, "hidden": 8}).half()
+    torch.testing.assert_close(half(x, (19, 14)), bicubic(x, (19, 14)), atol=5e-6, rtol=0)
 
 
 def test_tiles_change_nothing(liff, monkeypatch):

@@ -1,5 +1,7 @@
 """The transforms: layer-wise padding, GDN, gains, and the integer hyper-decoder."""
 
+import copy
+
 import pytest
 import torch
 
@@ -24,6 +26,19 @@ def test_any_size_survives(image_codec, size):
     scales, means = image_codec.hyper_synthesis(z, tuple(y.shape[-2:]))
     assert scales.shape == means.shape == y.shape
     assert tuple(image_codec.synthesis(y, level, size).shape) == (1, 3, *size)
+
+
+def test_half_precision_is_that_of_the_pixels_alone(image_codec):
+    half, level, x = copy.deepcopy(image_codec), torch.tensor([2.5]), torch.rand(1, 3, 33, 20) - 0.5
+    half.half_pixels()
+    for name, weight in half.state_dict().items():
+        pixels = name.startswith(("g_a", "g_s")) and not name.endswith(("beta", "gamma"))
+        assert weight.dtype == (torch.float16 if pixels else torch.float32), name
+    y, expected = (codec.analysis(x, level) for codec in (half, image_codec))
+    assert y.dtype == torch.float32 and 0 < (y - expected).abs().max() < 2e-3 * expected.abs().max()
+    out, expected = (codec.synthesis(y, level, (33, 20)) for codec in (half, image_codec))
+    assert out.dtype == torch.float32 and 0 < (out - expected).abs().max() < 5e-3 * expected.abs().max()
+    assert torch.equal(half.hyper_analysis(y), image_codec.hyper_analysis(y))
 
 
 def test_latent_of_odd_sides_is_the_ceiling():

@@ -18,6 +18,9 @@ from compass_codec.jobs import DecodeOptions, EncodeOptions, Job, Report
 
 # formats that Pillow recognises and does not decode by itself
 UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# Processes that share a GPU: while one codes symbols on its core, the networks of the others run. Each takes up to so
+# many bytes of the GPU's memory.
+GPU_WORKERS, GPU_SHARE = 4, 4 << 30
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, under Windows
 
 
@@ -83,7 +86,7 @@ def _walk(folder: Path, suffixes: frozenset[str]) -> Iterator[Path]:
 
 def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, None, None]:
     """Reports as jobs get done, in ``workers`` processes; one is this process. By default there is one for each core,
-    as a batch computes with one thread in each, or just one where a GPU computes.
+    as a batch computes with one thread in each, but no more than share a GPU well where one computes.
 
     When the caller stops, so do they. Raises WeightsError and OptionError, also when a process dies.
     """
@@ -115,14 +118,18 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
 
 
 def _default_workers(device: str) -> int:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     # where there is certainly no GPU, PyTorch need not be loaded to hear so
     may_have_gpu = sys.platform != "linux" or any(Path(path).exists() for path in GPU_DRIVERS)
     if device == "cuda" or (device == "auto" and may_have_gpu):
         from compass_codec.codec import choose_device
 
         if choose_device(device).type != "cpu":
-            return 1
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+            import torch
+
+            room = torch.cuda.get_device_properties(0).total_memory // GPU_SHARE
+            return max(1, min(cores, room, GPU_WORKERS))
+    return cores
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -269,8 +269,8 @@ class Codec:
     @classmethod
     def load(cls, device: str = "auto", weights: Path | None = None, precision: str = "auto") -> Codec:
         """Load the weights in folder ``weights`` (default: those installed) to "cpu", "cuda" or, with "auto", to
-        the GPU if there is one. ``precision`` of what computes pixels: "float32", "float16", or "auto", which is
-        float16 on a GPU. Raises WeightsError, and OptionError for a device that is not there."""
+        the GPU if there is one. ``precision`` of what computes the pixels above the base layer: "float32", "float16",
+        or "auto", which is float16 on a GPU. Raises WeightsError, and OptionError for a device that is not there."""
         chosen = choose_device(device)
         half = precision == "float16" or (precision == "auto" and chosen.type != "cpu")
         return cls(load_weights(weights, chosen, half), chosen)
@@ -356,21 +356,23 @@ class Codec:
                 wanted = max(0, round(FULL_GAIN * part))
                 gain = wanted if wanted <= FAR_BELOW else FULL_GAIN
                 first = [combine(interpolated, added, gain / FULL_GAIN)]
-        bare = np.empty_like(picture)
+        without = 0  # squared error of the prediction alone; as a picture it would be hundreds of MB of a large one
 
         def prediction() -> Iterator[Tensor]:
+            nonlocal without
             row = 0
             for strip in chain(first, self.predict(below, size, gain, len(first))):
                 rows = slice(row, row := row + strip.shape[2])
-                bare[rows] = to_bytes(strip)
+                without += squared_error(picture[rows], to_bytes(strip))
                 yield strip
 
         codec = self.base if below is None else self.residual
         data, seen = codec.encode(picture, prediction(), quality)
         weight = quality_to_lambda(quality) / 3  # bits for each unit of squared error
-        error, without = squared_error(picture, seen), squared_error(picture, bare)
+        error = squared_error(picture, seen)
         cost = 8 * len(data) + weight * error
         if self.adaptive and weight * without < cost and (without <= error or not needed):
+            bare = rounded(self.predict(below, size, gain), size)
             return CodedLayer(b"", bare, Side(gain, empty=True), weight * without)
         return CodedLayer(data, seen, Side(gain), cost)
 

@@ -39,6 +39,7 @@ class Options:
     batch: bool = False
     strip: bool = False
     device: str = "auto"
+    precision: str = "auto"
     weights: Path | None = None
 
 
@@ -291,7 +292,7 @@ def load(options: Options) -> Codec:
 
     if options.batch:
         torch.set_num_threads(1)
-    return codec.shared(options.device, options.weights)
+    return codec.shared(options.device, options.weights, options.precision)
 
 
 def plan_layers(size: tuple[int, int], options: EncodeOptions) -> Plan:

@@ -133,6 +133,15 @@ class ImageCodec(nn.Module):
         self.h_s = nn.Sequential(_up(n, m), leaky, _up(m, wide), leaky, nn.Conv2d(wide, 2 * m, 3, padding=1))
         self.log_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
         self.log_inv_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
+        self.pixel_type = torch.float32
+
+    def half_pixels(self) -> None:
+        """Let analysis and synthesis compute in float16. What they take and give stays float32, and so do the gains
+        and all that z goes through."""
+        self.pixel_type = torch.float16
+        for layer in (*self.g_a, *self.g_s):
+            if not isinstance(layer, GDN):
+                layer.half()
 
     @staticmethod
     def _gain(table: Tensor, level: Tensor) -> Tensor:
@@ -143,11 +152,12 @@ class ImageCodec(nn.Module):
 
     def analysis(self, x: Tensor, level: Tensor) -> Tensor:
         """Picture [B, 3, H, W] to latent y [B, M, ceil(H/16), ceil(W/16)], gain of ``level`` [B] applied."""
-        return descend(self.g_a, x) * self._gain(self.log_gain, level)
+        return descend(self.g_a, x.to(self.pixel_type)).to(x.dtype) * self._gain(self.log_gain, level)
 
     def synthesis(self, y_hat: Tensor, level: Tensor, size: tuple[int, int]) -> Tensor:
         """Quantised latent back to a picture of ``size`` (height, width)."""
-        return ascend(self.g_s, y_hat * self._gain(self.log_inv_gain, level), size)
+        y_hat = y_hat * self._gain(self.log_inv_gain, level)
+        return ascend(self.g_s, y_hat.to(self.pixel_type), size).to(y_hat.dtype)
 
     def hyper_analysis(self, y: Tensor) -> Tensor:
         """Latent y to hyper-latent z [B, N, ceil(h/4), ceil(w/4)]."""

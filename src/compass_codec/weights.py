@@ -68,8 +68,10 @@ def identity(folder: Path | None = None) -> str:
     return _identity(_read(folder_or_default(folder)))
 
 
-def load(folder: Path | None, device: torch.device) -> Weights:
-    """Load the three parts to ``device``, as float32. Raises WeightsError if one is missing or does not fit."""
+def load(folder: Path | None, device: torch.device, half: bool = False) -> Weights:
+    """Load the three parts to ``device``. With ``half``, what computes the pixels of enhancement layers does so in
+    float16; the base layer, small as it is, stays in float32, as all others build on it and its errors are the largest.
+    Raises WeightsError if one is missing or does not fit."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
@@ -86,6 +88,9 @@ def load(folder: Path | None, device: torch.device) -> Weights:
         with torch.inference_mode():
             liff = _fill(lambda: LIFF(**LIFF.dimensions(tensors["liff"])), tensors["liff"], device)
             base, residual = (_codec(tensors[part], device) for part in ("base", "residual"))
+            if half:
+                liff.half()
+                residual.codec.half_pixels()
     except (SafetensorError, RuntimeError, KeyError, ValueError) as e:
         reason = str(e).splitlines()[0]
         raise WeightsError(f"{folder}: these weights cannot be used ({reason})") from e

@@ -158,6 +158,13 @@ def work(
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
 )
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of what computes pixels; auto is float16 on a GPU. Files are decoded with either.",
+)
 force_option = click.option("-f", "--force", is_flag=True, help="Overwrite outputs that exist.")
 strip_option = click.option("--strip", is_flag=True, help="Drop ICC profile, EXIF and XMP; they are kept otherwise.")
 quiet_option = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -188,7 +195,7 @@ BATCH = (
         "--jobs",
         "workers",
         type=click.IntRange(1),
-        help="Processes for a batch, of one thread each; default: one for each core (with a GPU, one).",
+        help="Processes for a batch, of one thread each; default: one for each core, with a GPU at most 4.",
     ),
     click.option(
         "--engine",

@@ -14,6 +14,7 @@ from compass_codec.commands.common import (
     force_option,
     json_option,
     pixels_option,
+    precision_option,
     quiet_option,
     select,
     strip_option,
@@ -41,6 +42,7 @@ from compass_codec.jobs import STDIO, DecodeOptions, Job, Report
 @batch_options
 @force_option
 @device_option
+@precision_option
 @weights_option
 @pixels_option
 @json_option
@@ -59,6 +61,7 @@ def decode(
     engine: str,
     force: bool,
     device: str,
+    precision: str,
     weights: Path | None,
     max_pixels: int,
     as_json: bool,
@@ -102,6 +105,7 @@ def decode(
         strip=strip,
         force=force,
         device=device,
+        precision=precision,
         weights=weights,
     )
     extension = extension or ".png"

@@ -14,6 +14,7 @@ from compass_codec.commands.common import (
     device_option,
     force_option,
     json_option,
+    precision_option,
     quiet_option,
     select,
     strip_option,
@@ -64,6 +65,7 @@ from compass_codec.rate import Target
 @batch_options
 @force_option
 @device_option
+@precision_option
 @weights_option
 @json_option
 @quiet_option
@@ -88,6 +90,7 @@ def encode(
     engine: str,
     force: bool,
     device: str,
+    precision: str,
     weights: Path | None,
     as_json: bool,
     quiet: bool,
@@ -156,6 +159,7 @@ def encode(
         strip=strip,
         force=force,
         device=device,
+        precision=precision,
         weights=weights,
     )
     from compass_codec.batch import picture_suffixes

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from compass_codec.commands.common import blame, device_option, quiet_option, weights_option
+from compass_codec.commands.common import blame, device_option, precision_option, quiet_option, weights_option
 
 MIB = 2**20
 
@@ -35,6 +35,7 @@ MIB = 2**20
     "--max-age", type=click.IntRange(0), default=3600, show_default=True, help="Seconds for which clients may keep one."
 )
 @device_option
+@precision_option
 @weights_option
 @quiet_option
 def serve(
@@ -47,6 +48,7 @@ def serve(
     queue: int,
     max_age: int,
     device: str,
+    precision: str,
     weights: Path | None,
     quiet: bool,
 ) -> None:
@@ -71,9 +73,8 @@ def serve(
     except OSError as e:
         raise click.ClickException(f"{host}:{port}: {e.strerror or e}") from e
     with listening, blame(folder):
-        app = make_app(
-            folder, codec.shared(device, weights), Settings(cache * MIB, max_pixels, decodes, queue, max_age)
-        )
+        loaded = codec.shared(device, weights, precision)
+        app = make_app(folder, loaded, Settings(cache * MIB, max_pixels, decodes, queue, max_age))
         if not quiet:
             log = logging.getLogger("uvicorn.access")
             log.setLevel(logging.INFO)

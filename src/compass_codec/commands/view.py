@@ -12,6 +12,7 @@ from compass_codec.commands.common import (
     device_option,
     force_option,
     pixels_option,
+    precision_option,
     quiet_option,
     weights_option,
 )
@@ -29,6 +30,7 @@ from compass_codec.jobs import STDIO, Options, check_target, put
 @click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), help="Default: FILE with .html.")
 @force_option
 @device_option
+@precision_option
 @weights_option
 @pixels_option
 @quiet_option
@@ -38,6 +40,7 @@ def view(
     output: Path | None,
     force: bool,
     device: str,
+    precision: str,
     weights: Path | None,
     max_pixels: int,
     quiet: bool,
@@ -68,7 +71,7 @@ def view(
     with blame(file):
         from compass_codec import codec
 
-        decoded = list(codec.shared(device, weights).decode_layers(data, header, last))
+        decoded = list(codec.shared(device, weights, precision).decode_layers(data, header, last))
         alpha = container.sections(header, data, last).alpha
         sizes = [(entry.width, entry.height) for entry in layers]
         shown = [

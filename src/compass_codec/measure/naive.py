@@ -17,7 +17,8 @@ ROWS = 64  # of the target at a time; all at once would take gigabytes
 
 def liff(network: LIFF, low: Tensor, size: tuple[int, int]) -> Tensor:
     """Section 3.2 of the paper as it stands: unfold, look up the nearest, make a filter for every pixel, apply it.
-    ``low`` [1, 3, h, w] in 0..1 to [1, 3, *size]."""
+    ``low`` [1, 3, h, w] in 0..1 to [1, 3, *size]. Bicubic interpolation is in float64, as PyTorch's positions in
+    float32 are off by up to a ten-thousandth of a sample."""
     h, w = low.shape[-2:]
     unfolded = F.unfold(network.extractor(low), 3, padding=1).reshape(-1, h, w).permute(1, 2, 0)
     cell = torch.tensor([2 * h / size[0], 2 * w / size[1]])
@@ -33,7 +34,7 @@ def liff(network: LIFF, low: Tensor, size: tuple[int, int]) -> Tensor:
             hidden = F.relu(layer(hidden))
         filters = network.mlp_last(hidden).reshape(*shape, -1, 3)
         strips.append(torch.einsum("hwk,hwko->hwo", features, filters))
-    return bicubic(low, size) + torch.cat(strips).permute(2, 0, 1)[None]
+    return bicubic(low.double(), size).float() + torch.cat(strips).permute(2, 0, 1)[None]
 
 
 def code(codec: Codec, layers: list[np.ndarray], level: Tensor) -> list[np.ndarray]:
