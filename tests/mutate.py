@@ -95,7 +95,7 @@ def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
             part = bytearray([pictures.alpha_to_bytes(alpha), rng.bytes(50)][rng.integers(2)])
         data = bytearray(container.attach(bytes(data), container.Sections(alpha={k: bytes(part)})))
     elif kind == 13:  # other gains, and a layer without bytes
-        gains = {i: {"gain": int(rng.integers(container.MAX_GAIN + 1))} for i in range(1, len(parts))}
+        gains = {i: {"gain": int(rng.integers(container.FULL_GAIN + 1))} for i in range(1, len(parts))}
         if rng.integers(2):
             parts[k] = b""
         data = bytearray(sign(header, data, gains, parts))

@@ -161,7 +161,7 @@ def with_sides(sides=SIDES, sections=None) -> bytes:
     ("sides", "table"),
     [
         (SIDES, b"\x01\x02\x01\x02\x00\x02\x01"),
-        ([Side(empty=True), Side(32, True), Side(17)], b"\x01\x03\x00\x01\x01\x03\x20\x02\x02\x11"),
+        ([Side(empty=True), Side(15, True), Side(7)], b"\x01\x03\x00\x01\x01\x03\x0f\x02\x02\x07"),
     ],
 )
 def test_side_information(sides, table):
@@ -217,7 +217,7 @@ def test_every_flipped_bit_of_side_information_is_found(sections):
         (b"\x01\x01\x01\x82\x00", "layer 1 is out of range"),
         (b"\x01\x01\x00\x02\x00", "gain of layer 0"),
         (b"\x01\x01\x01\x02\x10", "gain of layer 1"),  # the full one
-        (b"\x01\x01\x01\x02\x21", "gain of layer 1"),
+        (b"\x01\x01\x01\x02\x11", "gain of layer 1"),
         (b"\x01\x01\x01\x02\xff", "gain of layer 1"),
         (b"\x01\x01\x01\x01", "layer 1 17 bytes and calls it empty"),
         (b"\x01\x11" + b"\x01\x02\x00" * 17, "layer 1 where"),

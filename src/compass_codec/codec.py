@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compass_codec import container, entropy, pictures, strips
-from compass_codec.container import FULL_GAIN, MAX_GAIN, Side
+from compass_codec.container import FULL_GAIN, Side
 from compass_codec.errors import LimitError, OptionError, WeightsError
 from compass_codec.liff import combine
 from compass_codec.networks import ImageCodec, level_of, quality_to_lambda
@@ -34,7 +34,7 @@ EFFORTS = range(10)
 DEAD_ZONE = 0.6
 LATENT_LIMIT = 2**15 - 1  # of the symbols of y that the encoder makes; it holds them in 16 bits
 # Gains of LIFF in sixteenths. What predicts best is not quite what costs least, so that without trying only a gain far
-# below the full one is taken: at most this. An effort tries gains in this step.
+# below the full one is taken: at most this. An effort tries to lower it in this step.
 FAR_BELOW, GAIN_STEP = 8, 4
 
 
@@ -319,7 +319,7 @@ class Codec:
                 needed = raised or k < len(layers) - 1
                 layer = self.encode_layer(picture, below, q, needed)
                 if effort and self.adaptive and below is not None:
-                    layer = self.try_gains(layer, picture, below, q, needed, deadline)
+                    layer = self.lower_gain(layer, picture, below, q, needed, deadline)
                 coded.append(layer)
         payloads, done = [layer.data for layer in coded], [layer.seen for layer in coded]
         sides = [layer.side for layer in coded]
@@ -376,7 +376,7 @@ class Codec:
             return CodedLayer(b"", bare, Side(gain, empty=True), weight * without)
         return CodedLayer(data, seen, Side(gain), cost)
 
-    def try_gains(
+    def lower_gain(
         self,
         coded: CodedLayer,
         picture: np.ndarray,
@@ -385,18 +385,13 @@ class Codec:
         needed: bool,
         deadline: float,
     ) -> CodedLayer:
-        """``coded``, or the same layer with another gain of LIFF that costs less: upwards or downwards as long as that
-        helps, until ``deadline`` on the clock of time.monotonic."""
-        start = coded.side.gain
-        for step in (GAIN_STEP, -GAIN_STEP):
-            gain = start + step
-            while 0 <= gain <= MAX_GAIN and time.monotonic() < deadline:
-                tried = self.encode_layer(picture, below, quality, needed, gain)
-                if tried.cost >= coded.cost:
-                    break
-                coded, gain = tried, gain + step
-            if coded.side.gain != start:
+        """``coded``, or the same layer with a lower gain of LIFF: lowered as long as that costs less, until
+        ``deadline`` on the clock of time.monotonic."""
+        while coded.side.gain and time.monotonic() < deadline:
+            tried = self.encode_layer(picture, below, quality, needed, max(0, coded.side.gain - GAIN_STEP))
+            if tried.cost >= coded.cost:
                 break
+            coded = tried
         return coded
 
     def decode(self, data: bytes, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:

@@ -33,7 +33,6 @@ WITH_SIDE = 2  # flag: side information follows the layer entries, before the ta
 SIDE_VERSION = 1
 SIDE_EMPTY, SIDE_GAIN = 1, 2  # bits: the layer has no bytes; a gain follows
 FULL_GAIN = 16  # of LIFF: in sixteenths of what it adds to interpolation
-MAX_GAIN = 32
 
 
 class Place(Enum):
@@ -102,7 +101,7 @@ class Sections:
 class Side:
     """Side information: what a decoder must know of a layer beside its bytes and its quality.
 
-    ``gain``: how much of what LIFF adds to interpolation is in the prediction, 0..32 sixteenths; 0 is interpolation
+    ``gain``: how much of what LIFF adds to interpolation is in the prediction, 0..16 sixteenths; 0 is interpolation
     alone. ``empty``: nothing is added to the prediction, and the layer has no bytes.
     """
 
@@ -385,7 +384,7 @@ def _read_sides(reader: _Reader, layers: int) -> dict[int, Side]:
             raise FormatError(f"the header's side information of layer {layer} is out of range")
         gain = reader.byte() if bits & SIDE_GAIN else None
         # the base layer is not predicted by LIFF, and the full gain is said by saying nothing
-        if gain is not None and (layer == 0 or gain == FULL_GAIN or gain > MAX_GAIN):
+        if gain is not None and (layer == 0 or gain >= FULL_GAIN):
             raise FormatError(f"the header's gain of layer {layer} is out of range")
         sides[layer] = Side(FULL_GAIN if gain is None else gain, bool(bits & SIDE_EMPTY))
     return sides
