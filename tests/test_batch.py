@@ -32,7 +32,7 @@ def album(tmp_path) -> Path:
     return album
 
 
-@pytest.mark.parametrize(("memory", "workers"), [(80, 4), (9, 2), (2, 1)])
+@pytest.mark.parametrize(("memory", "workers"), [(80, 8), (9, 2), (2, 1)])
 def test_processes_share_a_gpu_that_has_room(monkeypatch, memory, workers):
     import torch
 

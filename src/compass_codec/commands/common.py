@@ -195,7 +195,7 @@ BATCH = (
         "--jobs",
         "workers",
         type=click.IntRange(1),
-        help="Processes for a batch, of one thread each; default: one for each core, with a GPU at most 4.",
+        help="Processes for a batch, of one thread each; default: one for each core, with a GPU at most 8.",
     ),
     click.option(
         "--engine",
