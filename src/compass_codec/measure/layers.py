@@ -1,8 +1,7 @@
 """What several qualities of one size cost: ``python -m compass_codec.measure.layers --images DIR -q 30,30,50,70``.
 
 Bits are bytes of real files. Of every layer it is told how many bytes more all that it needs takes than, at the same
-mean PSNR, a file of this size alone, and a file of the same sizes without the layers that a better one of the same size
-follows or comes before.
+mean PSNR, a file of this size alone, and a file that holds each size once: of the smaller ones the best layer.
 """
 
 from __future__ import annotations
@@ -29,8 +28,16 @@ def at(points: Points, psnr: float) -> float:
     """Bytes at which a curve has this PSNR, by PCHIP of their logarithm; NaN beyond its ends."""
     from scipy.interpolate import PchipInterpolator
 
-    decibels, size = zip(*sorted((p, math.log(b)) for b, p in points), strict=True)
-    return math.exp(PchipInterpolator(decibels, size, extrapolate=False)(psnr))
+    # qualities at which a layer is left empty share a PSNR
+    curve = {decibels: math.log(size) for size, decibels in sorted(points, reverse=True)}
+    if not min(curve) <= psnr <= max(curve):
+        return math.nan
+    return math.exp(PchipInterpolator(sorted(curve), [curve[p] for p in sorted(curve)])(psnr))
+
+
+def compared(size: float, other: float) -> str:
+    """``size`` in percent of ``other`` more or less; of a PSNR that no other file has, nothing."""
+    return "-" if math.isnan(other) else f"{100 * (size / other - 1):+.1f} %"
 
 
 def once(scales: Sequence[float], k: int) -> list[int]:
@@ -106,15 +113,13 @@ def main(
         separate += alone
         fewer = once(scales, k)
         without = at([files.measure(fewer, [quality[j] for j in fewer[:-1]] + [q])[-1] for q in QUALITIES], psnr)
-        change = [f"{100 * (size / other - 1):+.1f} %" for other in (alone, without)]
+        change = [compared(size, other) for other in (alone, without)]
         body.append([f"{k}", f"{scales[k]:g}", f"{quality[k]:g}", f"{size:.0f}", f"{psnr:.2f} dB", *change])
     click.echo(file=sys.stderr)
     click.echo(f"{len(sources)} pictures, weights {files.codec.model}, accumulated bytes\n")
     click.echo(rows(["layer", "scale", "quality", "bytes", "PSNR", "size alone", "each size once"], body) + "\n")
     whole = files.measure(range(len(scales)), quality)[-1][0]
-    click.echo(
-        f"One file for each layer at its PSNR: {separate:.0f} bytes; all in one: {100 * (whole / separate - 1):+.1f} %"
-    )
+    click.echo(f"All in one file against a file for each layer at its PSNR: {compared(whole, separate)}")
 
 
 if __name__ == "__main__":
