@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from compass_codec import contexts
 from compass_codec.codec import Codec
 from compass_codec.entropy import PRECISION
 from compass_codec.liff import LIFF, SIZES, bicubic
@@ -391,7 +392,7 @@ class TestTables:
     def test_counted_tables_make_smaller_files_of_the_same_picture(self, folder, tmp_path):
         """From ideal tables, counting the symbols of the very pictures that are then coded must save bytes."""
         from compass_codec.entropy import gaussian_tables
-        from compass_codec.training.tables import main, rewrite
+        from compass_codec.training.tables import WITH_CONTEXTS, main
         from compass_codec.weights import PARTS, folder_or_default
 
         for part in PARTS:
@@ -399,7 +400,8 @@ class TestTables:
         ideal, lengths = gaussian_tables()
         for part in ("base", "residual"):
             file = tmp_path / f"{part}.safetensors"
-            rewrite(file, load_file(file)["tables.z"].numpy(), ideal)
+            tensors = load_file(file) | {"tables.y": torch.from_numpy(ideal)}
+            save_file({k: v for k, v in tensors.items() if k not in ("tables.y_contexts", "tables.y_weights")}, file)
         image = Image.open(folder / "0.png").crop((0, 0, 160, 128))
         before = Codec.load("cpu", tmp_path).encode(image, [1, 2], 60)
         args = [str(tmp_path), "--data", str(folder), "--crops", "6", "--side", "96"]
@@ -414,6 +416,31 @@ class TestTables:
             tensors = load_file(tmp_path / f"{part}.safetensors")
             assert (tensors["tables.z"].sum(1) == 2**PRECISION).all()
             assert all(t.sum() == 2**PRECISION and t.min() > 0 for t in tensors["tables.y"].split(lengths.tolist()))
+            each = np.repeat(lengths[:WITH_CONTEXTS], contexts.COUNT).tolist()
+            assert all(t.sum() == 2**PRECISION and t.min() > 0 for t in tensors["tables.y_contexts"].split(each))
+
+    def test_contexts_save_bytes(self, folder):
+        """Symbols that follow their neighbours cost less with contexts counted from such symbols than without."""
+        from compass_codec.entropy import Decoder, Tables, encode
+        from compass_codec.training.tables import Counts
+
+        def draw(seed: int) -> tuple[np.ndarray, np.ndarray]:
+            rng = np.random.default_rng(seed)
+            calm = np.kron(rng.uniform(0.2, 3, (1, 4, 4)), np.ones((1, 8, 8)))
+            smooth = np.kron(rng.normal(size=(192, 16, 16)), np.ones((1, 2, 2)))
+            return np.rint(calm * smooth).astype(np.int32), np.full(smooth.shape, 18, np.uint8)
+
+        counts = Counts(Codec.load("cpu").base)
+        counts.y = [draw(seed) for seed in range(4)]
+        found, lengths = counts.tables(), np.array([len(t.freq) for t in counts.layer.tables.y])
+        plain = Tables(found["z"], found["y"], lengths)
+        tables = Tables(found["z"], found["y"], lengths, found["y_contexts"], found["y_weights"])
+        y, index = draw(9)
+        z = np.zeros((len(found["z"]), 1, 1), np.int32)
+        data = encode(z, y, index, tables)
+        assert len(data) < 0.9 * len(encode(z, y, index, plain))
+        decoder = Decoder(data, tables, 1, y.size)
+        assert (decoder.z(*z.shape) == z).all() and (decoder.y(index) == y).all()
 
     def test_bad_folder_is_one_line(self, tmp_path, folder):
         from compass_codec.training.tables import main

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -76,11 +77,11 @@ def load(folder: Path | None, device: torch.device, half: bool = False) -> Weigh
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
 
-    from compass_codec import strips
     from compass_codec.liff import LIFF
 
-    if device.type == "cpu":
-        strips.hold()
+    # PyTorch hears of this with its first tensor. Large arrays come from the system anew each time; in pages of 4 KB
+    # that alone takes a tenth of a picture's time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     folder = folder_or_default(folder)
     files = _read(folder)
     try:
@@ -114,5 +115,7 @@ def _codec(tensors: dict[str, Tensor], device: torch.device) -> CodecWeights:
     from compass_codec.networks import ImageCodec
 
     codec = _fill(ImageCodec, tensors, device)
-    tables = Tables(*(tensors[f"tables.{k}"].numpy() for k in ("z", "y", "y_lengths")))
+    # contexts come with counted tables
+    counted = ("y_contexts", "y_weights") if "tables.y_contexts" in tensors else ()
+    tables = Tables(*(tensors[f"tables.{k}"].numpy() for k in ("z", "y", "y_lengths", *counted)))
     return CodecWeights(codec, HyperDecoder(codec).to(device), tables)

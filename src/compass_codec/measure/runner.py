@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 LAYOUT = 1  # of a record; new measures or another meaning take a new number
 # modules that decide what a file holds and decodes to
-CODEC = ("codec", "container", "entropy", "hyper", "liff", "networks", "pictures", "strips", "weights")
+CODEC = ("codec", "container", "contexts", "entropy", "hyper", "liff", "networks", "pictures", "strips", "weights")
 # Seconds of one core for a megapixel, for the progress bar alone.
 SECONDS = {OURS: 7.0, PADDED: 9.0, BICUBIC: 4.0}
 MS_SSIM_SIDE = 161  # five scales of windows of 11 samples need this many

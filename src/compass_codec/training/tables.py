@@ -1,11 +1,12 @@
 """Probability tables from what the networks really put out, in place of the ideal ones they were trained with.
 
 ``python -m compass_codec.training.tables WEIGHTS --data photos.tar`` counts the symbols of real encodes and rewrites
-the tables in WEIGHTS. Nothing else changes: the same symbols, in fewer bytes.
+the tables in WEIGHTS, those of contexts among them. Nothing else changes: the same symbols, in fewer bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -13,20 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compass_codec import contexts
 from compass_codec.codec import Codec, LayerCodec
-from compass_codec.entropy import Table, frequencies
+from compass_codec.entropy import LEVELS, Table, Tables, frequencies, groups, walk
 from compass_codec.errors import CompassError
 from compass_codec.training.data import Pictures, resize
 
 PRIOR = 20.0  # symbols that the ideal table counts for, next to those that were seen
+WITH_CONTEXTS = 44  # scale indices that have contexts; tables of those above would be long, and their symbols are few
+RIDGE = 30.0
 
 
 class Counts:
-    """How often each symbol of one codec was seen: of z by channel, of y by scale index."""
+    """What was seen of the symbols of one codec: of z, how often each, by channel; all those of y."""
 
     def __init__(self, layer: LayerCodec) -> None:
         self.layer = layer
-        self.z, self.y = ([np.zeros(2 * t.width + 1) for t in tables] for tables in (layer.tables.z, layer.tables.y))
+        self.z = [np.zeros(2 * t.width + 1) for t in layer.tables.z]
+        self.y: list[tuple[np.ndarray, np.ndarray]] = []  # int32 [M, h, w] and their scale indices
 
     def add(self, x: Tensor, quality: float) -> Tensor:
         """Count the symbols of a picture [1, 3, H, W] centred on zero; returns its reconstruction."""
@@ -35,17 +40,55 @@ class Counts:
         ((y, index, means),) = analysed.latents
         for counts, symbols in zip(self.z, torch.cat(analysed.z, 2)[0].flatten(1).long().cpu().numpy(), strict=True):
             _count(counts, symbols)
-        flat, groups = y.long().flatten().cpu().numpy(), index.flatten().cpu().numpy()
-        for i in np.unique(groups):
-            _count(self.y[i], flat[groups == i])
+        self.y.append((y[0].cpu().numpy().astype(np.int32), index[0].cpu().numpy()))
         return self.layer.codec.synthesis(y + means, self.layer.level(quality), size)
 
-    def tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """New frequencies, laid out as in the weights file."""
+    def tables(self) -> dict[str, np.ndarray]:
+        """New frequencies and weights, by their names in the weights file."""
+        old = self.layer.tables
+        z = np.stack([_blend(c, t) for c, t in zip(self.z, old.z, strict=True)])
+        seen = [np.zeros(2 * t.width + 1) for t in old.y]
+        for y, index in self.y:
+            for i, where in groups(index):
+                _count(seen[i], y.ravel()[where])
         # the means have taken out what is lopsided in y; the rest would be chance
-        y = [(counts + counts[::-1]) / 2 for counts in self.y]
-        z = [_blend(c, t) for c, t in zip(self.z, self.layer.tables.z, strict=True)]
-        return np.stack(z), np.concatenate([_blend(c, t) for c, t in zip(y, self.layer.tables.y, strict=True)])
+        y_tables = [_blend((c + c[::-1]) / 2, t) for c, t in zip(seen, old.y, strict=True)]
+        flat, lengths = np.concatenate(y_tables), np.array([len(t) for t in y_tables], np.int32)
+        every = np.concatenate([np.tile(t, contexts.COUNT) for t in y_tables[:WITH_CONTEXTS]])
+        new = Tables(z, flat, lengths, every, _weights(self.y, Tables(z, flat, lengths).expected))
+        in_context = [np.zeros(2 * t.width + 1) for t in new.all_y]
+
+        def count(table: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+            for number, where in groups(table):
+                _count(in_context[number], symbols.ravel()[where])
+            return symbols
+
+        for y, index in self.y:
+            walk(index, new, count, y)
+        parts = [_blend(c, t) for c, t in zip(in_context[LEVELS:], new.all_y[LEVELS:], strict=True)]
+        assert new.weights is not None
+        return {"z": z, "y": flat, "y_contexts": np.concatenate(parts), "y_weights": new.weights.astype(np.int8)}
+
+
+def _weights(seen: Sequence[tuple[np.ndarray, np.ndarray]], expected: np.ndarray) -> np.ndarray:
+    """The weights of contexts.Neighbourhood, int8 [phases - 1, M, 8], by least squares over all symbols, each error
+    relative to the magnitude that was expected."""
+    phases, channels = len(contexts.PHASES) - 1, len(seen[0][0])
+    products = np.zeros((phases, channels, 8, 8)) + RIDGE * np.eye(8)
+    targets = np.zeros((phases, channels, 8))
+    for y, index in seen:
+        around = contexts.Neighbourhood(expected[index], np.zeros((phases, channels, 8), np.int32))
+        for phase, (row, column) in enumerate(contexts.PHASES):
+            symbols = y[:, row::2, column::2]
+            if phase:
+                near = [around.part(around.symbols, phase, off) for off in contexts.AROUND]
+                x = np.stack(near, 1).reshape(channels, 8, -1).astype(float)
+                sure = (around.part(around.coming, phase) / contexts.UNIT + 0.1).reshape(channels, 1, -1) ** -2
+                products[phase - 1] += (x * sure) @ x.transpose(0, 2, 1)
+                targets[phase - 1] += ((x * sure) @ symbols.reshape(channels, -1, 1))[..., 0]
+            around.put(phase, symbols)
+    weights = np.linalg.solve(products, targets[..., None])[..., 0]
+    return np.clip(np.rint(contexts.UNIT * weights), -127, 127).astype(np.int8)
 
 
 def _count(counts: np.ndarray, symbols: np.ndarray) -> None:
@@ -78,12 +121,12 @@ def count(codec: Codec, pictures: Pictures, crops: int, side: int, seed: int = 1
     return base, residual
 
 
-def rewrite(file: Path, z: np.ndarray, y: np.ndarray) -> None:
+def rewrite(file: Path, tables: dict[str, np.ndarray]) -> None:
     """Put new tables into a weights file."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(file)
-    tensors |= {"tables.z": torch.from_numpy(z), "tables.y": torch.from_numpy(y)}
+    tensors |= {f"tables.{name}": torch.from_numpy(table) for name, table in tables.items()}
     temporary = file.with_suffix(".tmp")
     save_file(tensors, temporary)
     temporary.chmod(0o644)
@@ -102,7 +145,7 @@ def main(weights: Path, data: tuple[Path, ...], crops: int, side: int, device: s
         codec = Codec.load(device, weights)
         counts = count(codec, Pictures(list(data), codec.device), crops, side)
         for part, found in zip(("base", "residual"), counts, strict=True):
-            rewrite(weights / f"{part}.safetensors", *found.tables())
+            rewrite(weights / f"{part}.safetensors", found.tables())
     except (CompassError, ValueError, OSError) as error:
         raise click.ClickException(" ".join(str(error).split())) from error
 
