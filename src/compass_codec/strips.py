@@ -20,8 +20,6 @@ from torch import Tensor
 TILE = {"cpu": 768, "cuda": 4096}
 STRIP = {"cpu": 512, "cuda": 2048}
 STRIP_PIXELS = {"cpu": 3 << 20, "cuda": 1 << 24}
-HELD = 1 << 28  # bytes; larger arrays hold whole pictures and go back to the system at once
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def strip_spans(size: tuple[int, int], device: torch.device, cell: int = 1) -> list[tuple[int, int]]:
@@ -41,24 +39,12 @@ def spans(length: int, largest: int) -> list[tuple[int, int]]:
     return [(length * i // count, length * (i + 1) // count) for i in range(count)]
 
 
-def _glibc(function: str, *arguments: int) -> None:
-    """Call a function of malloc's that only glibc has."""
-    found = getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
-    if found is not None:
-        found(*arguments)
-
-
-def hold() -> None:
-    """Keep freed memory for the arrays that come next. By default glibc maps and unmaps those of 32 MB and more anew
-    each time, and the kernel clears their pages: a tenth of the time of a picture."""
-    _glibc("mallopt", M_MMAP_THRESHOLD, HELD)
-    _glibc("mallopt", M_TRIM_THRESHOLD, HELD)
-
-
 def release() -> None:
-    """Give freed memory back to the system: with what lies between arrays that live on, hundreds of MB in a picture of
-    many strips."""
-    _glibc("malloc_trim", 0)
+    """Give freed memory back to the system. glibc keeps what lies between arrays that live on: hundreds of MB in a
+    picture of many strips."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @dataclass(frozen=True)

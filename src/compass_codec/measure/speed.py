@@ -296,7 +296,7 @@ def ordinary() -> tuple[dict[str, str], dict[str, dict[str, float]]]:
     ]
     first = f"PyTorch {torch.__version__} with {torch.get_num_threads()} threads.\n\n{text}"
     three = "\n\n".join([first, rows(["part", *parts], body), "![What each part takes](performance.svg)"])
-    heights = [times((3000, height), (4, 2, 1)) for height in (500, 1000, 2000)]
+    heights = [times((1500, height), (4, 2, 1)) for height in (500, 1000, 2000)]
     sections = dict(zip(SECTIONS, (three, factored(), cold(), memory(heights)), strict=False))
     return sections, parts
 
