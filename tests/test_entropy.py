@@ -39,6 +39,15 @@ def test_round_trip(tables, shape):
     assert (got[0] == z).all() and (got[1] == y).all()
 
 
+def test_large_layers_give_the_same_bytes(tables, monkeypatch):
+    """What is grouped without positions, to save memory, is grouped alike."""
+    z, y, index = symbols(1, 40, 50)
+    data = entropy.encode(z, y.astype(np.int16), index.astype(np.uint8), tables)
+    monkeypatch.setattr(entropy, "PIECE", 1000)
+    assert entropy.encode(z, y, index, tables) == data
+    assert (read(data, tables, z, index)[1] == y).all()
+
+
 def test_escapes(tables):
     z, y, index = symbols(2, 4, 4)
     z[0, 0, 0], z[2, 1, 2], y[0, 0, 0], y[4, 3, 3] = 1000, -(2**20), 2**20, -5000

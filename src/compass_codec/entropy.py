@@ -158,12 +158,16 @@ def walk(
 
 
 def groups(table: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The numbers of tables that occur, and where (positions in the flat array)."""
-    order = np.argsort(table, axis=None, kind="stable")
-    counts = np.bincount(table.ravel())
+    """The numbers of tables that occur, and where in the flat array: positions, or bools for all of it."""
+    flat = table.ravel()
+    pieces = (flat[at : at + PIECE] for at in range(0, max(1, len(flat)), PIECE))
+    counts = np.sum([np.bincount(piece, minlength=LEVELS * (1 + contexts.COUNT)) for piece in pieces], 0)
+    # positions are quick where there are many tables; of a whole large layer they would take a gigabyte
+    order = np.argsort(flat, kind="stable") if len(flat) <= PIECE else None
     ends = np.cumsum(counts)
     for number in np.flatnonzero(counts).tolist():
-        yield number, order[ends[number] - counts[number] : ends[number]]
+        where = flat == number if order is None else order[ends[number] - counts[number] : ends[number]]
+        yield number, where
 
 
 def encode(z: np.ndarray, y: np.ndarray, index: np.ndarray, tables: Tables) -> bytes:
@@ -245,7 +249,8 @@ class Decoder:
         def code(table: np.ndarray, symbols: np.ndarray) -> np.ndarray:
             found = np.empty(table.size, np.int32)
             for number, where in groups(table):
-                found[where] = self._group(self.tables.all_y[number], len(where))
+                count = len(where) if where.dtype != bool else np.count_nonzero(where)
+                found[where] = self._group(self.tables.all_y[number], count)
             return found.reshape(table.shape)
 
         out = np.zeros(index.shape, np.int32)
