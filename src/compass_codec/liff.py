@@ -197,9 +197,8 @@ class LIFF(nn.Module):
         if not network:
             return interpolated, torch.zeros(())
         dtype = self.mlp_first.weight.dtype
-        features = F.pad(
-            self.extractor(part.to(dtype)), (1, 1, 1, 1)
-        )  # zeros around the picture, as a convolution has them
+        # with zeros around the picture, as a convolution has them
+        features = F.pad(self.extractor(part.to(dtype)), (1, 1, 1, 1))
         features = features[..., top - y0 : bottom - y0 + 2, left - x0 : right - x0 + 2]
         cell = torch.tensor([2 * low.shape[-2] / size[0], 2 * low.shape[-1] / size[1]]).to(features, non_blocking=True)
         maps = self._maps(features, cell)
