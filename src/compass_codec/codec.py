@@ -58,6 +58,13 @@ def check_quality(quality: float) -> float:
     return round(quality * 100) / 100
 
 
+def check_layer_weights(weights: Sequence[float], count: int) -> list[float]:
+    """Raises OptionError unless there are ``count`` finite numbers above 0."""
+    if len(weights) != count or not all(0 < weight < math.inf for weight in weights):
+        raise OptionError(f"layer weights {', '.join(map(str, weights))}; each of {count} layers needs one above 0")
+    return list(weights)
+
+
 class LayerCodec:
     """One image codec with its entropy coder: a layer less its prediction to bytes and back, a strip at a time."""
 
@@ -145,9 +152,7 @@ class LayerCodec:
         index, means = np.empty((m, *y_size), np.uint8), []
         heights = strips.spans(z_size[0], strips.STRIP[self.device.type] // 64)
         row = 0
-        for part, mean in self.parameters(
-            (to_device(z[None, :, a:b], self.device) for a, b in heights), size
-        ):
+        for part, mean in self.parameters((to_device(z[None, :, a:b], self.device) for a, b in heights), size):
             rows = slice(row, row := row + part.shape[2])
             index[:, rows] = to_host(part[0])
             means.append(mean)
@@ -295,11 +300,13 @@ class Codec:
         quality: float | Sequence[float],
         effort: int = 0,
         time_budget: float | None = None,
-        progress: Callable[[int, float], None] | None = None,
+        progress: Callable[[int, float, list[CodedLayer]], None] | None = None,
+        layer_weights: Sequence[float] | None = None,
     ) -> Encoded:
         """Encode pictures that were reduced elsewhere: uint8 [height, width, 3] each, smallest first. ``quality`` is
         one number for all layers or one for each. With an ``effort`` of 1 to 9 a search lowers rate and distortion
-        together, for about ``time_budget`` seconds at most; see search.improve, also for ``progress``."""
+        together, for about ``time_budget`` seconds at most, where the cost of each layer counts as much as
+        ``layer_weights`` (above 0) say; see search.improve, also for ``progress``."""
         started = time.monotonic()
         scales = container.check_scales(scales)
         qualities = [check_quality(q) for q in (quality if isinstance(quality, Sequence) else [quality] * len(layers))]
@@ -307,6 +314,7 @@ class Codec:
             raise OptionError(f"{len(layers)} layers, {len(scales)} scale factors, {len(qualities)} qualities")
         if effort not in EFFORTS:
             raise OptionError(f"effort {effort}; it goes from 0 to 9")
+        layer_weights = check_layer_weights(layer_weights or [1.0] * len(layers), len(layers))
         if layers[-1].shape[0] * layers[-1].shape[1] > container.MAX_PIXELS:
             raise LimitError(f"more than {container.MAX_PIXELS} pixels")
         deadline = math.inf if time_budget is None else started + time_budget
@@ -321,18 +329,15 @@ class Codec:
                 if effort and self.adaptive and below is not None:
                     layer = self.lower_gain(layer, picture, below, q, needed, deadline)
                 coded.append(layer)
-        payloads, done = [layer.data for layer in coded], [layer.seen for layer in coded]
-        sides = [layer.side for layer in coded]
         if effort:
             from compass_codec import search
 
             with float32_convolutions():
-                found = search.improve(
-                    self, layers, qualities, list(zip(payloads, done, strict=True)), effort, deadline, progress, sides
-                )
-            payloads, done = [layer.data for layer in found], [layer.seen for layer in found]
+                coded = search.improve(self, layers, qualities, coded, effort, deadline, progress, layer_weights)
         sizes = [(p.shape[1], p.shape[0]) for p in layers]
-        return Encoded(container.write(self.model, sizes, scales, qualities, payloads, sides=sides), done)
+        payloads, sides = [layer.data for layer in coded], [layer.side for layer in coded]
+        data = container.write(self.model, sizes, scales, qualities, payloads, sides=sides)
+        return Encoded(data, [layer.seen for layer in coded])
 
     def encode_layer(
         self,

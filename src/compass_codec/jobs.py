@@ -22,7 +22,7 @@ from compass_codec.rate import HIGHEST, LOWEST, SIZE_WINDOW, Target, search
 if TYPE_CHECKING:
     import numpy as np
 
-    from compass_codec.codec import Codec
+    from compass_codec.codec import Codec, CodedLayer
 
 STDIO = Path("-")
 CLEAR = "\r\x1b[K"  # of a terminal's line
@@ -46,8 +46,9 @@ class Options:
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions(Options):
     """How to encode. Exactly one of ``scales``, ``sizes`` (width, height) and ``widths`` is given, smallest first;
-    ``qualities`` holds one number or one for each layer and does not matter with a ``target``. ``effort`` and
-    ``time_budget`` (seconds) are those of Codec.encode_layers; ``progress`` writes to standard error how it goes."""
+    ``qualities`` holds one number or one for each layer and does not matter with a ``target``. ``effort``,
+    ``time_budget`` (seconds) and ``layer_weights`` are those of Codec.encode_layers; ``progress`` writes to standard
+    error how it goes."""
 
     scales: tuple[float, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
@@ -57,6 +58,7 @@ class EncodeOptions(Options):
     target: Target | None = None
     effort: int = 0
     time_budget: float | None = None
+    layer_weights: tuple[float, ...] | None = None
     progress: bool = False
     verify: bool = False
 
@@ -152,6 +154,7 @@ class Plan:
     sizes: list[tuple[int, int]]
     scales: list[float]
     qualities: list[float]
+    weights: list[float]
     notes: list[str] = field(default_factory=list)
 
 
@@ -210,7 +213,9 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
 
     def attempt(quality: float | Sequence[float]) -> tuple[bytes, list[np.ndarray]]:
         show = _show_effort if options.progress else None
-        result = loaded.encode_layers(layers, plan.scales, quality, options.effort, options.time_budget, show)
+        result = loaded.encode_layers(
+            layers, plan.scales, quality, options.effort, options.time_budget, show, plan.weights
+        )
         return container.attach(result.data, sections), result.layers
 
     if options.target is None:
@@ -303,20 +308,21 @@ def plan_layers(size: tuple[int, int], options: EncodeOptions) -> Plan:
     if len(options.qualities) not in (1, count):
         raise OptionError(f"{len(options.qualities)} qualities for {count} layers")
     qualities = list(options.qualities) * (count if len(options.qualities) == 1 else 1)
+    weights = list(options.layer_weights or [1.0] * count)
     if options.scales:
         from compass_codec.codec import layer_sizes
 
-        return Plan(layer_sizes(size, options.scales), container.check_scales(options.scales), qualities)
+        return Plan(layer_sizes(size, options.scales), container.check_scales(options.scales), qualities, weights)
     wanted = options.sizes or [(width, max(1, round(width * size[1] / size[0]))) for width in options.widths]
     fitted = [s if options.upscale else (min(s[0], size[0]), min(s[1], size[1])) for s in wanted]
-    layers = dict(zip(fitted, qualities, strict=True))
+    layers = dict(zip(fitted, zip(qualities, weights, strict=True), strict=True))
     sizes, notes = list(layers), []
     if large := [f"{w} x {h}" for (w, h), fit in zip(wanted, fitted, strict=True) if (w, h) != fit]:
         notes.append(f"{', '.join(large)}: not enlarged beyond the picture's {size[0]} x {size[1]} without --upscale")
     if dropped := count - len(sizes):
         notes.append(f"{dropped} of {count} layers dropped, as large as another")
     scales = container.check_scales([width / sizes[0][0] for width, _ in sizes])
-    return Plan(sizes, scales, list(layers.values()), notes)
+    return Plan(sizes, scales, [q for q, _ in layers.values()], [w for _, w in layers.values()], notes)
 
 
 def check_target(path: Path, source: Path, options: Options) -> None:
@@ -394,7 +400,7 @@ def _layer_report(header: container.Header, k: int, psnr: float | None = None) -
     return LayerReport(k, entry.width, entry.height, entry.scale, entry.quality, length, entry.end, psnr)
 
 
-def _show_effort(effort: int, gain: float) -> None:
+def _show_effort(effort: int, gain: float, layers: list[CodedLayer]) -> None:
     print(
         f"{CLEAR}effort {effort}: {100 * gain:.2f} % of rate and distortion saved", end="", file=sys.stderr, flush=True
     )

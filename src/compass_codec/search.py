@@ -1,18 +1,20 @@
 """Search in the encoder: symbols that cost less in rate and distortion than those which rounding gives.
 
-What is lowered is R + lambda * 255^2 * MSE. Symbols of y move up or down by one wherever the change of the distortion
-(its gradient through the synthesis, and the curvature along each channel) and that of the bits (from the probability
-tables that code them) add up to less than nothing. Neighbouring latents overlap in the picture, so only a random few
-move at a time. From effort 5 on these moves begin where stochastic Gumbel annealing (Yang, Bamler, Mandt 2020) of the
-unrounded latent has ended. z, and with it the tables and the means, stays as rounding gave it. The decoder knows
-nothing of all this.
+What is lowered is R + lambda * 255^2 * MSE, summed over the layers. The latents y and z, before they are rounded, move
+down its gradient while a random choice between the two nearest integers, ever nearer to rounding, takes the place of
+rounding: stochastic Gumbel annealing (Yang, Bamler, Mandt 2020). First y and z move together, with the float
+hyper-synthesis between them; then z is rounded, and y goes on with the scales and means that the decoder will have.
+Last, symbols of y move by one wherever that is a gain. The decoder knows nothing of all this.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,90 +22,190 @@ import torch
 from torch import Tensor
 
 from compass_codec import entropy, strips
-from compass_codec.codec import rounded
-from compass_codec.container import PLAIN, Side
+from compass_codec.codec import LATENT_LIMIT, CodedLayer, rounded, squared_error, to_tensor
 from compass_codec.networks import ImageCodec, quality_to_lambda
 
 if TYPE_CHECKING:
     from compass_codec.codec import Codec, LayerCodec
 
-# What an effort adds to those below it: gradients spent on annealing each layer, and on moves. Without annealing moves
-# begin with what the effort below has ended with.
-ANNEAL = (0, 0, 0, 0, 0, 32, 48, 64, 100, 200)
-MOVES = (0, 4, 4, 8, 12, 12, 12, 16, 20, 30)
+# Steps of annealing of each layer that an effort adds to those below it. It goes on from the latents, as they were
+# before rounding, where the effort below has ended.
+ANNEAL = (0, 16, 24, 30, 40, 50, 60, 80, 120, 240)
+MOVES = 6  # steps of moves at the end of each effort
+JOINT = 0.7  # of the steps of annealing, those in which z moves too
+RATE = 0.03  # of Adam, in quantisation steps
+HOT, WARM, COLD = 0.5, 0.3, 0.1  # temperatures: at first, when z is rounded, and at last
 SHARE = 0.15  # of the symbols that may move in one step
 CAUTION = 1.5  # times the curvature: what moves together adds up
-FIRST_GAIN = 2.0  # bits that a move must win in the first step of an effort; falls to 0 in the last
-RATE = 0.02  # of Adam, in quantisation steps; falls to a tenth
-HOT, COLD = 0.3, 0.1  # temperatures of annealing
+FIRST_GAIN = 2.0  # bits that a move must win in the first step; falls to 0 in the last
 PROBES = 3  # random pictures from which the curvature is measured
+# What a unit of squared error adds to the cost of the layer above, in units of what it would cost there. About 1 is
+# best for the sum over the layers, 0 for the top layer at equal bits of the file.
+AHEAD = 0.4
 ESCAPE_BITS = 16.0  # about what an escaped value costs beyond its escape
-# Side of what is searched at once, and what is computed around it, in latents. A latent shows in the pixels of 2 around
-# it, and those see 2 more.
-TILE, REACH = 48, 2
+# Side of what is searched at once, and what is computed around it, in cells of z. A latent of y shows in the pixels of
+# half a cell around it, and those see half a cell more; what z says of y depends on the 2 cells around.
+TILE, REACH, HYPER_REACH = 12, 1, 2
+LATENT, PIXEL = 4, 64  # latents of y and pixels along the side of a cell of z
 
-Progress = Callable[[int, float], None]
-
-
-@dataclass(frozen=True)
-class Coded:
-    """A layer: its bytes, what the decoder will see (uint8 [height, width, 3]), and what both cost, in bits."""
-
-    data: bytes
-    seen: np.ndarray
-    cost: float
+Progress = Callable[[int, float, list[CodedLayer]], None]
 
 
-def cost(data: bytes, seen: np.ndarray, picture: np.ndarray, quality: float) -> float:
-    """R + lambda * 255^2 * MSE of a layer times its pixels: bits. Pictures are uint8 [height, width, 3]."""
-    rows = strips.spans(len(picture), strips.STRIP["cpu"])
-    squares = sum(int(np.square(picture[a:b].astype(np.int32) - seen[a:b]).sum(dtype=np.int64)) for a, b in rows)
-    return 8 * len(data) + quality_to_lambda(quality) * squares / 3
+@contextmanager
+def gradients() -> Iterator[None]:
+    """Autograd inside of inference mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def improve(
     codec: Codec,
     layers: Sequence[np.ndarray],
     qualities: Sequence[float],
-    coded: Sequence[tuple[bytes, np.ndarray]],
+    coded: list[CodedLayer],
     effort: int,
     deadline: float,
-    progress: Progress | None = None,
-    sides: Sequence[Side] = (),
-) -> list[Coded]:
+    progress: Progress | None,
+    weights: Sequence[float],
+) -> list[CodedLayer]:
     """Search from what effort 0 made of a picture's layers, ``coded``, up to ``effort``; stop at ``deadline`` on the
     clock of time.monotonic, finishing what has begun without more search.
 
-    An effort's layers are kept only if together they cost less than those of the effort below. ``progress`` hears of
-    each effort and of the share of the first cost that is saved so far. ``sides`` is the side information of each
-    layer, which stays as it is.
+    ``weights``, above 0, is what the cost of each layer counts. ``progress`` hears of each effort, of the share of
+    the first cost that is saved so far, and of the best layers so far. Side information stays as it is.
     """
-    sides = sides or [PLAIN] * len(layers)
-    best = [Coded(*c, cost(*c, p, q)) for c, p, q in zip(coded, layers, qualities, strict=True)]
-    first = sum(layer.cost for layer in best)
-    base, *above = [Search(codec.base), *([Search(codec.residual)] if len(layers) > 1 else [])]
+    first, best = total(coded, weights), coded
+    for stage, best in efforts(codec, layers, qualities, coded, effort, deadline, weights):
+        if progress is not None:
+            progress(stage, 1 - total(best, weights) / first, best)
+    return best
+
+
+def total(coded: Sequence[CodedLayer], weights: Sequence[float]) -> float:
+    return sum(weight * layer.cost for weight, layer in zip(weights, coded, strict=True))
+
+
+def efforts(
+    codec: Codec,
+    layers: Sequence[np.ndarray],
+    qualities: Sequence[float],
+    best: list[CodedLayer],
+    effort: int,
+    deadline: float,
+    weights: Sequence[float],
+) -> Iterator[tuple[int, list[CodedLayer]]]:
+    """Efforts 1 to ``effort``, each with the best layers so far, beginning with those of effort 0."""
+    searches = [Search(codec.base), *([Search(codec.residual)] if len(layers) > 1 else [])]
+    latents: list[Latents | None] = [None] * len(layers)
+    prices = worth(qualities, weights)
     for stage in range(1, effort + 1):
         if time.monotonic() >= deadline:
             break
-        tried: list[Coded] = []
+        tried: list[CodedLayer] = []
         for k, (picture, quality) in enumerate(zip(layers, qualities, strict=True)):
-            search = above[0] if k else base
-            size = (picture.shape[0], picture.shape[1])
-            prediction = list(codec.predict(tried[-1].seen if k else None, size, sides[k].gain))
-            if sides[k].empty:
-                flat = rounded(prediction, size)
-                tried.append(Coded(b"", flat, cost(b"", flat, picture, quality)))
+            side, size = best[k].side, (picture.shape[0], picture.shape[1])
+            prediction = list(codec.predict(tried[-1].seen if k else None, size, side.gain))
+            if side.empty:
+                seen = rounded(prediction, size)
+                tried.append(CodedLayer(b"", seen, side, cost(b"", seen, picture, quality)))
                 continue
-            # what lies below has changed most in the first effort, and annealing begins anew
-            again = k > 0 and (stage == 1 or ANNEAL[stage] > 0)
-            data = search.layer.encode(picture, prediction, quality)[0] if again else best[k].data
             generator = torch.Generator().manual_seed(stage)
-            tried.append(search.refine(data, picture, prediction, quality, stage, generator, deadline))
-        if sum(layer.cost for layer in tried) < sum(layer.cost for layer in best):
+            job = Job(picture, torch.cat(prediction, 2), quality, prices[k], generator, deadline)
+            search = searches[min(k, 1)]
+            own = latents[k] = search.start(job, latents[k])
+            data, seen = search.finish(job, *search.anneal(job, own, ANNEAL[stage]))
+            tried.append(CodedLayer(data, seen, side, cost(data, seen, picture, quality)))
+        if total(tried, weights) < total(best, weights):
             best = tried
-        if progress is not None:
-            progress(stage, 1 - sum(layer.cost for layer in best) / first)
-    return best
+        yield stage, best
+
+
+def cost(data: bytes, seen: np.ndarray, picture: np.ndarray, quality: float) -> float:
+    """R + lambda * 255^2 * MSE of a layer times its pixels: bits. Pictures are uint8 [height, width, 3]."""
+    return 8 * len(data) + quality_to_lambda(quality) / 3 * squared_error(picture, seen)
+
+
+def worth(qualities: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """What a unit of squared error, of samples in 0..1, costs in each layer, in its bits: with what it costs above."""
+    prices: list[float] = []
+    above = 0.0
+    for quality, weight in zip(reversed(qualities), reversed(weights), strict=True):
+        above = weight * quality_to_lambda(quality) * 255**2 / 3 + AHEAD * above
+        prices.insert(0, above / weight)
+    return prices
+
+
+@dataclass(frozen=True)
+class Job:
+    """A layer to search: its pixels uint8 [height, width, 3], its prediction [1, 3, height, width] in 0..1, and what
+    a unit of squared error costs in bits."""
+
+    picture: np.ndarray
+    known: Tensor
+    quality: float
+    price: float
+    generator: torch.Generator
+    deadline: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.picture.shape[0], self.picture.shape[1]
+
+    def strips(self) -> Sequence[Tensor]:
+        return self.known.split(strips.strip_rows(self.size[1], self.known.device), 2)
+
+    def pixels(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Of a tile: its pixels and its prediction, [1, 3, rows, columns] in 0..1."""
+        part = tile.part(PIXEL, REACH)
+        return to_tensor(self.picture[part[2:]], self.known.device).float() / 255, self.known[part].clone()
+
+    def late(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+
+@dataclass(frozen=True)
+class Latents:
+    """y [1, M, h, w] and z [1, N, h / 4, w / 4] of a layer, not rounded, where annealing has left them; ``analysed`` is
+    y as the analysis gave it."""
+
+    y: Tensor
+    z: Tensor
+    analysed: Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A part of a layer of ``size`` (height, width) that is searched at once: its core, ``rows`` and ``columns`` of
+    cells of z. What is around it is computed, but stays as it is."""
+
+    size: tuple[int, int]
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+    @classmethod
+    def all(cls, size: tuple[int, int]) -> list[Tile]:
+        """The tiles of a layer."""
+        rows, columns = (strips.spans(side, TILE) for side in ImageCodec.hyper_size(size))
+        return [cls(size, *sides) for sides in product(rows, columns)]
+
+    def part(self, unit: int, margin: float = 0, start: float | None = None) -> tuple[slice, ...]:
+        """Slices of a tensor [1, channels, rows, columns] of the layer that has ``unit`` rows for each cell: PIXEL,
+        LATENT or 1. They hold the core and ``margin`` cells around it; if ``start`` is given, they are those of the
+        tensor that ``part`` with this margin cuts out."""
+        slices = [slice(None), slice(None)]
+        for (first, last), side in zip((self.rows, self.columns), self.size, strict=True):
+            length, off = -(-side * unit // PIXEL), 0
+            if start is not None:
+                off = max(0, int(unit * (first - start)))
+            slices.append(
+                slice(max(0, int(unit * (first - margin))) - off, min(length, int(unit * (last + margin))) - off)
+            )
+        return tuple(slices)
+
+    def extent(self, unit: int, margin: float) -> tuple[int, int]:
+        """Rows and columns of such a part."""
+        rows, columns = self.part(unit, margin)[2:]
+        return rows.stop - rows.start, columns.stop - columns.start
 
 
 class Search:
@@ -118,180 +220,173 @@ class Search:
                 self.codec = ImageCodec(layer.codec.n, layer.codec.m)
             self.codec.load_state_dict(tensors, assign=True)
             self.codec.requires_grad_(False).eval()
-            self.bits = table_bits(layer.tables.y).to(layer.device)
+            self.y_bits, self.z_bits = (table_bits(t).to(layer.device) for t in (layer.tables.y, layer.tables.z))
+            self.channels = torch.arange(layer.codec.n, device=layer.device)[None, :, None, None]
 
-    def refine(
+    @gradients()
+    def start(self, job: Job, last: Latents | None) -> Latents:
+        """The latents of a layer as the analysis gives them, or, if it was searched with another prediction before,
+        ``last``, moved by what has changed."""
+        level, shape = self.layer.level(job.quality), ImageCodec.latent_size(job.size)
+        y = torch.empty((1, self.codec.m, *shape), device=job.known.device)
+        for tile in Tile.all(job.size):
+            pixels, known = job.pixels(tile)
+            y[tile.part(LATENT)] = self.codec.analysis(pixels - known, level)[tile.part(LATENT, 0, REACH)]
+        if last is not None:
+            return Latents(last.y + (y - last.analysed), last.z, y)
+        return Latents(y.clone(), self.codec.hyper_analysis(y), y)
+
+    @gradients()
+    def anneal(self, job: Job, latents: Latents, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
+        """Move the latents on, in place; then the symbols of z and y, the scale indices and the means, as those of
+        LayerCodec.parse."""
+        joint, tiles = round(JOINT * steps), Tile.all(job.size)
+        for tile in tiles:
+            self.descend(job, latents, tile, joint, (HOT, WARM))
+        z = latents.z.round().clamp(-entropy.SYMBOL_LIMIT, entropy.SYMBOL_LIMIT)
+        known = [torch.cat(parts, 2).clone() for parts in zip(*self.layer.parameters([z], job.size), strict=True)]
+        for tile in tiles:
+            self.descend(job, latents, tile, steps - joint, (WARM, COLD), known)
+        index, means = known
+        y = (latents.y - means).round().clamp(-LATENT_LIMIT, LATENT_LIMIT)
+        return _symbols(z), _symbols(y), index[0].cpu().numpy(), means
+
+    def descend(
         self,
-        data: bytes,
-        picture: np.ndarray,
-        prediction: Sequence[Tensor],
-        quality: float,
-        stage: int,
-        generator: torch.Generator,
-        deadline: float,
-    ) -> Coded:
-        """A layer, uint8 [height, width, 3], coded as ``data`` given its ``prediction`` in strips, after what effort
-        ``stage`` adds to the one below it."""
-        size = (picture.shape[0], picture.shape[1])
-        z, y, index, means = self.layer.parse(data, size)
-        with torch.inference_mode(False), torch.enable_grad():
-            known, level = torch.cat(list(prediction), 2).clone(), self.layer.level(quality)
-            gain = self.curvature(y, means, level)
-            for top, bottom in strips.spans(y.shape[1], TILE):
-                for left, right in strips.spans(y.shape[2], TILE):
-                    tile = Tile.cut((top, bottom, left, right), y, index, means, picture, known)
-                    if ANNEAL[stage] and time.monotonic() < deadline:
-                        tile = self.anneal(tile, quality, level, ANNEAL[stage], generator, deadline)
-                    core = self.move(tile, quality, level, gain, MOVES[stage], generator, deadline)
-                    y[:, top:bottom, left:right] = core
-        data = entropy.encode(z, y, index, self.layer.tables)
-        seen = self.layer.rebuild(y, means, prediction, quality, size)
-        return Coded(data, seen, cost(data, seen, picture, quality))
+        job: Job,
+        latents: Latents,
+        tile: Tile,
+        steps: int,
+        temperatures: tuple[float, float],
+        known: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Move the latents in a tile's core, in place, by ``steps`` gradients. ``known`` are the scale indices and
+        means of the whole layer, where they stay; without them z moves too."""
+        pixels, prediction = job.pixels(tile)
+        cut, z_cut = tile.part(LATENT, REACH), tile.part(1, REACH + HYPER_REACH)
+        y, z = latents.y[cut].clone().requires_grad_(), latents.z[z_cut].clone().requires_grad_()
+        core, z_core = tile.part(LATENT, 0, REACH), tile.part(1, 0, REACH + HYPER_REACH)
+        for tensor, inside in ((y, core), (z, z_core)):
+            mask = torch.zeros_like(tensor)
+            mask[inside] = 1
+            tensor.register_hook(mask.mul)
+        if known is not None:
+            position, means = known[0][cut].float(), known[1][cut]
+        adam = torch.optim.Adam([y, z], RATE)
+        for step in range(steps):
+            if job.late():
+                break
+            temperature = temperatures[0] * (temperatures[1] / temperatures[0]) ** (step / steps)
+            if known is not None:
+                adam.param_groups[0]["lr"] = RATE * (1 - 0.9 * step / steps)
+            bits: Tensor | float = 0.0
+            if known is None:
+                below, share = soften(z, temperature, job.generator)
+                bits = between(self.z_bits, self.channels, below, share).sum()
+                given = self.codec.hyper_synthesis(below + share, tile.extent(LATENT, REACH + HYPER_REACH))
+                scales, means = (part[tile.part(LATENT, REACH, REACH + HYPER_REACH)] for part in given)
+                position = level_position(scales)
+            below, share = soften(y - means, temperature, job.generator)
+            row = position.detach().long().clamp(0, entropy.LEVELS - 2)
+            low, high = (between(self.y_bits, row + by, below, share) for by in (0, 1))
+            bits = bits + (low + (high - low) * (position - row)).sum()
+            loss = bits + self.error(below + share + means, job, tile, pixels, prediction)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        latents.y[tile.part(LATENT)] = y.detach()[core]
+        latents.z[tile.part(1)] = z.detach()[z_core]
 
-    def curvature(self, y: np.ndarray, means: Tensor, level: Tensor) -> Tensor:
+    def error(self, latent: Tensor, job: Job, tile: Tile, pixels: Tensor, prediction: Tensor) -> Tensor:
+        """What the squared error of the pixels that the tile's core shows in costs, in bits."""
+        out = (
+            self.codec.synthesis(latent, self.layer.level(job.quality), tile.extent(PIXEL, REACH)) + prediction
+        ).clamp(0, 1)
+        return job.price * (out - pixels)[tile.part(PIXEL, REACH / 2, REACH)].square().sum()
+
+    def finish(
+        self, job: Job, z: np.ndarray, y: np.ndarray, index: np.ndarray, means: Tensor
+    ) -> tuple[bytes, np.ndarray]:
+        """Symbols, after moves, to the layer's bytes and what the decoder will see."""
+        gain = self.curvature(y, means, job.quality)
+        symbols, rows = torch.from_numpy(y)[None].long(), torch.from_numpy(index)[None].long()
+        for tile in Tile.all(job.size):
+            symbols[tile.part(LATENT)] = self.move(job, tile, symbols, rows, means, gain)
+        y = _symbols(symbols)
+        data = entropy.encode(z, y, index, self.layer.tables)
+        return data, self.layer.rebuild(y, means, job.strips(), job.quality, job.size)
+
+    @gradients()
+    def curvature(self, y: np.ndarray, means: Tensor, quality: float) -> Tensor:
         """The squared length [1, M, 1, 1] of what a step of 1 in each channel of y adds to the picture, measured around
         the middle of the layer with random pictures (Hutchinson)."""
-        top, left = max(0, y.shape[1] - TILE) // 2, max(0, y.shape[2] - TILE) // 2
-        rows, columns = slice(top, top + TILE), slice(left, left + TILE)
+        side = LATENT * TILE
+        top, left = max(0, y.shape[1] - side) // 2, max(0, y.shape[2] - side) // 2
+        rows, columns = slice(top, top + side), slice(left, left + side)
         symbols = torch.from_numpy(y[None, :, rows, columns]).to(means.device)
-        latent = (symbols + means[:, :, rows, columns].clone()).requires_grad_()
-        out = self.codec.synthesis(latent, level, (16 * latent.shape[2], 16 * latent.shape[3]))
+        latent = (symbols + means[:, :, rows, columns]).requires_grad_()
+        out = self.codec.synthesis(latent, self.layer.level(quality), (16 * latent.shape[2], 16 * latent.shape[3]))
         generator, squares = torch.Generator().manual_seed(0), torch.zeros_like(latent)
         for _ in range(PROBES):
             probe = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
             squares += torch.autograd.grad(out, latent, probe, retain_graph=True)[0].square()
         return squares.mean((0, 2, 3), keepdim=True) / PROBES
 
-    def error(self, latent: Tensor, tile: Tile, quality: float, level: Tensor) -> Tensor:
-        """What the squared error of the tile's pixels is worth, in bits."""
-        out = (self.codec.synthesis(latent, level, tile.size) + tile.prediction).clamp(0, 1)
-        return quality_to_lambda(quality) * 255**2 / 3 * (out - tile.picture)[tile.pixels].square().sum()
-
-    def anneal(
-        self, tile: Tile, quality: float, level: Tensor, steps: int, generator: torch.Generator, deadline: float
-    ) -> Tile:
-        """The tile with new symbols in its core: its latent less the means, moved by gradients while a random choice
-        between the two nearest integers, ever nearer to rounding, takes the place of rounding."""
-        inside, latent = tile.core, tile.symbols + tile.means
-        means = tile.means[inside]
-        centred = self.codec.analysis(tile.picture - tile.prediction, level)[inside] - means
-        centred.requires_grad_()
-        adam = torch.optim.Adam([centred], RATE)
-        for step in range(steps):
-            if time.monotonic() >= deadline:
-                break
-            adam.param_groups[0]["lr"] = RATE * (1 - 0.9 * step / steps)
-            below = centred.detach().floor()
-            share = relax(centred - below, HOT * (COLD / HOT) ** (step / steps), generator)
-            low, high = (self.bits_of(below.long() + by, tile.index) for by in (0, 1))
-            latent = latent.detach().clone()
-            latent[inside] = below + share + means
-            loss = self.error(latent, tile, quality, level) + (low + (high - low) * share).sum()
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-        symbols = tile.symbols.clone()
-        symbols[inside] = centred.detach().round().long()
-        return replace(tile, symbols=symbols)
-
-    def move(
-        self,
-        tile: Tile,
-        quality: float,
-        level: Tensor,
-        gain: Tensor,
-        steps: int,
-        generator: torch.Generator,
-        deadline: float,
-    ) -> np.ndarray:
-        """The best symbols int32 [M, rows, columns] of the tile's core that ``steps`` steps come across."""
-        weight = quality_to_lambda(quality) * 255**2 / 3  # bits for each unit of squared error
-        inside, symbols = tile.core, tile.symbols
-        best, least = symbols[inside], float("inf")
-        for step in range(steps + 1):
-            latent = (symbols + tile.means).requires_grad_()
-            error = self.error(latent, tile, quality, level)
-            here = symbols[inside]
-            bits = self.bits_of(here, tile.index)
+    @gradients()
+    def move(self, job: Job, tile: Tile, symbols: Tensor, index: Tensor, means: Tensor, gain: Tensor) -> Tensor:
+        """The best symbols of the tile's core, int64 [1, M, rows, columns], that MOVES steps come across."""
+        cut, core = tile.part(LATENT, REACH), tile.part(LATENT, 0, REACH)
+        pixels, prediction = job.pixels(tile)
+        symbols, means = symbols[cut].to(means.device), means[cut]
+        row = index[tile.part(LATENT)].to(means.device)
+        best, least = symbols[core], float("inf")
+        for step in range(MOVES + 1):
+            latent = (symbols + means).requires_grad_()
+            error = self.error(latent, job, tile, pixels, prediction)
+            here = symbols[core]
+            bits = bits_of(self.y_bits, row, here)
             if (found := float(error.detach() + bits.sum())) < least:
                 best, least = here, found
-            if step == steps or time.monotonic() >= deadline:
+            if step == MOVES or job.late():
                 break
-            slope = torch.autograd.grad(error, latent)[0][inside]
-            change, move = torch.full_like(slope, -FIRST_GAIN * (1 - step / steps)), torch.zeros_like(here)
+            slope = torch.autograd.grad(error, latent)[0][core]
+            change, move = torch.full_like(slope, -FIRST_GAIN * (1 - step / MOVES)), torch.zeros_like(here)
             for by in (-1, 1):
-                worth = by * slope + CAUTION * weight * gain + self.bits_of(here + by, tile.index) - bits
-                better = worth < change
-                change, move = torch.where(better, worth, change), torch.where(better, by, move)
-            may = torch.rand(here.shape, generator=generator).to(here.device) < SHARE
+                more = by * slope + CAUTION * job.price * gain + bits_of(self.y_bits, row, here + by) - bits
+                better = more < change
+                change, move = torch.where(better, more, change), torch.where(better, by, move)
+            may = torch.rand(here.shape, generator=job.generator).to(here.device) < SHARE
             symbols = symbols.clone()
-            symbols[inside] = here + move * may
-        return best[0].cpu().numpy()
-
-    def bits_of(self, symbols: Tensor, index: Tensor) -> Tensor:
-        """What each symbol costs with the table of its scale index."""
-        reach = self.bits.shape[1] // 2
-        return self.bits.flatten()[index * self.bits.shape[1] + symbols.clamp(-reach, reach) + reach]
+            symbols[core] = here + move * may
+        return best.cpu()
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A part of a layer: ``symbols``, ``means`` [1, M, h, w] and pixels [1, 3, rows, columns] in 0..1 with what lies
-    around its core; ``index`` is of the core alone."""
-
-    symbols: Tensor
-    means: Tensor
-    index: Tensor
-    picture: Tensor
-    prediction: Tensor
-    core: tuple[slice, ...]  # of the latents, those that may move
-    pixels: tuple[slice, ...]  # of the pixels, those that the core shows in
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.picture.shape[2], self.picture.shape[3]
-
-    @classmethod
-    def cut(
-        cls,
-        core: tuple[int, int, int, int],
-        y: np.ndarray,
-        index: np.ndarray,
-        means: Tensor,
-        picture: np.ndarray,
-        prediction: Tensor,
-    ) -> Tile:
-        """The tile whose core is (top, bottom, left, right) in latents, from a whole layer; ``prediction`` has its
-        pixels or is broadcast to them."""
-        inside, pixels = [slice(None)] * 2, [slice(None)] * 2
-        cells, samples = [], []
-        for first, last, length in ((*core[:2], picture.shape[0]), (*core[2:], picture.shape[1])):
-            low, high = max(0, first - 2 * REACH), min(-(-length // 16), last + 2 * REACH)
-            cells.append(slice(low, high))
-            samples.append(slice(16 * low, min(16 * high, length)))
-            inside.append(slice(first - low, last - low))
-            pixels.append(slice(16 * (max(0, first - REACH) - low), min(16 * (last + REACH), length) - 16 * low))
-        rows, columns = cells
-        device = means.device
-        part = torch.from_numpy(np.ascontiguousarray(picture[samples[0], samples[1]])).to(device)
-        return cls(
-            torch.from_numpy(y[None, :, rows, columns].copy()).to(device).long(),
-            means[:, :, rows, columns].clone(),
-            torch.from_numpy(index[None, :, core[0] : core[1], core[2] : core[3]].copy()).to(device).long(),
-            part.permute(2, 0, 1)[None].float() / 255,
-            prediction[:, :, samples[0], samples[1]],
-            tuple(inside),
-            tuple(pixels),
-        )
-
-
-def relax(fraction: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """0..1, the nearer to 0 or 1 the lower the temperature, and at random to 1 the more often the nearer ``fraction``,
-    0..1, is to it: a binary concrete variable."""
-    inside = fraction.clamp(1e-5, 1 - 1e-5)
+def soften(x: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The integers below, and what to add to them: 0..1, the nearer to 0 or 1 the lower the temperature, and at random
+    to 1 the more often the nearer x is to the integer above: a binary concrete variable."""
+    below = x.detach().floor()
+    inside = (x - below).clamp(1e-5, 1 - 1e-5)
     odds = (torch.atanh(inside) - torch.atanh(1 - inside)) / temperature
-    drawn = torch.rand(fraction.shape, generator=generator).clamp(1e-7, 1 - 1e-7).to(fraction.device)
-    return torch.sigmoid((odds + torch.logit(drawn)) / temperature)
+    drawn = torch.rand(x.shape, generator=generator).clamp(1e-7, 1 - 1e-7).to(x.device)
+    return below, torch.sigmoid((odds + torch.logit(drawn)) / temperature)
+
+
+def level_position(scales: Tensor) -> Tensor:
+    """Where standard deviations lie among the 64 that have a table: 0..63, with what is between them."""
+    low, high = map(math.log, entropy.SCALE_RANGE)
+    return (scales.clamp(*entropy.SCALE_RANGE).log() - low) * ((entropy.LEVELS - 1) / (high - low))
+
+
+def bits_of(bits: Tensor, row: Tensor, symbols: Tensor) -> Tensor:
+    """What each symbol costs with the table in ``row`` of ``bits``, as table_bits gives them."""
+    reach = bits.shape[1] // 2
+    return bits.flatten()[row * bits.shape[1] + symbols.clamp(-reach, reach) + reach]
+
+
+def between(bits: Tensor, row: Tensor, below: Tensor, share: Tensor) -> Tensor:
+    """What below + share costs: interpolated between the bits of the integers."""
+    low, high = (bits_of(bits, row, below.long() + by) for by in (0, 1))
+    return low + (high - low) * share
 
 
 def table_bits(tables: Sequence[entropy.Table]) -> Tensor:
@@ -304,3 +399,7 @@ def table_bits(tables: Sequence[entropy.Table]) -> Tensor:
         row[:] = own[-1] + ESCAPE_BITS
         row[reach - table.width : reach + table.width + 1] = own[:-1]
     return torch.from_numpy(bits)
+
+
+def _symbols(x: Tensor) -> np.ndarray:
+    return x[0].cpu().numpy().astype(np.int32)

@@ -60,6 +60,11 @@ from compass_codec.rate import Target
     type=values.Value("SECONDS", values.positive),
     help="Stop the search for a picture about so long after it began.",
 )
+@click.option(
+    "--layer-weights",
+    type=values.Value("W0,W1,...", values.layer_weights),
+    help="What the search counts rate and distortion of each layer. Default: 1 for all.",
+)
 @click.option("--verify", is_flag=True, help="Decode what was written and compare it with the encoder's pictures.")
 @strip_option
 @batch_options
@@ -82,6 +87,7 @@ def encode(
     target_psnr: float | None,
     effort: int,
     time_budget: float | None,
+    layer_weights: tuple[float, ...] | None,
     verify: bool,
     strip: bool,
     out_dir: Path | None,
@@ -140,6 +146,10 @@ def encode(
         raise click.UsageError(f"--quality: {len(quality)} values for {count} layers")
     if time_budget and not effort:
         raise click.UsageError("--time-budget goes with --effort")
+    if layer_weights and not effort:
+        raise click.UsageError("--layer-weights goes with --effort")
+    if layer_weights and len(layer_weights) != count:
+        raise click.UsageError(f"--layer-weights: {len(layer_weights)} values for {count} layers")
     if time_budget and targets:
         raise click.UsageError("--time-budget and a target exclude each other")
     if output is None and images == (STDIO,):
@@ -155,6 +165,7 @@ def encode(
         target=targets[0] if targets else None,
         effort=effort,
         time_budget=time_budget,
+        layer_weights=layer_weights,
         verify=verify,
         strip=strip,
         force=force,

@@ -99,6 +99,14 @@ def positive(text: str) -> float:
     return found[0]
 
 
+def layer_weights(text: str) -> tuple[float, ...]:
+    """One finite number above 0 for each layer."""
+    found = _numbers(text)
+    if not all(0 < weight < math.inf for weight in found):
+        raise ValueError("not numbers above 0")
+    return found
+
+
 def extension(text: str) -> str:
     """The extension of a picture format that can be written, with its dot."""
     from compass_codec.pictures import check_format

@@ -7,19 +7,59 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from compass_codec.codec import Codec, CodedLayer
 
 QUALITIES = (1, 30, 60, 100)
 LAYERS = {1: [1.0], 3: [1.0, 2.0, 4.0]}
 
 
-def measure(task: tuple[list[Path], int, int, int]) -> tuple[list[list[tuple[float, float]]], float, float]:
-    """(pictures, side of the crop, layers, effort) to (bits a pixel, PSNR) of the top layer by picture and quality,
-    processor seconds of encoding a megapixel, and the peak memory of this process in MiB."""
+@dataclass
+class Found:
+    """What an effort brings and takes: of each picture, (bits a pixel, PSNR) of the top layer at every quality;
+    processor seconds; and the peak memory of the process so far in MiB."""
+
+    points: list[list[tuple[float, float]]] = field(default_factory=list)
+    seconds: float = 0.0
+    memory: float = 0.0
+
+
+def ladder(
+    codec: Codec, layers: Sequence[np.ndarray], scales: Sequence[float], quality: float, effort: int
+) -> list[tuple[bytes, float, float]]:
+    """The file of each effort up to this one, the processor seconds up to it, and the peak memory. An effort goes on
+    from the one below it, so that two encodes tell of all."""
+    from compass_codec import container
+
+    sizes, steps = [(p.shape[1], p.shape[0]) for p in layers], []
+
+    def note(data: bytes) -> None:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        steps.append((data, time.process_time() - started, memory))
+
+    def heard(effort: int, gain: float, coded: list[CodedLayer]) -> None:
+        payloads, sides = [layer.data for layer in coded], [layer.side for layer in coded]
+        note(container.write(codec.model, sizes, scales, [quality] * len(layers), payloads, sides=sides))
+
+    started = time.process_time()
+    note(codec.encode_layers(layers, scales, quality).data)
+    started = time.process_time()
+    codec.encode_layers(layers, scales, quality, effort, progress=heard)
+    return steps
+
+
+def measure(task: tuple[list[Path], int, int, int]) -> tuple[list[Found], int]:
+    """(pictures, side of the crop, layers, effort) to what efforts 0 to this one find, and the pixels encoded."""
     import numpy as np
     import torch
     from PIL import Image
@@ -30,22 +70,25 @@ def measure(task: tuple[list[Path], int, int, int]) -> tuple[list[list[tuple[flo
     files, side, count, effort = task
     torch.set_num_threads(1)
     codec, scales = Codec.load("cpu"), LAYERS[count]
-    points, spent, pixels = [], 0.0, 0
+    found, pixels = [Found() for _ in range(effort + 1)], 0
     for file in files:
         image = Image.open(file).convert("RGB")
         left, top = max(0, image.width - side) // 2, max(0, image.height - side) // 2
         image = image.crop((left, top, min(image.width, left + side), min(image.height, top + side)))
         layers = pictures.pyramid(image, layer_sizes(image.size, scales))
-        curve = []
+        for each in found:
+            each.points.append([])
         for quality in QUALITIES:
-            started = time.process_time()
-            data = codec.encode_layers(layers, scales, quality, effort).data
-            spent += time.process_time() - started
-            pixels += image.width * image.height
-            psnr = pictures.psnr(layers[-1], np.asarray(codec.decode(data)))
-            curve.append((8 * len(data) / (image.width * image.height), psnr))
-        points.append(curve)
-    return points, spent / pixels * 1e6, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            area = image.width * image.height
+            pixels += area
+            for each, (data, seconds, memory) in zip(
+                found, ladder(codec, layers, scales, quality, effort), strict=True
+            ):
+                psnr = pictures.psnr(layers[-1], np.asarray(codec.decode(data)))
+                each.points[-1].append((8 * len(data) / area, psnr))
+                each.seconds += seconds
+                each.memory = memory
+    return found, pixels
 
 
 def gain(plain: list[list[tuple[float, float]]], found: list[list[tuple[float, float]]]) -> float:
@@ -66,8 +109,8 @@ def gain(plain: list[list[tuple[float, float]]], found: list[list[tuple[float, f
     "--side", type=click.IntRange(16), default=128, show_default=True, help="Side of the middle that is used."
 )
 @click.option("--layers", type=click.Choice(["1", "3"]), multiple=True, default=("1", "3"), show_default=True)
-@click.option("--effort", "efforts", type=click.IntRange(1, 9), multiple=True, default=tuple(range(1, 10)))
-def main(images: Path, quick: int | None, side: int, layers: tuple[str, ...], efforts: tuple[int, ...]) -> None:
+@click.option("--effort", type=click.IntRange(1, 9), default=9, show_default=True, help="The highest that is measured.")
+def main(images: Path, quick: int | None, side: int, layers: tuple[str, ...], effort: int) -> None:
     """Print a table of BD-rate against effort 0 at qualities 1, 30, 60 and 100, time and memory."""
     from compass_codec.batch import picture_suffixes
 
@@ -80,12 +123,11 @@ def main(images: Path, quick: int | None, side: int, layers: tuple[str, ...], ef
     # a process for each, as the peak of memory is that of a process
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for count in map(int, layers):
-            plain: list[list[tuple[float, float]]] = []
-            for effort in (0, *sorted(efforts)):
-                points, seconds, memory = pool.apply(measure, ((files, side, count, effort),))
-                plain = plain or points
-                change = f"{gain(plain, points):+.1f} %" if effort else "0"
-                click.echo(f"| {count} | {effort} | {change} | {seconds:.0f} s | {memory:.0f} MiB |")
+            found, pixels = pool.apply(measure, ((files, side, count, effort),))
+            for number, each in enumerate(found):
+                change = f"{gain(found[0].points, each.points):+.1f} %" if number else "0"
+                seconds = f"{each.seconds / pixels * 1e6:.0f} s"
+                click.echo(f"| {count} | {number} | {change} | {seconds} | {each.memory:.0f} MiB |")
 
 
 if __name__ == "__main__":
