@@ -119,6 +119,11 @@ def test_precision_may_differ_between_encoder_and_decoder(codec, half, writer, q
         assert psnr(source, found) > psnr(source, seen) - 0.02
 
 
+def test_a_search_takes_gradients_in_float32(half):
+    encoded = half.encode(crop(40, 30), [1, 2], 60, effort=1)
+    assert np.array_equal(half.decode(encoded.data), encoded.layers[-1])
+
+
 def test_precision_on_the_command_line(tmp_path):
     source, file, out = (tmp_path / name for name in ("a.png", "a.cmps", "b.png"))
     crop(40, 30).save(source)
