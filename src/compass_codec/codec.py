@@ -21,6 +21,7 @@ from compass_codec.container import FULL_GAIN, Side
 from compass_codec.errors import LimitError, OptionError, WeightsError
 from compass_codec.liff import combine
 from compass_codec.networks import ImageCodec, level_of, quality_to_lambda
+from compass_codec.pictures import squared_error
 from compass_codec.weights import CodecWeights, Weights
 from compass_codec.weights import load as load_weights
 
@@ -193,12 +194,6 @@ def residual_strips(picture: np.ndarray, prediction: Iterable[Tensor], device: t
     for strip in prediction:
         rows = slice(row, row := row + strip.shape[2])
         yield to_tensor(picture[rows], device).float().div_(255).sub_(strip)
-
-
-def squared_error(picture: np.ndarray, seen: np.ndarray) -> int:
-    """Sum of squared differences of two uint8 pictures."""
-    rows = strips.spans(len(picture), 64)  # few at a time: a whole strip's integers take a hundred MB
-    return sum(int(np.square(picture[a:b].astype(np.int32) - seen[a:b]).sum(dtype=np.int64)) for a, b in rows)
 
 
 def best_gain(picture: np.ndarray, interpolated: Tensor, added: Tensor) -> float:
