@@ -7,7 +7,7 @@ from conftest import KODAK, crop, psnr
 from PIL import Image
 
 import compass_codec
-from compass_codec import container
+from compass_codec import container, strips
 from compass_codec.codec import Codec, layer_sizes
 from compass_codec.errors import (
     CompassError,
@@ -98,7 +98,7 @@ def test_sixteen_layers_and_equal_factors(codec):
     data = codec.encode(crop(40, 30), scales, 40).data
     assert len(container.read_header(data).layers) == 16
     assert codec.decode(data).size == (40, 30)
-    twice = codec.encode(crop(64, 64), [1, 1], 60)
+    twice = codec.encode_layers([np.array(crop(64, 64))] * 2, [1, 1], [60, 80])
     assert psnr(Image.fromarray(twice.layers[1]), crop(64, 64)) > psnr(Image.fromarray(twice.layers[0]), crop(64, 64))
 
 
@@ -161,6 +161,15 @@ def test_a_prediction_that_harms_is_left_out():
     assert sides(plain.data)[1].gain == container.FULL_GAIN
     assert sides(tried.data)[1].gain < container.FULL_GAIN and seen_again(codec, tried)
     assert len(tried.data) < len(plain.data)
+
+
+@pytest.mark.parametrize("factor", [-6, 1])
+def test_gains_of_pictures_of_several_strips(monkeypatch, factor):
+    """The first strip, from which the gain is chosen, is the one that the decoder predicts."""
+    monkeypatch.setitem(strips.STRIP, "cpu", 64)
+    layers = [np.array(crop(40, 150))] * 2
+    encoded = spoiled(factor).encode_layers(layers, [1, 1], [20, 60])
+    assert (sides(encoded.data)[1].gain == 0) == (factor < 0) and seen_again(spoiled(factor), encoded)
 
 
 def test_a_search_keeps_side_information(codec):
