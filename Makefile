@@ -7,7 +7,7 @@ RUN ?= runs/new
 DATA ?= $(wildcard ../shared/data/train-*.tar)
 CURVES ?= ../shared/anchors/kodak_single_layer_rd.json
 
-.PHONY: demo test check format install kodak tables speed effort weights-check train fuzz golden clean
+.PHONY: demo test check format install kodak tables speed effort layers weights-check train fuzz golden clean
 
 demo: install  ## encode a photograph in three sizes, decode all three, print the table
 	@mkdir -p out
@@ -47,6 +47,9 @@ speed: install  ## where time and memory go: docs/performance.md
 
 effort: install  ## what --effort brings and costs
 	OMP_NUM_THREADS=1 $(BIN)/python -m compass_codec.measure.effort --images $(KODAK) --quick 3
+
+layers: install  ## what several qualities of one size cost
+	OMP_NUM_THREADS=1 $(BIN)/python -m compass_codec.measure.layers --images $(KODAK) --quick 6 --side 256
 
 weights-check: install  ## make weights-check NEW=runs/a/weights: may these replace the weights in models/?
 	$(BIN)/python -m compass_codec.measure.ratchet $(OLD) $(NEW) --images $(KODAK) --curves $(CURVES) $(QUICK)
