@@ -320,7 +320,10 @@ def main(out: Path, large: bool) -> None:
         found, parts = ordinary()
         plot(parts, out / "performance.svg")
     sections = kept(page) | found
-    text = ["# Speed and memory", "Made by `make speed`; sections on large pictures and a thumbnail by `make speed LARGE=--large`."]
+    text = [
+        "# Speed and memory",
+        "Made by `make speed`; sections on large pictures and a thumbnail by `make speed LARGE=--large`.",
+    ]
     text += [f"## {head}\n\n{sections[head]}" for head in SECTIONS if head in sections]
     page.write_text("\n\n".join(text) + "\n")
     click.echo(page.read_text())
