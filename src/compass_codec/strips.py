@@ -19,7 +19,7 @@ from torch import Tensor
 # the picture is wide. The arrays of a tile take some hundred MB, and what is computed twice at its borders stays small.
 TILE = {"cpu": 768, "cuda": 4096}
 STRIP = {"cpu": 512, "cuda": 2048}
-STRIP_PIXELS = {"cpu": 3 << 20, "cuda": 1 << 24}
+STRIP_PIXELS = {"cpu": 3 << 19, "cuda": 1 << 24}
 
 
 def strip_spans(size: tuple[int, int], device: torch.device, cell: int = 1) -> list[tuple[int, int]]:
@@ -72,6 +72,7 @@ def run(network: Network, strips: Iterable[Tensor], rows: int, size: tuple[int, 
             release()
         buffer = strip if buffer is None else torch.cat([buffer, strip], 2)
         received += strip.shape[2]
+        del strip  # here and below: nothing that is not needed outlives its turn
         ready = cells if received == rows else received // network.cell_in - network.reach
         if ready <= done:
             continue
@@ -79,10 +80,12 @@ def run(network: Network, strips: Iterable[Tensor], rows: int, size: tuple[int, 
             low, high = max(0, done + first - network.reach), min(cells, done + last + network.reach)
             part = buffer[:, :, (low - start) * network.cell_in : (high - start) * network.cell_in]
             out = _columns(network, part, min(size[0], high * network.cell_out) - low * network.cell_out, size[1])
+            del part
             yield out[:, :, (done + first - low) * network.cell_out : (done + last - low) * network.cell_out]
+            del out
         done = ready
         keep = max(0, done - network.reach)
-        buffer, start = buffer[:, :, (keep - start) * network.cell_in :], keep
+        buffer, start = buffer[:, :, (keep - start) * network.cell_in :].clone(), keep
     if done > network.height:
         release()
 
@@ -110,5 +113,5 @@ class Rows:
         while sum(strip.shape[2] for strip in self.kept) < count:
             self.kept.append(next(self.strips))
         rows = self.kept[0] if len(self.kept) == 1 else torch.cat(self.kept, 2)
-        self.kept = [rows[:, :, count:]] if rows.shape[2] > count else []
+        self.kept = [rows[:, :, count:].clone()] if rows.shape[2] > count else []
         return rows[:, :, :count]
