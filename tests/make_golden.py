@@ -1,26 +1,30 @@
 """Writes the golden files: ``python tests/make_golden.py``, once for each set of weights.
 
-Each is a .cmps file, the SHA-256 of the symbols of every layer, and the pictures it decodes to (float32, CPU).
+Each is a .cmps file, the SHA-256 of the symbols of every layer, and the pictures it decodes to (float32, CPU). The
+smaller of those without side information is also walked through in docs/format.md, which is brought up to date.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from compass_codec import container
+from compass_codec import container, pictures
 from compass_codec.codec import Codec
 
 FOLDER = Path(__file__).parent / "golden"
+FORMAT = Path(__file__).parents[1] / "docs" / "format.md"
 KINDS = {
     "portrait": ((97, 61), [1, 1.6, 3.2], 55),
     "fine": ((64, 64), [1, 2], 100),
     "coarse": ((130, 75), [1, 1.37, 2.9, 2.9], 5),
     "dot": ((1, 1), [1, 4], 50),
+    "small": ((8, 8), [1, 8], 50),
 }
 
 
@@ -40,6 +44,83 @@ def symbol_hashes(codec: Codec, data: bytes) -> list[str]:
     return hashes
 
 
+class Walk:
+    """Lines of a walk through a file: its bytes in hex, and what they are."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at, self.lines = data, 0, []
+
+    def take(self, count: int, what: str) -> None:
+        """The next bytes, 16 to a line."""
+        for at in range(self.at, self.at + count, 16):
+            piece = self.data[at : min(at + 16, self.at + count)].hex(" ")
+            self.lines.append(f"{piece:47}  {what if at == self.at else ''}".rstrip())
+        self.at += count
+
+    def varint(self, what: str) -> int:
+        """The next number, named in ``what`` as {}."""
+        end = next(i for i in range(self.at, len(self.data)) if self.data[i] < 128) + 1
+        value = sum((byte & 127) << 7 * i for i, byte in enumerate(self.data[self.at : end]))
+        signed = value // 2 if value % 2 == 0 else -(value + 1) // 2
+        self.take(end - self.at, what.format(signed))
+        return signed
+
+    def text(self) -> str:
+        assert self.at == len(self.data)
+        return "\n".join(self.lines) + "\n"
+
+
+def plain_example(data: bytes) -> str:
+    """A walk through a file without sections or side information."""
+    header, walk = container.read_header(data), Walk(data)
+    for count, what in ((4, 'magic "CMPS"'), (1, "version 1"), (1, "flags"), (6, f"model {header.model}")):
+        walk.take(count, what)
+    walk.take(1, f"{len(header.layers)} layers")
+    for k, layer in enumerate(header.layers):
+        walk.varint(f"layer {k}: width {layer.width}")
+        walk.varint(f"height {layer.height}")
+        walk.varint(f"scale factor, digits {data[walk.at]}")
+        walk.take(1, f"times 10^{data[walk.at]}")
+        walk.varint(f"quality {layer.quality:g}, in hundredths")
+        walk.varint(f"length {layer.length}")
+        walk.take(4, "checksum of the layer")
+    walk.take(4, "checksum of the header")
+    for k, layer in enumerate(header.layers):
+        for _ in range(walk.varint(f"layer {k}: {{}} escapes")):
+            walk.varint("escaped value {}")
+        walk.take(layer.end - walk.at, "range-coded words")
+    return walk.text()
+
+
+def example_with_sections(data: bytes) -> str:
+    """A walk through the same file with alpha for its layer 0, 1 x 1, and XMP; what differs is marked."""
+    alpha = pictures.alpha_to_bytes(np.full((1, 1), 128, np.uint8))
+    full = container.attach(data, container.Sections(alpha={0: alpha}, xmp=b"<x/>"))
+    header, plain, walk = container.read_header(full), container.read_header(data), Walk(full)
+    walk.take(5, 'magic "CMPS", version 1')
+    walk.take(1, "* flags: there is a table of sections")
+    walk.take(7, "model, 2 layers")
+    entries = plain.length - 4 - walk.at
+    walk.take(entries // 2, "layer 0")
+    walk.take(entries - entries // 2, "layer 1")
+    walk.take(1, "* 2 sections")
+    for what, length in (("alpha of layer 0", len(alpha)), ("XMP", 4)):
+        walk.take(2, f"* {what}")
+        walk.take(1, f"* length {length}")
+        walk.take(4, "* checksum of the section")
+    walk.take(4, "* checksum of the header")
+    walk.take(header.layers[0].length, "layer 0")
+    for count, what in (
+        (16, 'alpha of layer 0: "RIFF", ..., "WEBPVP8L"'),
+        (9, "2F, width - 1 and height - 1"),
+        (len(alpha) - 25, "1 x 1 sample of 128"),
+    ):
+        walk.take(count, what)
+    walk.take(header.layers[1].length, "layer 1")
+    walk.take(4, 'XMP: "<x/>"')
+    return walk.text()
+
+
 def main() -> None:
     from conftest import crop
 
@@ -54,6 +135,10 @@ def main() -> None:
         for k, picture in enumerate(codec.decode_layers(data, header, len(scales) - 1)):
             Image.fromarray(np.asarray(picture)).save(FOLDER / f"{name}.layer{k}.png", optimize=True)
     (FOLDER / "golden.json").write_text(json.dumps(facts, indent=1) + "\n")
+    small = (FOLDER / "small.cmps").read_bytes()
+    examples = iter([example_with_sections(small), plain_example(small)])
+    text = FORMAT.read_text()
+    FORMAT.write_text(re.sub(r"```text\n.*?```", lambda _: f"```text\n{next(examples)}```", text, flags=re.DOTALL))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ def test_the_example_in_the_format_document_is_a_golden_file():
     text = (ROOT / "docs" / "format.md").read_text()
     block = re.findall(r"```text\n(.*?)```", text, re.DOTALL)[-1]
     described = bytes.fromhex("".join(line.split("  ")[0] for line in block.splitlines()))
-    assert described == (ROOT / "tests" / "golden" / "dot.cmps").read_bytes()
+    assert described == (ROOT / "tests" / "golden" / "small.cmps").read_bytes()
 
 
 def test_the_largest_header_in_the_format_document(small_file):
