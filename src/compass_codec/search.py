@@ -104,13 +104,13 @@ def efforts(
         tried: list[CodedLayer] = []
         for k, (picture, quality) in enumerate(zip(layers, qualities, strict=True)):
             side, size = best[k].side, (picture.shape[0], picture.shape[1])
-            prediction = list(codec.predict(tried[-1].seen if k else None, size, side.gain))
+            known = torch.cat(list(codec.predict(tried[-1].seen if k else None, size, side.gain)), 2)
             if side.empty:
-                seen = rounded(prediction, size)
+                seen = rounded([known], size)
                 tried.append(CodedLayer(b"", seen, side, cost(b"", seen, picture, quality)))
                 continue
             generator = torch.Generator().manual_seed(stage)
-            job = Job(picture, torch.cat(prediction, 2), quality, prices[k], generator, deadline)
+            job = Job(picture, known, quality, prices[k], generator, deadline)
             search = searches[min(k, 1)]
             own = latents[k] = search.start(job, latents[k])
             data, seen = search.finish(job, *search.anneal(job, own, ANNEAL[stage]))
@@ -150,9 +150,6 @@ class Job:
     @property
     def size(self) -> tuple[int, int]:
         return self.picture.shape[0], self.picture.shape[1]
-
-    def strips(self) -> Sequence[Tensor]:
-        return self.known.split(strips.strip_rows(self.size[1], self.known.device), 2)
 
     def pixels(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """Of a tile: its pixels and its prediction, [1, 3, rows, columns] in 0..1."""
@@ -314,7 +311,7 @@ class Search:
             symbols[tile.part(LATENT)] = self.move(job, tile, symbols, rows, means, gain)
         y = _symbols(symbols)
         data = entropy.encode(z, y, index, self.layer.tables)
-        return data, self.layer.rebuild(y, means, job.strips(), job.quality, job.size)
+        return data, self.layer.rebuild(y, means, [job.known], job.quality, job.size)
 
     @gradients()
     def curvature(self, y: np.ndarray, means: Tensor, quality: float) -> Tensor:
