@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import compass, crop
 
-from compass_codec import container, entropy, search
+from compass_codec import container, contexts, entropy, search
 from compass_codec.errors import OptionError
 from compass_codec.networks import quality_to_lambda
 
@@ -201,6 +201,24 @@ def test_bits_are_those_of_the_coder(codec):
         z = np.zeros((128, 1, 1), np.int32)
         short, long = (len(entropy.encode(z, y[:n], np.full(y[:n].shape, row, np.uint8), tables)) for n in (1, 192))
         assert 8 * (long - short) == pytest.approx(191 * 900 * float(bits[row, symbol + reach]), rel=1e-3, abs=64)
+
+
+def test_bits_are_those_of_the_contexts(codec):
+    """What the search believes symbols cost is what they take, whatever is beside them."""
+    tables, own = codec.base.tables, search.Search(codec.base)
+    rng = np.random.default_rng(0)
+    index = rng.integers(0, 60, (192, 13, 14)).astype(np.uint8)
+    # larger on the left and of one sign on the right, so that many contexts occur
+    y = np.rint(rng.normal(np.arange(14) / 9, 3 - np.arange(14) / 6, index.shape)).astype(np.int32)
+    y[np.abs(y) > 2 + index // 8] = 0  # nothing escapes
+    level, symbols = (torch.from_numpy(part.astype(np.int64))[None] for part in (index, y))
+    context, sign = own.around(level, symbols)
+    assert len(context.unique()) == contexts.COUNT + 1 and (sign < 0).any()
+    believed = search.bits_of(own.y_bits, own.table(level, context), sign * symbols).sum()
+    z = np.zeros((128, 1, 1), np.int32)
+    empty = len(entropy.encode(z, y[:, :0], index[:, :0], tables))
+    taken = 8 * (len(entropy.encode(z, y.copy(), index, tables)) - empty)
+    assert taken == pytest.approx(float(believed), rel=1e-3, abs=64)
 
 
 def test_command(tmp_path):

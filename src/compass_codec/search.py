@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compass_codec import entropy, strips
-from compass_codec.codec import LATENT_LIMIT, CodedLayer, rounded, squared_error, to_tensor
+from compass_codec import contexts, entropy, strips
+from compass_codec.codec import DEAD_ZONE, LATENT_LIMIT, CodedLayer, rounded, squared_error, to_tensor
 from compass_codec.networks import ImageCodec, quality_to_lambda
 
 if TYPE_CHECKING:
@@ -34,9 +34,10 @@ ANNEAL = (0, 16, 24, 30, 40, 50, 60, 80, 120, 240)
 MOVES = 6  # steps of moves at the end of each effort
 JOINT = 0.7  # of the steps of annealing, those in which z moves too
 RATE = 0.03  # of Adam, in quantisation steps
-HOT, WARM, COLD = 0.5, 0.3, 0.1  # temperatures: at first, when z is rounded, and at last
+HOT, WARM, COLD = 0.7, 0.4, 0.2  # temperatures: at first, when z is rounded, and at last
+REFRESH = 4  # steps of annealing after which the contexts are looked at anew
 SHARE = 0.15  # of the symbols that may move in one step
-CAUTION = 1.5  # times the curvature: what moves together adds up
+CAUTION = 1.0  # times the curvature: more, as what moves together adds up, did worse
 FIRST_GAIN = 2.0  # bits that a move must win in the first step; falls to 0 in the last
 PROBES = 3  # random pictures from which the curvature is measured
 # What a unit of squared error adds to the cost of the layer above, in units of what it would cost there. About 1 is
@@ -217,8 +218,28 @@ class Search:
                 self.codec = ImageCodec(layer.codec.n, layer.codec.m)
             self.codec.load_state_dict(tensors, assign=True)
             self.codec.requires_grad_(False).eval()
-            self.y_bits, self.z_bits = (table_bits(t).to(layer.device) for t in (layer.tables.y, layer.tables.z))
+            self.y_bits, self.z_bits = (table_bits(t).to(layer.device) for t in (layer.tables.all_y, layer.tables.z))
+            self.numbers = table_numbers(layer.tables).to(layer.device)
             self.channels = torch.arange(layer.codec.n, device=layer.device)[None, :, None, None]
+
+    def around(self, level: Tensor, symbols: Tensor) -> tuple[Tensor, Tensor]:
+        """Of symbols of y and their scale indices, [1, M, rows, columns] from an even row and column on: the context
+        of each, contexts.COUNT for none, and the sign it leans to, as those of entropy.walk."""
+        tables = self.layer.tables
+        index, y = (part[0].cpu().numpy() for part in (level, symbols))
+        context, sign = np.full(y.shape, contexts.COUNT, np.int64), np.ones(y.shape, np.int64)
+        if tables.weights is not None:
+            known = contexts.Neighbourhood(tables.expected[index], tables.weights)
+            for phase, (row, column) in enumerate(contexts.PHASES):
+                place = (slice(None), slice(row, None, 2), slice(column, None, 2))
+                if phase:
+                    context[place], sign[place] = known.look(phase)
+                known.put(phase, y[place])
+        return torch.from_numpy(context)[None].to(level.device), torch.from_numpy(sign)[None].to(level.device)
+
+    def table(self, level: Tensor, context: Tensor) -> Tensor:
+        """The number of the table of a scale index in a context."""
+        return self.numbers[level * (contexts.COUNT + 1) + context]
 
     @gradients()
     def start(self, job: Job, last: Latents | None) -> Latents:
@@ -231,7 +252,17 @@ class Search:
             y[tile.part(LATENT)] = self.codec.analysis(pixels - known, level)[tile.part(LATENT, 0, REACH)]
         if last is not None:
             return Latents(last.y + (y - last.analysed), last.z, y)
-        return Latents(y.clone(), self.codec.hyper_analysis(y), y)
+        z = self.codec.hyper_analysis(y)
+        _, means = self.parameters(_rounded(z), job.size)
+        centred = y - means
+        # where effort 0 makes them 0, so does rounding now
+        centred = torch.where(centred.abs() < DEAD_ZONE, centred * (0.5 / DEAD_ZONE), centred)
+        return Latents(means + centred, z, y)
+
+    def parameters(self, z: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Scale indices and means of y that the decoder will have, from the symbols of z, for a layer of ``size``."""
+        index, means = zip(*self.layer.parameters([z], size), strict=True)
+        return torch.cat(index, 2).clone(), torch.cat(means, 2).clone()
 
     @gradients()
     def anneal(self, job: Job, latents: Latents, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
@@ -240,8 +271,8 @@ class Search:
         joint, tiles = round(JOINT * steps), Tile.all(job.size)
         for tile in tiles:
             self.descend(job, latents, tile, joint, (HOT, WARM))
-        z = latents.z.round().clamp(-entropy.SYMBOL_LIMIT, entropy.SYMBOL_LIMIT)
-        known = [torch.cat(parts, 2).clone() for parts in zip(*self.layer.parameters([z], job.size), strict=True)]
+        z = _rounded(latents.z)
+        known = self.parameters(z, job.size)
         for tile in tiles:
             self.descend(job, latents, tile, steps - joint, (WARM, COLD), known)
         index, means = known
@@ -285,7 +316,9 @@ class Search:
                 position = level_position(scales)
             below, share = soften(y - means, temperature, job.generator)
             row = position.detach().long().clamp(0, entropy.LEVELS - 2)
-            low, high = (between(self.y_bits, row + by, below, share) for by in (0, 1))
+            if step % REFRESH == 0:
+                context, sign = self.around(position.detach().round().long(), (y - means).detach().round().long())
+            low, high = (between(self.y_bits, self.table(row + by, context), below, share, sign) for by in (0, 1))
             bits = bits + (low + (high - low) * (position - row)).sum()
             loss = bits + self.error(below + share + means, job, tile, pixels, prediction)
             adam.zero_grad()
@@ -335,13 +368,16 @@ class Search:
         cut, core = tile.part(LATENT, REACH), tile.part(LATENT, 0, REACH)
         pixels, prediction = job.pixels(tile)
         symbols, means = symbols[cut].to(means.device), means[cut]
-        row = index[tile.part(LATENT)].to(means.device)
+        index = index[cut].to(means.device)
+        row = index[core]
         best, least = symbols[core], float("inf")
         for step in range(MOVES + 1):
             latent = (symbols + means).requires_grad_()
             error = self.error(latent, job, tile, pixels, prediction)
             here = symbols[core]
-            bits = bits_of(self.y_bits, row, here)
+            context, sign = (part[core] for part in self.around(index, symbols))
+            table = self.table(row, context)
+            bits = bits_of(self.y_bits, table, sign * here)
             if (found := float(error.detach() + bits.sum())) < least:
                 best, least = here, found
             if step == MOVES or job.late():
@@ -349,7 +385,7 @@ class Search:
             slope = torch.autograd.grad(error, latent)[0][core]
             change, move = torch.full_like(slope, -FIRST_GAIN * (1 - step / MOVES)), torch.zeros_like(here)
             for by in (-1, 1):
-                more = by * slope + CAUTION * job.price * gain + bits_of(self.y_bits, row, here + by) - bits
+                more = by * slope + CAUTION * job.price * gain + bits_of(self.y_bits, table, sign * (here + by)) - bits
                 better = more < change
                 change, move = torch.where(better, more, change), torch.where(better, by, move)
             may = torch.rand(here.shape, generator=job.generator).to(here.device) < SHARE
@@ -380,9 +416,9 @@ def bits_of(bits: Tensor, row: Tensor, symbols: Tensor) -> Tensor:
     return bits.flatten()[row * bits.shape[1] + symbols.clamp(-reach, reach) + reach]
 
 
-def between(bits: Tensor, row: Tensor, below: Tensor, share: Tensor) -> Tensor:
-    """What below + share costs: interpolated between the bits of the integers."""
-    low, high = (bits_of(bits, row, below.long() + by) for by in (0, 1))
+def between(bits: Tensor, row: Tensor, below: Tensor, share: Tensor, sign: Tensor | int = 1) -> Tensor:
+    """What sign * (below + share) costs: interpolated between the bits of the integers."""
+    low, high = (bits_of(bits, row, sign * (below.long() + by)) for by in (0, 1))
     return low + (high - low) * share
 
 
@@ -396,6 +432,18 @@ def table_bits(tables: Sequence[entropy.Table]) -> Tensor:
         row[:] = own[-1] + ESCAPE_BITS
         row[reach - table.width : reach + table.width + 1] = own[:-1]
     return torch.from_numpy(bits)
+
+
+def table_numbers(tables: entropy.Tables) -> Tensor:
+    """Of every scale index, for every context and last for none, the number of its table, as in entropy.walk."""
+    numbers = np.repeat(np.arange(entropy.LEVELS)[:, None], contexts.COUNT + 1, 1)
+    first = entropy.LEVELS + numbers * contexts.COUNT + np.arange(contexts.COUNT + 1)
+    numbers[: tables.with_contexts, :-1] = first[: tables.with_contexts, :-1]
+    return torch.from_numpy(numbers.ravel())
+
+
+def _rounded(z: Tensor) -> Tensor:
+    return z.round().clamp(-entropy.SYMBOL_LIMIT, entropy.SYMBOL_LIMIT)
 
 
 def _symbols(x: Tensor) -> np.ndarray:
