@@ -2,6 +2,7 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 0 2>/dev/null && echo $$p && break; done)
 BIN = .venv/bin
 KODAK ?= ../shared/data/kodak
+BENCH ?= --two 1.2,1.6,2,2.4,2.8 --three 2.4,2.8,3.2,3.6,4
 OLD ?= models
 RUN ?= runs/new
 DATA ?= $(wildcard ../shared/data/train-*.tar)

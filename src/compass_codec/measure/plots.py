@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compass_codec.measure.protocol import FULL, PUBLISHED, Curve, title
 from compass_codec.measure.tables import TESTED, Column
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = 3  # panels in a row
 SHOWN = (PUBLISHED, "vtm", "av1", "bpg_444_x265_ycbcr", "paper-elic2022_mse")  # of the published single layers
@@ -44,7 +49,7 @@ def rate_distortion(columns: Sequence[Column], file: Path) -> None:
         axes.set_ylabel("RGB PSNR, dB")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=6)
-    figure.savefig(file, dpi=110)
+    _save(figure, file)
 
 
 def bits_of_layers(column: Column, file: Path) -> None:
@@ -72,4 +77,15 @@ def bits_of_layers(column: Column, file: Path) -> None:
     axes.set_xlabel(f"mean kbit of each layer, at the setting nearest to {wanted:.1f} dB at the final layer")
     axes.margins(x=0.12)
     axes.legend(fontsize=8)
-    figure.savefig(file, dpi=110)
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    """As PNG with a palette, a quarter of the bytes."""
+    from PIL import Image
+
+    with io.BytesIO() as buffer:
+        figure.savefig(buffer, dpi=110)
+        with Image.open(buffer) as image:
+            palette = image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
+            palette.save(file, optimize=True)
