@@ -34,7 +34,8 @@ ANNEAL = (0, 16, 24, 30, 40, 50, 60, 80, 120, 240)
 MOVES = 6  # steps of moves at the end of each effort
 JOINT = 0.7  # of the steps of annealing, those in which z moves too
 RATE = 0.03  # of Adam, in quantisation steps
-HOT, WARM, COLD = 0.7, 0.4, 0.2  # temperatures: at first, when z is rounded, and at last
+# Temperatures at first, when z is rounded, and at last: of efforts 1 and 2, which have little time, and of those above.
+QUICK, SLOW = (0.7, 0.4, 0.2), (0.5, 0.3, 0.1)
 REFRESH = 4  # steps of annealing after which the contexts are looked at anew
 SHARE = 0.15  # of the symbols that may move in one step
 CAUTION = 1.0  # times the curvature: more, as what moves together adds up, did worse
@@ -114,7 +115,7 @@ def efforts(
             job = Job(picture, known, quality, prices[k], generator, deadline)
             search = searches[min(k, 1)]
             own = latents[k] = search.start(job, latents[k])
-            data, seen = search.finish(job, *search.anneal(job, own, ANNEAL[stage]))
+            data, seen = search.finish(job, *search.anneal(job, own, ANNEAL[stage], QUICK if stage < 3 else SLOW))
             tried.append(CodedLayer(data, seen, side, cost(data, seen, picture, quality)))
         if total(tried, weights) < total(best, weights):
             best = tried
@@ -265,16 +266,18 @@ class Search:
         return torch.cat(index, 2).clone(), torch.cat(means, 2).clone()
 
     @gradients()
-    def anneal(self, job: Job, latents: Latents, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
+    def anneal(
+        self, job: Job, latents: Latents, steps: int, temperatures: tuple[float, float, float]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
         """Move the latents on, in place; then the symbols of z and y, the scale indices and the means, as those of
         LayerCodec.parse."""
         joint, tiles = round(JOINT * steps), Tile.all(job.size)
         for tile in tiles:
-            self.descend(job, latents, tile, joint, (HOT, WARM))
+            self.descend(job, latents, tile, joint, temperatures[:2])
         z = _rounded(latents.z)
         known = self.parameters(z, job.size)
         for tile in tiles:
-            self.descend(job, latents, tile, steps - joint, (WARM, COLD), known)
+            self.descend(job, latents, tile, steps - joint, temperatures[1:], known)
         index, means = known
         y = (latents.y - means).round().clamp(-LATENT_LIMIT, LATENT_LIMIT)
         return _symbols(z), _symbols(y), index[0].cpu().numpy(), means
