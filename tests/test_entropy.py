@@ -120,6 +120,9 @@ class TestContexts:
         y, lengths = entropy.gaussian_tables()
         with pytest.raises(ValueError, match="do not fit"):
             entropy.Tables(np.stack([t.freq for t in tables.z]), y, lengths, y[:100], np.zeros((3, 5, 8), np.int8))
+        first = np.tile(tables.y[0].freq, contexts.COUNT)
+        with pytest.raises(ValueError, match="do not fit"):
+            entropy.Tables(np.stack([t.freq for t in tables.z]), y, lengths, first, np.zeros((3, 5, 4), np.int8))
 
     def test_garbage(self, with_contexts):
         rng = np.random.default_rng(4)

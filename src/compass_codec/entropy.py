@@ -106,7 +106,7 @@ class Tables:
         if y_contexts is not None and weights is not None:
             ends = np.cumsum(np.repeat(y_lengths, contexts.COUNT))[contexts.COUNT - 1 :: contexts.COUNT]
             self.with_contexts = 1 + int(np.searchsorted(ends, len(y_contexts)))
-            if len(y_contexts) not in ends:
+            if len(y_contexts) not in ends or weights.shape[::2] != (len(contexts.PHASES) - 1, len(contexts.AROUND)):
                 raise ValueError("tables of contexts that do not fit those of scale indices")
             lengths = np.repeat(y_lengths[: self.with_contexts], contexts.COUNT)
             self.all_y = self.y + [Table(freq) for freq in np.split(y_contexts, np.cumsum(lengths)[:-1])]
