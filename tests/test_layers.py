@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from conftest import crop, psnr
 from PIL import Image
 
-from compass_codec.measure import layers
+from compass_codec.measure import kodak, layers
 
 
 def test_each_size_once():
@@ -41,3 +41,11 @@ def test_the_command(codec, tmp_path):
     reached = psnr(Image.fromarray(encoded.layers[2]), image)
     assert table[2][5].strip() == layers.compared(len(encoded.data), layers.at(points, reached))
     assert CliRunner().invoke(layers.main, [*arguments[:-1], "40,40"]).exit_code == 2
+
+
+@pytest.mark.parametrize("command", [layers.main, kodak.main])
+def test_bad_input_is_one_line(command, tmp_path):
+    result = CliRunner().invoke(command, ["--images", str(tmp_path)])
+    assert result.exit_code == 1 and result.output == f"Error: {tmp_path}: no PNG pictures\n"
+    result = CliRunner().invoke(command, ["--images", str(tmp_path), "--weights", str(tmp_path)])
+    assert result.exit_code == 1 and str(tmp_path) in result.output and result.output.count("\n") == 1

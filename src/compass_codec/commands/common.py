@@ -28,6 +28,15 @@ class Source(click.Path):
 
 
 @contextmanager
+def one_line() -> Iterator[None]:
+    """Turn what is wrong with the user's input into click's one-line error."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise click.ClickException(" ".join(str(error).split())) from error
+
+
+@contextmanager
 def blame(path: Path | str) -> Iterator[None]:
     """What goes wrong inside is reported as one line that begins with the file's name."""
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from compass_codec.commands.common import one_line
 from compass_codec.measure.bd_rate import FEWEST, BDRate
 from compass_codec.measure.protocol import PUBLISHED, Curve, Numbers, layers_of, pictures_in, published, rows
 from compass_codec.pictures import psnr
@@ -43,8 +44,9 @@ def main(
     from compass_codec import container
     from compass_codec.codec import Codec
 
-    codec = Codec.load("cpu", weights)
-    pictures = pictures_in(images, quick)
+    with one_line():
+        codec = Codec.load("cpu", weights)
+        pictures = pictures_in(images, quick)
     count = len(scales)
     # [quality, picture, layer]: accumulated bytes and PSNR of the layered file, bytes and PSNR of separate files
     shape = (len(qualities), len(pictures), count)

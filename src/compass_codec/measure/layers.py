@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from compass_codec.commands import values
+from compass_codec.commands.common import one_line
 from compass_codec.measure.protocol import pictures_in, rows
 
 if TYPE_CHECKING:
@@ -98,15 +99,17 @@ def main(
     if len(quality) not in (1, len(scales)):
         raise click.UsageError(f"{len(quality)} qualities for {len(scales)} scale factors")
     quality = quality * len(scales) if len(quality) == 1 else quality
+    with one_line():
+        codec, found = Codec.load("cpu", weights), pictures_in(images, quick)
     sources = []
-    for file in pictures_in(images, quick):
+    for file in found:
         with Image.open(file) as image:
             picture = image.convert("RGB")
         if side:
             left, top = max(0, picture.width - side) // 2, max(0, picture.height - side) // 2
             picture = picture.crop((left, top, min(picture.width, left + side), min(picture.height, top + side)))
         sources.append(pyramid(picture, layer_sizes(picture.size, scales)))
-    files = Files(Codec.load("cpu", weights), sources, scales)
+    files = Files(codec, sources, scales)
     body, separate = [], 0.0
     for k, (size, psnr) in enumerate(files.measure(range(len(scales)), quality)):
         alone = at([files.measure([k], [q])[0] for q in QUALITIES], psnr)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from compass_codec.commands.common import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -35,15 +35,6 @@ class Integers(click.ParamType):
         if not numbers or min(numbers) < 1:
             self.fail(f"{value!r}: not positive whole numbers separated by commas", param, ctx)
         return numbers
-
-
-@contextmanager
-def one_line() -> Iterator[None]:
-    """Turn what is wrong with the user's input into click's one-line error."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
 
 
 def choose_device(name: str) -> torch.device:
