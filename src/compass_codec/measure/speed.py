@@ -322,7 +322,7 @@ def main(out: Path, large: bool) -> None:
     sections = kept(page) | found
     text = [
         "# Speed and memory",
-        "Made by `make speed`; sections on large pictures and a thumbnail by `make speed LARGE=--large`.",
+        "Made by `make speed`; `make speed LARGE=--large` adds sections on large pictures and a thumbnail.",
     ]
     text += [f"## {head}\n\n{sections[head]}" for head in SECTIONS if head in sections]
     page.write_text("\n\n".join(text) + "\n")
