@@ -165,7 +165,7 @@ class TestPictures:
 
 
 class TestLearning:
-    @pytest.mark.parametrize("name", ["base", "liff", "residual", "joint"])
+    @pytest.mark.parametrize("name", ["base", "liff", "residual", "joint", "hyper"])
     def test_stage_lowers_its_held_out_loss(self, small, pictures, tmp_path, name):
         plan = Plan(name, steps=16, batch=(3,), side=(64,), lr=5e-4, ema=0.5)
         run = Run(plan, started(name), pictures, tmp_path, CPU)

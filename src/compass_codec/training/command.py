@@ -124,7 +124,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 
 
 @click.command("train")
-@click.argument("stage", type=click.Choice(["base", "liff", "residual", "joint"]))
+@click.argument("stage", type=click.Choice(["base", "liff", "residual", "joint", "hyper"]))
 @click.option(
     "--data",
     type=click.Path(path_type=Path),

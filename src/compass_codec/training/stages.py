@@ -8,6 +8,7 @@ distortions are on rounded latents with a straight-through gradient (paper, 3.3:
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import torch
 from torch import Tensor, nn
@@ -45,20 +46,24 @@ class RatedCodec(nn.Module):
 
     def forward(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """Centred picture [B, 3, H, W], level [B] to (reconstruction, bits [B])."""
-        y = self.codec.analysis(x, level)
+        y_hat, bits = self.code(self.codec.analysis(x, level))
+        out = self.codec.synthesis(y_hat, level, (x.shape[-2], x.shape[-1]))
+        return out.float(), bits
+
+    def code(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent y [B, M, h, w] to (what the decoder has of it, bits [B])."""
         z = self.codec.hyper_analysis(y)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(y.device.type, enabled=False):
             z = z.float()
             noisy = z + torch.rand_like(z) - 0.5 if self.training else z.round()
             likelihood = self.bottleneck(noisy.transpose(0, 1).flatten(1).unsqueeze(1))
-            z_bits = -lower_bound(likelihood, 1e-9).log2().reshape(z.shape[1], len(x), -1).sum((0, 2))
+            z_bits = -lower_bound(likelihood, 1e-9).log2().reshape(z.shape[1], len(y), -1).sum((0, 2))
         scales, means = self.codec.hyper_synthesis(round_ste(z).to(y.dtype), (y.shape[-2], y.shape[-1]))
         y, scales, means = y.float(), scales.float(), means.float()
         centred = y - means
         noisy = centred + torch.rand_like(y) - 0.5 if self.training else centred.round()
         y_bits = gaussian_bits(noisy, scales, torch.zeros_like(means)).sum((1, 2, 3))
-        out = self.codec.synthesis(round_ste(centred) + means, level, (x.shape[-2], x.shape[-1]))
-        return out.float(), y_bits + z_bits
+        return round_ste(centred) + means, y_bits + z_bits
 
 
 def cost(x: Tensor, rec: Tensor, bits: Tensor, lam: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -207,11 +212,52 @@ class JointStage(Stage):
         return loss, parts
 
 
+class HyperStage(Stage):
+    """Hyper networks and densities of both image codecs, the transforms frozen.
+
+    They cost a twentieth of the transforms, and a latent that stays as it is can be trained on again: those of the
+    last ``KEPT`` crops are kept, and for every new crop a step draws ``DRAWN`` of them.
+    """
+
+    trains = ("base", "residual")
+    KEPT, DRAWN = 1024, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        # latents of the base and of the residual codec, and what their bits count
+        self.kept: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=self.KEPT)
+
+    def freeze(self) -> None:
+        super().freeze()
+        for name, parameter in self.named_parameters():
+            if ".g_" in name or "gain" in name:
+                parameter.requires_grad_(False)
+
+    def forward(
+        self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            prediction = self.predict(self.lower(shrink(x, factors[0]), level), (x.shape[-2], x.shape[-1]))
+            codecs = self.base.codec, self.residual.codec
+            latents = [c.analysis(part, level) for c, part in zip(codecs, (x - 0.5, x - prediction), strict=True)]
+        shares = (lam / 0.013).rsqrt()  # as in cost()
+        if self.training:
+            if self.kept and self.kept[0][0].shape != latents[0].shape[1:]:
+                self.kept.clear()  # crops are now of another size
+            self.kept.extend(zip(*(y.half() for y in latents), shares, strict=True))
+            drawn = [self.kept[i] for i in torch.randint(len(self.kept), (self.DRAWN * len(x),)).tolist()]
+            *latents, shares = (torch.stack(part) for part in zip(*drawn, strict=True))
+        base, residual = (y.float() for y in latents)
+        bpp = (self.base.code(base)[1] + self.residual.code(residual)[1]) / (x.shape[-1] * x.shape[-2])
+        return (bpp * shares).mean(), {"bpp": bpp.mean().detach(), "psnr": torch.zeros(())}
+
+
 STAGES: dict[str, type[Stage]] = {
     "base": BaseStage,
     "liff": LiffStage,
     "residual": ResidualStage,
     "joint": JointStage,
+    "hyper": HyperStage,
 }
 
 
