@@ -8,7 +8,7 @@ from PIL import Image
 
 import compass_codec
 from compass_codec import container, strips
-from compass_codec.codec import Codec, layer_sizes
+from compass_codec.codec import MAGNITUDES, MOST_BEYOND, Codec, layer_sizes
 from compass_codec.errors import (
     CompassError,
     DamagedError,
@@ -50,6 +50,22 @@ def test_alpha_is_kept(codec):
     data = codec.encode(image, [1, 2], 60).data
     assert (np.asarray(codec.decode(data).getchannel("A")) == np.asarray(alpha)).all()
     assert codec.decode(data, 0).mode == "RGBA" and codec.decode(codec.encode(crop(8, 8), [1]).data).mode == "RGB"
+
+
+def test_symbols_are_rounded_by_what_they_cost(codec, monkeypatch):
+    layer = codec.base
+    least = layer.thresholds.reshape(-1, MAGNITUDES)
+    assert (least >= 0.5).all() and (least <= 0.5 + MOST_BEYOND).all() and least[0, 0] > least[40, 0] + 0.02
+    x = torch.tensor([0.3, 0.5, 0.55, 0.9, 1.2, 7.2, 40.9])
+    x = torch.cat([x, -x])[None, :, None, None]
+    frugal, wide = (layer.quantise(x.clone(), torch.full(x.shape, i, dtype=torch.uint8)).flatten() for i in (0, 45))
+    assert frugal.tolist() == [0, 0, 0, 1, 1, 7, 41, 0, 0, 0, -1, -1, -7, -41]
+    assert wide.tolist() == [0, 0, 1, 1, 1, 7, 41, 0, 0, -1, -1, -1, -7, -41]
+
+    picture = np.array(crop(160, 120))
+    cost = codec.encode_layer(picture, None, 40).cost
+    monkeypatch.setattr(layer, "thresholds", torch.full_like(layer.thresholds, 0.5))
+    assert cost < codec.encode_layer(picture, None, 40).cost
 
 
 def test_it_is_the_picture(codec):

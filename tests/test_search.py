@@ -29,6 +29,11 @@ def costs(encoded, layers, quality) -> float:
     return total
 
 
+def parts(data: bytes) -> list[bytes]:
+    header = container.read_header(data)
+    return [container.payload(header, data, k) for k in range(len(header.layers))]
+
+
 @pytest.mark.parametrize(("widths", "quality"), [((64,), 60), ((24, 64), 1), ((24, 64), 100)])
 def test_more_effort_never_costs_more(codec, widths, quality):
     layers = layers_of(*widths)
@@ -145,6 +150,23 @@ def test_tiles_cover_a_layer_once():
     for tile in search.Tile.all(size):
         counts[tile.part(search.LATENT)] += 1
     assert (counts == 1).all()
+
+
+def test_a_lower_layer_that_got_worse_stays(codec, monkeypatch):
+    """A layer above is then searched on the prediction that it had."""
+    layers = layers_of(24, 64)
+    plain = codec.encode_layers(layers, [1, 2], 60)
+    exact = search.Search.finish
+
+    def finish(self, job, z, y, index, means):
+        data, seen = exact(self, job, z, y, index, means)
+        return (data * 3, seen) if self.layer is codec.base else (data, seen)
+
+    monkeypatch.setattr(search.Search, "finish", finish)
+    found = codec.encode_layers(layers, [1, 2], 60, 1)
+    lower, upper = zip(*(parts(each.data) for each in (plain, found)), strict=True)
+    assert lower[0] == lower[1] and np.array_equal(plain.layers[0], found.layers[0])
+    assert upper[0] != upper[1] and costs(found, layers, 60) < costs(plain, layers, 60)
 
 
 def test_softening():

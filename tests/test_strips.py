@@ -1,5 +1,7 @@
 """A picture in strips and tiles gives what it gives as a whole."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,25 @@ def test_a_network_in_strips(height, pieces):
     parts = list(strips.run(network, cuts, x.shape[2], tuple(whole.shape[2:])))
     assert len(parts) > 1
     torch.testing.assert_close(torch.cat(parts, 2), whole)
+
+
+def test_a_fork_keeps_only_what_is_still_to_be_taken():
+    alive = weakref.WeakSet()
+
+    def source():
+        for i in range(80):
+            x = torch.tensor(i)
+            alive.add(x)
+            yield x
+            del x
+
+    first, second = strips.fork(source())
+    for i in range(80):
+        assert next(first) == i
+        if i >= 3:
+            assert next(second) == i - 3
+        assert len(alive) <= 5
+    assert [int(x) for x in second] == [77, 78, 79] and list(first) == []
 
 
 def small_strips(monkeypatch) -> Codec:

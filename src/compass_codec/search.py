@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from compass_codec import contexts, entropy, strips
-from compass_codec.codec import DEAD_ZONE, LATENT_LIMIT, CodedLayer, rounded, squared_error, to_tensor
+from compass_codec.codec import LATENT_LIMIT, CodedLayer, rounded, squared_error, to_tensor
 from compass_codec.networks import ImageCodec, quality_to_lambda
 
 if TYPE_CHECKING:
@@ -31,13 +31,16 @@ if TYPE_CHECKING:
 # Steps of annealing of each layer that an effort adds to those below it. It goes on from the latents, as they were
 # before rounding, where the effort below has ended.
 ANNEAL = (0, 16, 24, 30, 40, 50, 60, 80, 120, 240)
-MOVES = 6  # steps of moves at the end of each effort
-JOINT = 0.7  # of the steps of annealing, those in which z moves too
-RATE = 0.03  # of Adam, in quantisation steps
-# Temperatures at first, when z is rounded, and at last: of efforts 1 and 2, which have little time, and of those above.
+NEAR = 0.49  # of its symbol is where a latent begins
+MOVES = 16  # steps of moves at the end of each effort
+JOINT = 0.8  # of the steps of annealing, those in which z moves too
+# Of Adam, in quantisation steps, at efforts 1 and 2, which have little time, at 3 to 5, and above; and temperatures at
+# first, when z is rounded, and at last.
+RATES = (0.03, 0.02, 0.01)
 QUICK, SLOW = (0.7, 0.4, 0.2), (0.5, 0.3, 0.1)
 REFRESH = 4  # steps of annealing after which the contexts are looked at anew
-SHARE = 0.15  # of the symbols that may move in one step
+SHARE = 0.15  # of the symbols that may move in one step, less after each that was no gain
+LESS = 0.7
 CAUTION = 1.0  # times the curvature: more, as what moves together adds up, did worse
 FIRST_GAIN = 2.0  # bits that a move must win in the first step; falls to 0 in the last
 PROBES = 3  # random pictures from which the curvature is measured
@@ -105,18 +108,22 @@ def efforts(
             break
         tried: list[CodedLayer] = []
         for k, (picture, quality) in enumerate(zip(layers, qualities, strict=True)):
+            # while nothing below has changed, what was best for a layer can stay
+            same = all(a is b for a, b in zip(tried, best[:k], strict=True))
             side, size = best[k].side, (picture.shape[0], picture.shape[1])
             known = torch.cat(list(codec.predict(tried[-1].seen if k else None, size, side.gain)), 2)
             if side.empty:
-                seen = rounded([known], size)
-                tried.append(CodedLayer(b"", seen, side, cost(b"", seen, picture, quality)))
-                continue
-            generator = torch.Generator().manual_seed(stage)
-            job = Job(picture, known, quality, prices[k], generator, deadline)
-            search = searches[min(k, 1)]
-            own = latents[k] = search.start(job, latents[k])
-            data, seen = search.finish(job, *search.anneal(job, own, ANNEAL[stage], QUICK if stage < 3 else SLOW))
-            tried.append(CodedLayer(data, seen, side, cost(data, seen, picture, quality)))
+                data, seen = b"", rounded([known], size)
+            else:
+                generator = torch.Generator().manual_seed(stage)
+                job = Job(picture, known, quality, prices[k], generator, deadline)
+                search = searches[min(k, 1)]
+                own = latents[k] = search.start(job, latents[k])
+                data, seen = search.finish(job, *search.anneal(job, own, stage))
+            found = CodedLayer(data, seen, side, cost(data, seen, picture, quality))
+            error_counts = prices[k] / error_price(quality)
+            keep = same and priced(best[k], error_counts) <= priced(found, error_counts)
+            tried.append(best[k] if keep else found)
         if total(tried, weights) < total(best, weights):
             best = tried
         yield stage, best
@@ -127,12 +134,23 @@ def cost(data: bytes, seen: np.ndarray, picture: np.ndarray, quality: float) -> 
     return 8 * len(data) + quality_to_lambda(quality) / 3 * squared_error(picture, seen)
 
 
+def error_price(quality: float) -> float:
+    """What a unit of squared error, of samples in 0..1, costs in bits."""
+    return quality_to_lambda(quality) * 255**2 / 3
+
+
+def priced(layer: CodedLayer, error_counts: float) -> float:
+    """The cost of a layer whose error counts more than in itself, as it costs above too."""
+    bits = 8 * len(layer.data)
+    return bits + error_counts * (layer.cost - bits)
+
+
 def worth(qualities: Sequence[float], weights: Sequence[float]) -> list[float]:
     """What a unit of squared error, of samples in 0..1, costs in each layer, in its bits: with what it costs above."""
     prices: list[float] = []
     above = 0.0
     for quality, weight in zip(reversed(qualities), reversed(weights), strict=True):
-        above = weight * quality_to_lambda(quality) * 255**2 / 3 + AHEAD * above
+        above = weight * error_price(quality) + AHEAD * above
         prices.insert(0, above / weight)
     return prices
 
@@ -254,11 +272,10 @@ class Search:
         if last is not None:
             return Latents(last.y + (y - last.analysed), last.z, y)
         z = self.codec.hyper_analysis(y)
-        _, means = self.parameters(_rounded(z), job.size)
-        centred = y - means
-        # where effort 0 makes them 0, so does rounding now
-        centred = torch.where(centred.abs() < DEAD_ZONE, centred * (0.5 / DEAD_ZONE), centred)
-        return Latents(means + centred, z, y)
+        index, means = self.parameters(_rounded(z), job.size)
+        symbols = self.layer.quantise(y - means, index)
+        # rounding gives what effort 0 does
+        return Latents(means + (y - means).clamp(symbols - NEAR, symbols + NEAR), z, y)
 
     def parameters(self, z: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Scale indices and means of y that the decoder will have, from the symbols of z, for a layer of ``size``."""
@@ -266,18 +283,18 @@ class Search:
         return torch.cat(index, 2).clone(), torch.cat(means, 2).clone()
 
     @gradients()
-    def anneal(
-        self, job: Job, latents: Latents, steps: int, temperatures: tuple[float, float, float]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
-        """Move the latents on, in place; then the symbols of z and y, the scale indices and the means, as those of
-        LayerCodec.parse."""
+    def anneal(self, job: Job, latents: Latents, effort: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
+        """Move the latents on, in place, as ``effort`` adds to those below it; then the symbols of z and y, the scale
+        indices and the means, as those of LayerCodec.parse."""
+        steps, rate = ANNEAL[effort], RATES[(effort > 2) + (effort > 5)]
+        temperatures = SLOW if effort > 2 else QUICK
         joint, tiles = round(JOINT * steps), Tile.all(job.size)
         for tile in tiles:
-            self.descend(job, latents, tile, joint, temperatures[:2])
+            self.descend(job, latents, tile, joint, rate, temperatures[:2])
         z = _rounded(latents.z)
         known = self.parameters(z, job.size)
         for tile in tiles:
-            self.descend(job, latents, tile, steps - joint, temperatures[1:], known)
+            self.descend(job, latents, tile, steps - joint, rate, temperatures[1:], known)
         index, means = known
         y = (latents.y - means).round().clamp(-LATENT_LIMIT, LATENT_LIMIT)
         return _symbols(z), _symbols(y), index[0].cpu().numpy(), means
@@ -288,6 +305,7 @@ class Search:
         latents: Latents,
         tile: Tile,
         steps: int,
+        rate: float,
         temperatures: tuple[float, float],
         known: Sequence[Tensor] | None = None,
     ) -> None:
@@ -303,13 +321,13 @@ class Search:
             tensor.register_hook(mask.mul)
         if known is not None:
             position, means = known[0][cut].float(), known[1][cut]
-        adam = torch.optim.Adam([y, z], RATE)
+        adam = torch.optim.Adam([y, z], rate)
         for step in range(steps):
             if job.late():
                 break
             temperature = temperatures[0] * (temperatures[1] / temperatures[0]) ** (step / steps)
             if known is not None:
-                adam.param_groups[0]["lr"] = RATE * (1 - 0.9 * step / steps)
+                adam.param_groups[0]["lr"] = rate * (1 - 0.9 * step / steps)
             bits: Tensor | float = 0.0
             if known is None:
                 below, share = soften(z, temperature, job.generator)
@@ -373,7 +391,7 @@ class Search:
         symbols, means = symbols[cut].to(means.device), means[cut]
         index = index[cut].to(means.device)
         row = index[core]
-        best, least = symbols[core], float("inf")
+        least, share = float("inf"), SHARE
         for step in range(MOVES + 1):
             latent = (symbols + means).requires_grad_()
             error = self.error(latent, job, tile, pixels, prediction)
@@ -382,18 +400,21 @@ class Search:
             table = self.table(row, context)
             bits = bits_of(self.y_bits, table, sign * here)
             if (found := float(error.detach() + bits.sum())) < least:
-                best, least = here, found
+                least, best, kept = found, here, (table, sign, bits)
+                slope = torch.autograd.grad(error, latent)[0][core]
+            else:  # too many at once
+                table, sign, bits = kept
+                share *= LESS
             if step == MOVES or job.late():
                 break
-            slope = torch.autograd.grad(error, latent)[0][core]
-            change, move = torch.full_like(slope, -FIRST_GAIN * (1 - step / MOVES)), torch.zeros_like(here)
+            change, move = torch.full_like(slope, -FIRST_GAIN * (1 - step / MOVES)), torch.zeros_like(best)
             for by in (-1, 1):
-                more = by * slope + CAUTION * job.price * gain + bits_of(self.y_bits, table, sign * (here + by)) - bits
+                more = by * slope + CAUTION * job.price * gain + bits_of(self.y_bits, table, sign * (best + by)) - bits
                 better = more < change
                 change, move = torch.where(better, more, change), torch.where(better, by, move)
-            may = torch.rand(here.shape, generator=job.generator).to(here.device) < SHARE
+            may = torch.rand(best.shape, generator=job.generator).to(best.device) < share
             symbols = symbols.clone()
-            symbols[core] = here + move * may
+            symbols[core] = best + move * may
         return best.cpu()
 
 

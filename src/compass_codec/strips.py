@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -100,6 +101,27 @@ def _columns(network: Network, x: Tensor, height: int, width: int) -> Tensor:
         out = network.apply(part, (height, min(width, last * network.cell_out) - first * network.cell_out))
         tiles.append(out[..., (left - first) * network.cell_out : (right - first) * network.cell_out])
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, 3)
+
+
+def fork(strips: Iterable[Tensor]) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
+    """The strips twice. Only those are kept that one of the two has still to take: itertools.tee, which hands out its
+    memory in blocks of 57 items, would hold gigabytes of a large picture."""
+    source = iter(strips)
+    waiting: tuple[deque[Tensor], deque[Tensor]] = deque(), deque()
+
+    def branch(own: deque[Tensor]) -> Iterator[Tensor]:
+        while True:
+            if not own:
+                try:
+                    strip = next(source)
+                except StopIteration:
+                    return
+                for each in waiting:
+                    each.append(strip)
+                del strip
+            yield own.popleft()
+
+    return branch(waiting[0]), branch(waiting[1])
 
 
 class Rows:
