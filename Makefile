@@ -47,7 +47,7 @@ speed: install  ## where time and memory go: docs/performance.md (LARGE=--large:
 	$(BIN)/python -W ignore -m compass_codec.measure.speed $(LARGE)
 
 effort: install  ## what --effort brings and costs
-	OMP_NUM_THREADS=1 $(BIN)/python -m compass_codec.measure.effort --images $(KODAK) --quick 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m compass_codec.measure.effort --images $(KODAK) --quick 2 --side 160
 
 layers: install  ## what several qualities of one size cost
 	OMP_NUM_THREADS=1 $(BIN)/python -m compass_codec.measure.layers --images $(KODAK) --quick 6 --side 256
@@ -57,11 +57,12 @@ weights-check: install  ## make weights-check NEW=runs/a/weights: may these repl
 
 # Every stage in turn, within half an hour of one GPU. DATA: tars or folders of photographs.
 train: install
-	$(BIN)/compass train base $(DATA:%=--data %) --minutes 12 --batch 64,32 --side 128,256 --lr 5e-4 --resume $(RUN) $(START)
-	$(BIN)/compass train liff $(DATA:%=--data %) --minutes 5 --batch 64 --side 128 --lr 1e-3 --resume $(RUN) --weights $(RUN)/weights
+	$(BIN)/compass train base $(DATA:%=--data %) --minutes 11 --batch 64,32 --side 128,256 --lr 5e-4 --resume $(RUN) $(START)
+	$(BIN)/compass train liff $(DATA:%=--data %) --minutes 4 --batch 64 --side 128 --lr 1e-3 --resume $(RUN) --weights $(RUN)/weights
 	rm -f $(RUN)/weights/residual.safetensors
 	$(BIN)/compass train residual $(DATA:%=--data %) --minutes 6 --batch 64 --side 128 --lr 4e-4 --resume $(RUN) --weights $(RUN)/weights
 	$(BIN)/compass train joint $(DATA:%=--data %) --minutes 5 --batch 32 --side 192 --lr 1e-4 --resume $(RUN) --weights $(RUN)/weights
+	$(BIN)/compass train hyper $(DATA:%=--data %) --minutes 2 --batch 16 --side 256 --lr 3e-4 --hyper-lr 1 --resume $(RUN) --weights $(RUN)/weights
 	$(BIN)/python -m compass_codec.training.tables $(RUN)/weights $(DATA:%=--data %)
 
 fuzz: install  ## 100,000 broken files, then the coverage-guided fuzzer on the container

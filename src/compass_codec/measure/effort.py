@@ -5,7 +5,6 @@ Everything is of real files: their bytes, and the PSNR of what they decode to.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,10 +25,10 @@ LAYERS = {1: [1.0], 3: [1.0, 2.0, 4.0]}
 
 @dataclass
 class Found:
-    """What an effort brings and takes: of each picture, (bits a pixel, PSNR) of the top layer at every quality;
-    processor seconds; and the peak memory of the process so far in MiB."""
+    """What an effort brings and takes: of each layer of each picture, (bits of the file up to it, PSNR) at every
+    quality; processor seconds; and the peak of memory in MiB."""
 
-    points: list[list[tuple[float, float]]] = field(default_factory=list)
+    points: list[list[list[tuple[float, float]]]] = field(default_factory=list)
     seconds: float = 0.0
     memory: float = 0.0
 
@@ -37,20 +36,22 @@ class Found:
 def ladder(
     codec: Codec, layers: Sequence[np.ndarray], scales: Sequence[float], quality: float, effort: int
 ) -> list[tuple[bytes, float, float]]:
-    """The file of each effort up to this one, the processor seconds up to it, and the peak memory. An effort goes on
-    from the one below it, so that two encodes tell of all."""
+    """The file of each effort up to this one, the processor seconds up to it, and the peak memory of what it adds to
+    those below. An effort goes on from the one below it, so that two encodes tell of all."""
     from compass_codec import container
+    from compass_codec.measure.cost import forget_peak, peak_mb
 
     sizes, steps = [(p.shape[1], p.shape[0]) for p in layers], []
 
     def note(data: bytes) -> None:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        steps.append((data, time.process_time() - started, memory))
+        steps.append((data, time.process_time() - started, peak_mb()))
+        forget_peak()
 
     def heard(effort: int, gain: float, coded: list[CodedLayer]) -> None:
         payloads, sides = [layer.data for layer in coded], [layer.side for layer in coded]
         note(container.write(codec.model, sizes, scales, [quality] * len(layers), payloads, sides=sides))
 
+    forget_peak()
     started = time.process_time()
     note(codec.encode_layers(layers, scales, quality).data)
     started = time.process_time()
@@ -60,11 +61,10 @@ def ladder(
 
 def measure(task: tuple[list[Path], int, int, int]) -> tuple[list[Found], int]:
     """(pictures, side of the crop, layers, effort) to what efforts 0 to this one find, and the pixels encoded."""
-    import numpy as np
     import torch
     from PIL import Image
 
-    from compass_codec import pictures
+    from compass_codec import container, pictures
     from compass_codec.codec import Codec, layer_sizes
 
     files, side, count, effort = task
@@ -77,29 +77,33 @@ def measure(task: tuple[list[Path], int, int, int]) -> tuple[list[Found], int]:
         image = image.crop((left, top, min(image.width, left + side), min(image.height, top + side)))
         layers = pictures.pyramid(image, layer_sizes(image.size, scales))
         for each in found:
-            each.points.append([])
+            each.points.append([[] for _ in layers])
         for quality in QUALITIES:
-            area = image.width * image.height
-            pixels += area
+            pixels += image.width * image.height
             for each, (data, seconds, memory) in zip(
                 found, ladder(codec, layers, scales, quality, effort), strict=True
             ):
-                psnr = pictures.psnr(layers[-1], np.asarray(codec.decode(data)))
-                each.points[-1].append((8 * len(data) / area, psnr))
+                header = container.read_header(data)
+                decoded = codec.decode_layers(data, header, count - 1)
+                for points, entry, layer, seen in zip(each.points[-1], header.layers, layers, decoded, strict=True):
+                    points.append((8 * entry.end, pictures.psnr(layer, seen)))
                 each.seconds += seconds
-                each.memory = memory
+                each.memory = max(each.memory, memory)
     return found, pixels
 
 
-def gain(plain: list[list[tuple[float, float]]], found: list[list[tuple[float, float]]]) -> float:
-    """Mean over the pictures of the BD-rate in percent."""
+def gains(plain: Found, found: Found) -> list[float]:
+    """Of each layer, the mean over the pictures of the BD-rate in percent."""
     from compass_codec.measure.bd_rate import bd_rate
 
     def both(points: list[tuple[float, float]]) -> Any:
         return tuple(zip(*points, strict=True))
 
-    values = [bd_rate(*both(a), *both(b)).percent for a, b in zip(plain, found, strict=True)]
-    return sum(values) / len(values)
+    values = [
+        [bd_rate(*both(a), *both(b)).percent for a, b in zip(*pair, strict=True)]
+        for pair in zip(plain.points, found.points, strict=True)
+    ]
+    return [sum(layer) / len(layer) for layer in zip(*values, strict=True)]
 
 
 @click.command()
@@ -111,7 +115,8 @@ def gain(plain: list[list[tuple[float, float]]], found: list[list[tuple[float, f
 @click.option("--layers", type=click.Choice(["1", "3"]), multiple=True, default=("1", "3"), show_default=True)
 @click.option("--effort", type=click.IntRange(1, 9), default=9, show_default=True, help="The highest that is measured.")
 def main(images: Path, quick: int | None, side: int, layers: tuple[str, ...], effort: int) -> None:
-    """Print a table of BD-rate against effort 0 at qualities 1, 30, 60 and 100, time and memory."""
+    """Print a table of BD-rate against effort 0 at qualities 1, 30, 60 and 100, of each layer from the smallest to the
+    largest with the bits of the file up to it; of time; and of memory."""
     from compass_codec.batch import picture_suffixes
 
     files = sorted(p for p in images.iterdir() if p.suffix.lower() in picture_suffixes())
@@ -125,7 +130,7 @@ def main(images: Path, quick: int | None, side: int, layers: tuple[str, ...], ef
         for count in map(int, layers):
             found, pixels = pool.apply(measure, ((files, side, count, effort),))
             for number, each in enumerate(found):
-                change = f"{gain(found[0].points, each.points):+.1f} %" if number else "0"
+                change = ", ".join(f"{value:+.1f} %" for value in gains(found[0], each)) if number else "0"
                 seconds = f"{each.seconds / pixels * 1e6:.0f} s"
                 click.echo(f"| {count} | {number} | {change} | {seconds} | {each.memory:.0f} MiB |")
 
