@@ -12,7 +12,7 @@ from conftest import compass, crop
 
 from compass_codec import container, contexts, entropy, search
 from compass_codec.errors import OptionError
-from compass_codec.measure import effort
+from compass_codec.measure import effort as efforts
 from compass_codec.networks import quality_to_lambda
 
 
@@ -269,10 +269,10 @@ def test_command(tmp_path):
 
 def test_the_table_of_efforts(tmp_path):
     """Each layer of a file has its own BD-rate, and lower layers gain too."""
-    crop(48, 40).save(tmp_path / "a.png")
-    arguments = ["--images", str(tmp_path), "--side", "48", "--layers", "3", "--effort", "1"]
-    result = CliRunner().invoke(effort.main, arguments)
+    crop(32, 32).save(tmp_path / "a.png")
+    arguments = ["--images", str(tmp_path), "--side", "32", "--layers", "3", "--effort", "1"]
+    result = CliRunner().invoke(efforts.main, arguments)
     *_, none, first = result.output.strip().splitlines()
     assert none.startswith("| 3 | 0 | 0 |") and first.endswith(" MiB |")
-    changes = [float(part.removesuffix(" %")) for part in first.split("|")[3].split(",")]
+    changes = [float(part.strip().removesuffix(" %")) for part in first.split("|")[3].split(",")]
     assert len(changes) == 3 and max(changes) < 0
