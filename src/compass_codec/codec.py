@@ -193,11 +193,10 @@ class LayerCodec:
 
 def thresholds(tables: entropy.Tables) -> np.ndarray:
     """For each scale index and magnitude m, float32 [LEVELS * MAGNITUDES]: what a latent must be beyond m to become
-    m + 1. The last magnitude stands for larger ones, and for what has no frequency the one below."""
+    m + 1. The last magnitude stands for larger ones; what has no frequency of its own costs an escape at least."""
     found = np.full((len(tables.y), MAGNITUDES), 0.5, np.float32)
     for row, table in zip(found, tables.y, strict=True):
-        bits = -np.log2(table.freq[table.width : 2 * table.width + 1].astype(float))[: MAGNITUDES + 1]
-        more = np.diff(bits)
+        more = np.diff(-np.log2(table.freq[table.width :][: MAGNITUDES + 1].astype(float)))
         row += np.clip(BEYOND * np.pad(more, (0, MAGNITUDES - len(more)), "edge"), 0, MOST_BEYOND)
     return found.ravel()
 
