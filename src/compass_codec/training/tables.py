@@ -1,7 +1,8 @@
 """Probability tables from what the networks really put out, in place of the ideal ones they were trained with.
 
 ``python -m compass_codec.training.tables WEIGHTS --data photos.tar`` counts the symbols of real encodes and rewrites
-the tables in WEIGHTS, those of contexts among them. Nothing else changes: the same symbols, in fewer bytes.
+the tables in WEIGHTS, those of contexts among them. As the encoder rounds by what symbols cost, it counts twice: first a
+few crops with the tables that are there, then all with those.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from compass_codec.training.data import Pictures, resize
 PRIOR = 20.0  # symbols that the ideal table counts for, next to those that were seen
 WITH_CONTEXTS = 44  # scale indices that have contexts; tables of those above would be long, and their symbols are few
 RIDGE = 30.0
+FIRST = 8  # how many times fewer crops are counted at first
 HELD_OUT = 10  # every so many-th crop is not counted
 
 
@@ -163,12 +165,14 @@ def main(weights: Path, data: tuple[Path, ...], crops: int, side: int, device: s
     """Fit the probability tables in the folder WEIGHTS to pictures."""
     try:
         codec = Codec.load(device, weights)
-        counts = count(codec, Pictures(list(data), codec.device), crops, side)
-        for part, found in zip(("base", "residual"), counts, strict=True):
-            tables = found.tables()
-            rewrite(weights / f"{part}.safetensors", tables)
-            if found.held_out:
-                click.echo(f"{part}: {found.check(tables)}")
+        pictures = Pictures(list(data), codec.device)
+        for share in (FIRST, 1):
+            counts = count(Codec.load(device, weights), pictures, -(-crops // share), side)
+            for part, found in zip(("base", "residual"), counts, strict=True):
+                tables = found.tables()
+                rewrite(weights / f"{part}.safetensors", tables)
+                if share == 1 and found.held_out:
+                    click.echo(f"{part}: {found.check(tables)}")
     except (CompassError, ValueError, OSError) as error:
         raise click.ClickException(" ".join(str(error).split())) from error
 
