@@ -247,7 +247,7 @@ def to_host(x: Tensor) -> np.ndarray:
 
 def to_bytes(x: Tensor) -> np.ndarray:
     """[1, 3, height, width] in 0..1 to uint8 [height, width, 3]. Layers are predicted from this, at both ends, so
-    differences between devices in the last bit of a float cannot grow from layer to layer."""
+    differences between devices in the last bit of a float mostly vanish and do not add up."""
     pixels = x[0].clamp(0, 1).mul_(255).round_().byte().permute(1, 2, 0)
     return to_host(pixels)
 
