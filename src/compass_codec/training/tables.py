@@ -1,8 +1,8 @@
 """Probability tables from what the networks really put out, in place of the ideal ones they were trained with.
 
 ``python -m compass_codec.training.tables WEIGHTS --data photos.tar`` counts the symbols of real encodes and rewrites
-the tables in WEIGHTS, those of contexts among them. As the encoder rounds by what symbols cost, it counts twice: first a
-few crops with the tables that are there, then all with those.
+the tables in WEIGHTS, those of contexts among them. As the encoder rounds by what symbols cost, it counts twice: first
+a few crops with the tables that are there, then all with those.
 """
 
 from __future__ import annotations
