@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compass_codec import contexts
-from compass_codec.codec import Codec, LayerCodec
+from compass_codec.codec import Codec, LayerCodec, choose_device
 from compass_codec.entropy import LEVELS, Table, Tables, encode, frequencies, groups, walk
 from compass_codec.errors import CompassError
 from compass_codec.training.data import Pictures, resize
@@ -164,8 +164,7 @@ def rewrite(file: Path, tables: dict[str, np.ndarray]) -> None:
 def main(weights: Path, data: tuple[Path, ...], crops: int, side: int, device: str) -> None:
     """Fit the probability tables in the folder WEIGHTS to pictures."""
     try:
-        codec = Codec.load(device, weights)
-        pictures = Pictures(list(data), codec.device)
+        pictures = Pictures(list(data), choose_device(device))
         for share in (FIRST, 1):
             counts = count(Codec.load(device, weights), pictures, -(-crops // share), side)
             for part, found in zip(("base", "residual"), counts, strict=True):
