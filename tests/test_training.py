@@ -180,6 +180,18 @@ class TestLearning:
         assert {"step", "seconds", "lr", "lambda", "loss", "bpp", "psnr", "patches_per_second"} <= log[0].keys()
         assert log[-1]["step"] == 16 and len(log[-1]["held_out"]) == 3
 
+    def test_hyper_stage_leaves_the_transforms_and_keeps_latents(self, small, pictures, tmp_path):
+        run = Run(Plan("hyper", steps=3, batch=(2,), side=(64, 96)), started("hyper"), pictures, tmp_path, CPU)
+        before = {n: p.detach().clone() for n, p in run.stage.named_parameters()}
+        sizes = []
+        for _ in range(3):
+            run.advance(run.progress())
+            sizes.append((len(run.stage.kept), run.stage.kept[0][0].shape[-1]))
+        assert sizes == [(2, 4), (4, 4), (2, 6)]  # other crops, other latents
+        changed = {n for n, p in run.stage.named_parameters() if not torch.equal(p, before[n])}
+        assert changed and all(".h_a." in n or ".h_s." in n or ".bottleneck." in n for n in changed)
+        assert {n.split(".")[0] for n in changed} == {"base", "residual"}
+
     def test_muon_learns(self, small, pictures, tmp_path):
         plan = Plan("base", steps=20, batch=(4,), side=(64,), lr=5e-4, ema=0.5, optimiser="muon")
         run = Run(plan, started("base"), pictures, tmp_path, CPU)
