@@ -215,7 +215,7 @@ class JointStage(Stage):
 class HyperStage(Stage):
     """Hyper networks and densities of both image codecs, the transforms frozen.
 
-    They cost a twentieth of the transforms, and a latent that stays as it is can be trained on again: those of the
+    They cost a tenth of the transforms, and a latent that stays as it is can be trained on again: those of the
     last ``KEPT`` crops are kept, and for every new crop a step draws ``DRAWN`` of them.
     """
 
