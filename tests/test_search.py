@@ -116,7 +116,7 @@ def test_tiles_bound_what_is_computed_at_once(codec, monkeypatch):
     monkeypatch.setattr(search.Search, "error", watch)
     layers = [np.array(crop(320, 40))]
     plain, found = (codec.encode_layers(layers, [1], 60, effort) for effort in (0, 1))
-    assert len(widest) == 5 * (search.ANNEAL[1] + search.MOVES + 1)
+    assert len(widest) == 5 * (search.ANNEAL[1] + search.MOVES[1] + 1)
     assert max(widest) == (1 + 2 * search.REACH) * 4
     assert costs(found, layers, 60) < 0.995 * costs(plain, layers, 60)
 
@@ -160,8 +160,8 @@ def test_a_lower_layer_that_got_worse_stays(codec, monkeypatch):
     plain = codec.encode_layers(layers, [1, 2], 60)
     exact = search.Search.finish
 
-    def finish(self, job, z, y, index, means):
-        data, seen = exact(self, job, z, y, index, means)
+    def finish(self, job, latents, effort):
+        data, seen = exact(self, job, latents, effort)
         return (data * 3, seen) if self.layer is codec.base else (data, seen)
 
     monkeypatch.setattr(search.Search, "finish", finish)
@@ -169,6 +169,30 @@ def test_a_lower_layer_that_got_worse_stays(codec, monkeypatch):
     lower, upper = zip(*(parts(each.data) for each in (plain, found)), strict=True)
     assert lower[0] == lower[1] and np.array_equal(plain.layers[0], found.layers[0])
     assert upper[0] != upper[1] and costs(found, layers, 60) < costs(plain, layers, 60)
+
+
+def test_curvature(codec):
+    """It is about how far a step really changes the picture, and the same channel's differs from place to place."""
+    own, level = search.Search(codec.base), codec.base.level(60)
+    pixels = torch.from_numpy(np.array(crop(128, 96))).permute(2, 0, 1)[None] / 255
+    with torch.inference_mode():
+        y = own.codec.analysis(pixels, level).round()
+    with search.gradients():
+        found = own.curvature(y.clone(), level, (96, 128)).detach()
+    assert found.shape == y.shape
+    real, believed = np.zeros((2, 12, 6))
+    with torch.inference_mode():
+        plain = own.codec.synthesis(y, level, (96, 128))
+        for i, channel in enumerate(range(0, 192, 16)):
+            for j, (row, column) in enumerate([(0, 0), (1, 4), (2, 6), (3, 2), (4, 7), (5, 3)]):
+                moved = y.clone()
+                moved[0, channel, row, column] += 0.1
+                real[i, j] = 100 * float((own.codec.synthesis(moved, level, (96, 128)) - plain).square().sum())
+                believed[i, j] = found[0, channel, row, column]
+    ratios = real / believed
+    assert 0.8 < np.median(ratios) < 1.25
+    # much nearer than with what is of the channel alone
+    assert np.log(ratios).std() < 0.8 * np.log(real / found.mean((0, 2, 3))[::16, None].numpy()).std()
 
 
 def test_softening():

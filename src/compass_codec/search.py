@@ -2,9 +2,9 @@
 
 What is lowered is R + lambda * 255^2 * MSE, summed over the layers. The latents y and z, before they are rounded, move
 down its gradient while a random choice between the two nearest integers, ever nearer to rounding, takes the place of
-rounding: stochastic Gumbel annealing (Yang, Bamler, Mandt 2020). First y and z move together, with the float
-hyper-synthesis between them; then z is rounded, and y goes on with the scales and means that the decoder will have.
-Last, symbols of y move by one wherever that is a gain. The decoder knows nothing of all this.
+rounding: stochastic Gumbel annealing (Yang, Bamler, Mandt 2020). Then z is rounded, which gives the scales and means
+that the decoder will have, and symbols of y move by one: first also where that is a small loss, as in simulated
+annealing, and last only where it is a gain. The decoder knows nothing of all this.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,22 +28,20 @@ from compass_codec.networks import ImageCodec, quality_to_lambda
 if TYPE_CHECKING:
     from compass_codec.codec import Codec, LayerCodec
 
-# Steps of annealing of each layer that an effort adds to those below it. It goes on from the latents, as they were
-# before rounding, where the effort below has ended.
-ANNEAL = (0, 16, 24, 30, 40, 50, 60, 80, 120, 240)
+# Steps of annealing of each layer, and then of moves, that an effort adds to those below it. It goes on from where the
+# effort below has ended.
+ANNEAL = (0, 16, 20, 24, 30, 40, 60, 80, 120, 240)
+MOVES = (0, 24, 32, 40, 48, 56, 64, 80, 120, 240)
 NEAR = 0.49  # of its symbol is where a latent begins
-MOVES = 16  # steps of moves at the end of each effort
-JOINT = 0.8  # of the steps of annealing, those in which z moves too
-# Of Adam, in quantisation steps, at efforts 1 and 2, which have little time, at 3 to 5, and above; and temperatures at
-# first, when z is rounded, and at last.
+# Of Adam, in quantisation steps, at efforts 1 and 2, which have little time, at 3 to 5, and above.
 RATES = (0.03, 0.02, 0.01)
-QUICK, SLOW = (0.7, 0.4, 0.2), (0.5, 0.3, 0.1)
+Z_RATE = 1.5  # times that for z: 1 is as good for large layers, and small ones gain by more
+TEMPERATURES = 0.5, 0.1  # of annealing, at first and at last
 REFRESH = 4  # steps of annealing after which the contexts are looked at anew
-SHARE = 0.15  # of the symbols that may move in one step, less after each that was no gain
+HEAT, COLD = 1.0, 0.7  # bits that moves may lose at first, about; falls to 0 at this share of the steps
+SHARE = 0.3  # of the symbols that may move in one step, less after each that was no gain once it is cold
 LESS = 0.7
-CAUTION = 1.0  # times the curvature: more, as what moves together adds up, did worse
-FIRST_GAIN = 2.0  # bits that a move must win in the first step; falls to 0 in the last
-PROBES = 3  # random pictures from which the curvature is measured
+PROBES = 4  # random pictures from which the curvature is measured
 # What a unit of squared error adds to the cost of the layer above, in units of what it would cost there. About 1 is
 # best for the sum over the layers, 0 for the top layer at equal bits of the file.
 AHEAD = 0.4
@@ -119,7 +117,8 @@ def efforts(
                 job = Job(picture, known, quality, prices[k], generator, deadline)
                 search = searches[min(k, 1)]
                 own = latents[k] = search.start(job, latents[k])
-                data, seen = search.finish(job, *search.anneal(job, own, stage))
+                search.anneal(job, own, stage)
+                data, seen = search.finish(job, own, stage)
             found = CodedLayer(data, seen, side, cost(data, seen, picture, quality))
             error_counts = prices[k] / error_price(quality)
             keep = same and priced(best[k], error_counts) <= priced(found, error_counts)
@@ -283,34 +282,13 @@ class Search:
         return torch.cat(index, 2).clone(), torch.cat(means, 2).clone()
 
     @gradients()
-    def anneal(self, job: Job, latents: Latents, effort: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
-        """Move the latents on, in place, as ``effort`` adds to those below it; then the symbols of z and y, the scale
-        indices and the means, as those of LayerCodec.parse."""
-        steps, rate = ANNEAL[effort], RATES[(effort > 2) + (effort > 5)]
-        temperatures = SLOW if effort > 2 else QUICK
-        joint, tiles = round(JOINT * steps), Tile.all(job.size)
-        for tile in tiles:
-            self.descend(job, latents, tile, joint, rate, temperatures[:2])
-        z = _rounded(latents.z)
-        known = self.parameters(z, job.size)
-        for tile in tiles:
-            self.descend(job, latents, tile, steps - joint, rate, temperatures[1:], known)
-        index, means = known
-        y = (latents.y - means).round().clamp(-LATENT_LIMIT, LATENT_LIMIT)
-        return _symbols(z), _symbols(y), index[0].cpu().numpy(), means
+    def anneal(self, job: Job, latents: Latents, effort: int) -> None:
+        """Move the latents on, in place, as ``effort`` adds to those below it."""
+        for tile in Tile.all(job.size):
+            self.descend(job, latents, tile, ANNEAL[effort], RATES[(effort > 2) + (effort > 5)])
 
-    def descend(
-        self,
-        job: Job,
-        latents: Latents,
-        tile: Tile,
-        steps: int,
-        rate: float,
-        temperatures: tuple[float, float],
-        known: Sequence[Tensor] | None = None,
-    ) -> None:
-        """Move the latents in a tile's core, in place, by ``steps`` gradients. ``known`` are the scale indices and
-        means of the whole layer, where they stay; without them z moves too."""
+    def descend(self, job: Job, latents: Latents, tile: Tile, steps: int, rate: float) -> None:
+        """Move the latents in a tile's core, in place, by ``steps`` gradients."""
         pixels, prediction = job.pixels(tile)
         cut, z_cut = tile.part(LATENT, REACH), tile.part(1, REACH + HYPER_REACH)
         y, z = latents.y[cut].clone().requires_grad_(), latents.z[z_cut].clone().requires_grad_()
@@ -319,22 +297,18 @@ class Search:
             mask = torch.zeros_like(tensor)
             mask[inside] = 1
             tensor.register_hook(mask.mul)
-        if known is not None:
-            position, means = known[0][cut].float(), known[1][cut]
-        adam = torch.optim.Adam([y, z], rate)
+        groups: list[dict[str, Any]] = [{"params": [y]}, {"params": [z], "lr": Z_RATE * rate}]
+        adam = torch.optim.Adam(groups, rate)
+        first, last = TEMPERATURES
         for step in range(steps):
             if job.late():
                 break
-            temperature = temperatures[0] * (temperatures[1] / temperatures[0]) ** (step / steps)
-            if known is not None:
-                adam.param_groups[0]["lr"] = rate * (1 - 0.9 * step / steps)
-            bits: Tensor | float = 0.0
-            if known is None:
-                below, share = soften(z, temperature, job.generator)
-                bits = between(self.z_bits, self.channels, below, share).sum()
-                given = self.codec.hyper_synthesis(below + share, tile.extent(LATENT, REACH + HYPER_REACH))
-                scales, means = (part[tile.part(LATENT, REACH, REACH + HYPER_REACH)] for part in given)
-                position = level_position(scales)
+            temperature = first * (last / first) ** (step / steps)
+            below, share = soften(z, temperature, job.generator)
+            bits = between(self.z_bits, self.channels, below, share).sum()
+            given = self.codec.hyper_synthesis(below + share, tile.extent(LATENT, REACH + HYPER_REACH))
+            scales, means = (part[tile.part(LATENT, REACH, REACH + HYPER_REACH)] for part in given)
+            position = level_position(scales)
             below, share = soften(y - means, temperature, job.generator)
             row = position.detach().long().clamp(0, entropy.LEVELS - 2)
             if step % REFRESH == 0:
@@ -355,67 +329,71 @@ class Search:
         ).clamp(0, 1)
         return job.price * (out - pixels)[tile.part(PIXEL, REACH / 2, REACH)].square().sum()
 
-    def finish(
-        self, job: Job, z: np.ndarray, y: np.ndarray, index: np.ndarray, means: Tensor
-    ) -> tuple[bytes, np.ndarray]:
-        """Symbols, after moves, to the layer's bytes and what the decoder will see."""
-        gain = self.curvature(y, means, job.quality)
-        symbols, rows = torch.from_numpy(y)[None].long(), torch.from_numpy(index)[None].long()
+    def finish(self, job: Job, latents: Latents, effort: int) -> tuple[bytes, np.ndarray]:
+        """Round the latents and move the symbols of y; the layer's bytes and what the decoder will see. In place, the
+        latents follow the moves."""
+        z = _rounded(latents.z)
+        index, means = self.parameters(z, job.size)
+        symbols = (latents.y - means).round().clamp(-LATENT_LIMIT, LATENT_LIMIT).long()
         for tile in Tile.all(job.size):
-            symbols[tile.part(LATENT)] = self.move(job, tile, symbols, rows, means, gain)
+            symbols[tile.part(LATENT)] = self.move(job, tile, symbols, index.long(), means, MOVES[effort])
+        latents.y[:] = means + (latents.y - means).clamp(symbols - NEAR, symbols + NEAR)
         y = _symbols(symbols)
-        data = entropy.encode(z, y, index, self.layer.tables)
+        data = entropy.encode(_symbols(z), y, index[0].cpu().numpy(), self.layer.tables)
         return data, self.layer.rebuild(y, means, [job.known], job.quality, job.size)
 
-    @gradients()
-    def curvature(self, y: np.ndarray, means: Tensor, quality: float) -> Tensor:
-        """The squared length [1, M, 1, 1] of what a step of 1 in each channel of y adds to the picture, measured around
-        the middle of the layer with random pictures (Hutchinson)."""
-        side = LATENT * TILE
-        top, left = max(0, y.shape[1] - side) // 2, max(0, y.shape[2] - side) // 2
-        rows, columns = slice(top, top + side), slice(left, left + side)
-        symbols = torch.from_numpy(y[None, :, rows, columns]).to(means.device)
-        latent = (symbols + means[:, :, rows, columns]).requires_grad_()
-        out = self.codec.synthesis(latent, self.layer.level(quality), (16 * latent.shape[2], 16 * latent.shape[3]))
+    def curvature(self, latent: Tensor, level: Tensor, extent: tuple[int, int]) -> Tensor:
+        """About the squared length [1, M, rows, columns] of what a step of 1 in each latent adds to the picture,
+        measured with random pictures (Hutchinson), as a product of what is of its channel and what is of its place,
+        which takes few of them. Channels that do more say more of a place."""
+        latent = latent.requires_grad_()
+        out = self.codec.synthesis(latent, level, extent)
         generator, squares = torch.Generator().manual_seed(0), torch.zeros_like(latent)
         for _ in range(PROBES):
             probe = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
             squares += torch.autograd.grad(out, latent, probe, retain_graph=True)[0].square()
-        return squares.mean((0, 2, 3), keepdim=True) / PROBES
+        of_channel = squares.mean((0, 2, 3), keepdim=True).clamp(min=1e-12).sqrt()
+        of_place = (squares / of_channel).mean(1, keepdim=True)
+        return of_channel.square() * of_place / of_channel.mean() / PROBES
 
     @gradients()
-    def move(self, job: Job, tile: Tile, symbols: Tensor, index: Tensor, means: Tensor, gain: Tensor) -> Tensor:
-        """The best symbols of the tile's core, int64 [1, M, rows, columns], that MOVES steps come across."""
+    def move(self, job: Job, tile: Tile, symbols: Tensor, index: Tensor, means: Tensor, steps: int) -> Tensor:
+        """The symbols of the tile's core, int64 [1, M, rows, columns], after ``steps`` of moves by one. Each changes a
+        random part of those where it is a gain, by the gradient and the curvature of the error; at first a random
+        number of bits decides what is a gain, ever smaller."""
         cut, core = tile.part(LATENT, REACH), tile.part(LATENT, 0, REACH)
         pixels, prediction = job.pixels(tile)
-        symbols, means = symbols[cut].to(means.device), means[cut]
-        index = index[cut].to(means.device)
+        symbols, index, means = symbols[cut].clone(), index[cut], means[cut]
         row = index[core]
+        level = self.layer.level(job.quality)
+        bend = job.price * self.curvature(symbols + means, level, tile.extent(PIXEL, REACH))[core]
         least, share = float("inf"), SHARE
-        for step in range(MOVES + 1):
+        for step in range(steps + 1):
             latent = (symbols + means).requires_grad_()
             error = self.error(latent, job, tile, pixels, prediction)
             here = symbols[core]
             context, sign = (part[core] for part in self.around(index, symbols))
             table = self.table(row, context)
             bits = bits_of(self.y_bits, table, sign * here)
-            if (found := float(error.detach() + bits.sum())) < least:
-                least, best, kept = found, here, (table, sign, bits)
+            heat = HEAT * (1 - step / (COLD * steps))
+            if heat > 0 or (found := float(error.detach() + bits.sum())) < least:
+                if heat <= 0:
+                    least = found
+                best, kept = here.clone(), (table, sign, bits)
                 slope = torch.autograd.grad(error, latent)[0][core]
             else:  # too many at once
                 table, sign, bits = kept
                 share *= LESS
-            if step == MOVES or job.late():
+            if step == steps or job.late():
                 break
-            change, move = torch.full_like(slope, -FIRST_GAIN * (1 - step / MOVES)), torch.zeros_like(best)
+            drawn, may = (torch.rand(best.shape, generator=job.generator).to(slope.device) for _ in range(2))
+            change, move = max(heat, 0) * torch.logit(drawn, 1e-6), torch.zeros_like(best)
             for by in (-1, 1):
-                more = by * slope + CAUTION * job.price * gain + bits_of(self.y_bits, table, sign * (best + by)) - bits
+                more = by * slope + bend + bits_of(self.y_bits, table, sign * (best + by)) - bits
                 better = more < change
                 change, move = torch.where(better, more, change), torch.where(better, by, move)
-            may = torch.rand(best.shape, generator=job.generator).to(best.device) < share
-            symbols = symbols.clone()
-            symbols[core] = best + move * may
-        return best.cpu()
+            symbols[core] = best + move * (may < share)
+        return best
 
 
 def soften(x: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
