@@ -35,17 +35,19 @@ def expected(name: str) -> list[np.ndarray]:
 
 def check_pictures(codec: Codec) -> None:
     """No layer is more than 1 of 255 further from the golden one than the layer below it is, nor more than 2; more
-    than 1 is one sample in ten thousand, and 99.9 % are equal."""
-    apart = []
+    than 1 is one sample in ten thousand. 99.9 % are equal, and 99.5 % above a layer that has samples that are not."""
+    apart: dict[bool, list[np.ndarray]] = {False: [np.zeros(1)], True: [np.zeros(1)]}
     for name in KINDS:
         below = 0
         for found, golden in zip(pictures(codec, name), expected(name), strict=True):
             assert found.shape == golden.shape, name
-            apart.append(np.abs(found - golden).ravel())
-            assert apart[-1].max() <= min(2, below + 1), name
-            below = apart[-1].max()
-    every = np.concatenate(apart)
-    assert (every > 0).mean() <= 0.001 and (every > 1).mean() <= 0.0001
+            difference = np.abs(found - golden).ravel()
+            assert difference.max() <= min(2, below + 1), name
+            apart[below > 0].append(difference)
+            below = difference.max()
+    first, above = (np.concatenate(apart[key]) for key in (False, True))
+    assert (first > 0).mean() <= 0.001 and (above > 0).mean() <= 0.005
+    assert (above > 1).sum() <= 0.0001 * (len(first) + len(above))
 
 
 def check_symbols(codec: Codec) -> None:
