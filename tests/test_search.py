@@ -214,8 +214,9 @@ def test_scales_are_those_of_the_integer_decoder(codec):
     with torch.inference_mode():
         scales, means = codec.base.codec.hyper_synthesis(z, (8, 8))
         index, exact = codec.base.hyper(z, (8, 8))
-    apart = (search.level_position(scales).round() - index).abs()
-    assert apart.max() <= 1 and apart.mean() < 0.03
+    # only what lies between two scales may fall to either
+    apart = (search.level_position(scales) - index).abs()
+    assert apart.max() < 0.6 and (apart > 0.5).float().mean() < 0.02
     assert torch.allclose(means, exact, atol=0.01)
     levels = torch.from_numpy(entropy.scale_levels())
     assert torch.allclose(search.level_position(levels), torch.arange(64.0).double(), atol=1e-6)
