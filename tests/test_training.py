@@ -33,6 +33,7 @@ from compass_codec.training.command import train
 from compass_codec.training.data import HELD_OUT, Pictures
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.export import REACH, export, import_start, load_parts, z_table
+from compass_codec.training.stages import draw_lambdas
 from compass_codec.training.start import block_transform, noise_pictures
 from compass_codec.training.trainer import Plan, Run, at, learning_rate, make_stage
 
@@ -155,6 +156,13 @@ class TestPictures:
             x = flat.sample(4, 128, generator)
             assert (x - x[:, :, :1, :1]).abs().max() < 1e-5
 
+    def test_lambdas_are_spread_over_the_range(self):
+        draws = torch.stack([draw_lambdas(8, torch.Generator().manual_seed(seed)) for seed in range(64)])
+        part = (draws / LAMBDAS[0]).log() / np.log(LAMBDAS[-1] / LAMBDAS[0]) * 8
+        assert torch.equal(part.floor().sort(1)[0], torch.arange(8.0).expand(64, 8))
+        assert len(part[:, 0].floor().unique()) == 8  # in no order
+        assert 0.4 < float(part.frac().mean()) < 0.6 and len(part.frac().unique()) > 400
+
     def test_tar_is_read_like_a_folder(self, folder, pictures, tmp_path):
         with tarfile.open(tmp_path / "p.tar", "w") as tar:
             for file in sorted(folder.iterdir()):
@@ -240,6 +248,37 @@ class TestResume:
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[k], found[k]) for k in expected)
         assert second.patches == whole.patches == 15
+
+    def test_moments_of_another_run(self, small, pictures, tmp_path):
+        other = Run(Plan("joint", steps=3, batch=(2,), side=(64,)), started("joint"), pictures, tmp_path, CPU)
+        for _ in range(2):
+            other.advance(other.progress())
+        other.save()
+        run = Run(Plan("residual"), started("residual"), pictures, tmp_path, CPU)
+        run.load_moments(other.checkpoint)
+        assert run.step == 0
+        for n, p in run.trained.items():
+            theirs = other.optimiser.state[other.trained[n]]
+            assert theirs.keys() == run.optimiser.state[p].keys() and float(theirs["step"]) == 2
+            assert all(torch.equal(value, run.optimiser.state[p][key]) for key, value in theirs.items())
+        run.advance(0.5)
+        with pytest.raises(ValueError, match="no moments of what base trains"):
+            Run(Plan("base"), started("base"), pictures, tmp_path, CPU).load_moments(other.checkpoint)
+        with pytest.raises(ValueError, match="another optimiser, adam"):
+            plan = Plan("residual", optimiser="muon")
+            Run(plan, started("residual"), pictures, tmp_path, CPU).load_moments(other.checkpoint)
+        with pytest.raises(ValueError, match="not a checkpoint"):
+            run.load_moments(tmp_path / "none.safetensors")
+
+    def test_residual_stage_repeats_sizes_above_lower_rates(self, small, monkeypatch):
+        stage, levels = started("residual"), []
+        stage.freeze()
+        monkeypatch.setattr(stage, "lower", lambda x, level: levels.append(level) or x.detach() * 0.9)
+        lam = torch.tensor([0.0067, 0.0483])
+        for factors in ((2.0, 1.0), (1.0, 2.0)):
+            stage(torch.rand(2, 3, 64, 64), lam, stages.level_of(lam).float(), factors)
+        assert torch.equal(levels[0], stages.level_of(lam).float())
+        assert ((levels[1] > 0) & (levels[1] < levels[0])).all()
 
     def test_changed_settings_are_named(self, small, pictures, tmp_path):
         Run(Plan("base", lr=1e-3), started("base"), pictures, tmp_path, CPU).save()

@@ -146,6 +146,11 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     help="What to start from: folder or file; default: the installed ones.",
 )
 @click.option(
+    "--moments",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Checkpoint of another run that a new one takes the optimiser's moments from.",
+)
+@click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Where the weights go; default: RESUME/weights."
 )
 @click.option("--batch", type=Integers(), default="16", show_default=True, help="Crops a step in each process.")
@@ -164,6 +169,7 @@ def train(
     data: tuple[Path, ...],
     resume: Path,
     weights: Path | None,
+    moments: Path | None,
     out: Path | None,
     liff: str | None,
     device: str,
@@ -201,6 +207,8 @@ def train(
                 changed = run.load()
                 if changed and chief:
                     click.echo(f"note: not as in the checkpoint: {', '.join(changed)}", err=True)
+            elif moments is not None:
+                run.load_moments(moments)
         if chief and not quiet:
             origin = f"step {run.step}, {run.seconds / 60:.1f} minutes" if run.step else start
             click.echo(f"{stage}: {len(pictures)} pictures; start: {origin}")

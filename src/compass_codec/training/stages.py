@@ -165,14 +165,15 @@ class LiffStage(Stage):
 
 
 class ResidualStage(Stage):
-    """The residual codec above a frozen base layer and a frozen LIFF."""
+    """The residual codec above a frozen base layer, of the first of ``factors``, and a frozen LIFF."""
 
     trains = ("residual",)
 
     def forward(
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        below = self.lower(shrink(x, factors[0]), level)
+        under = lower_rates(lam)[1] if factors[0] == 1 else level
+        below = self.lower(shrink(x, factors[0]), under)
         with torch.no_grad():
             prediction = self.predict(below, (x.shape[-2], x.shape[-1]))
         res, bits = self.residual(x - prediction, level)
@@ -196,8 +197,7 @@ class JointStage(Stage):
         for factor in factors:
             total *= factor
             if factor == 1:
-                lam = LAMBDAS[0] * (lam / LAMBDAS[0]) ** torch.rand_like(lam)
-                level = level_of(lam).float()
+                lam, level = lower_rates(lam)
             pyramid.append((shrink(x, total), lam, level))
         target, _, level = pyramid.pop()
         rec = self.lower(target, level)
@@ -261,9 +261,15 @@ STAGES: dict[str, type[Stage]] = {
 }
 
 
+def lower_rates(lam: Tensor) -> tuple[Tensor, Tensor]:
+    """Lambdas between the lowest and ``lam``, and their levels: those of a layer whose size is repeated above it."""
+    lam = LAMBDAS[0] * (lam / LAMBDAS[0]) ** torch.rand_like(lam)
+    return lam, level_of(lam).float()
+
+
 def draw_lambdas(batch: int, generator: torch.Generator) -> Tensor:
-    """Log-uniform over the trained range."""
-    t = torch.rand(batch, generator=generator)
+    """Log-uniform over the trained range, one from each of as many equal parts of it: less noise between batches."""
+    t = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
     return ((1 - t) * math.log(LAMBDAS[0]) + t * math.log(LAMBDAS[-1])).exp()
 
 

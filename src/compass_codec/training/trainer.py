@@ -214,16 +214,41 @@ class Run:
         except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{self.checkpoint}: not a checkpoint of this stage") from error
         self.stage.freeze()
-        for name, value in tensors.items():
-            if name.startswith("optimiser."):
-                n, key = name.removeprefix("optimiser.").split("|")
-                p = self.trained[n]
-                # a matrix keeps the weights' memory layout; Adam's step counter lives where Adam wants it
-                fused = p.is_cuda and self.plan.optimiser != "muon"
-                state = torch.empty_like(p).copy_(value) if value.ndim else value.to(p.device if fused else "cpu")
-                self.optimiser.state[p][key] = state
+        self._put_moments(tensors)
         stored = counters["plan"]
         return [k for k, v in json.loads(json.dumps(asdict(self.plan))).items() if k in stored and stored[k] != v]
+
+    def load_moments(self, checkpoint: Path) -> None:
+        """Take the optimiser's moments from another run's checkpoint, of this stage or another, for the parameters that
+        both train, so that a new schedule does not begin with an optimiser that knows nothing.
+
+        Raises ValueError when it is no checkpoint, or one of another optimiser or without a parameter of this stage.
+        """
+        try:
+            with safe_open(checkpoint, "pt") as file:
+                optimiser = json.loads(file.metadata()["run"])["plan"]["optimiser"]
+            tensors = load_file(checkpoint)
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{checkpoint}: not a checkpoint") from error
+        if optimiser != self.plan.optimiser:
+            raise ValueError(f"{checkpoint}: moments of another optimiser, {optimiser}")
+        if not self._put_moments(tensors):
+            raise ValueError(f"{checkpoint}: no moments of what {self.plan.stage} trains")
+
+    def _put_moments(self, tensors: dict[str, Tensor]) -> int:
+        """The optimiser's state out of a checkpoint's tensors, where a parameter is trained here; of how many."""
+        found = set()
+        for name, value in tensors.items():
+            n, _, key = name.removeprefix("optimiser.").partition("|")
+            p = self.trained.get(n) if name.startswith("optimiser.") else None
+            if p is None or (value.ndim and value.shape != p.shape):
+                continue
+            found.add(n)
+            # a matrix keeps the weights' memory layout; Adam's step counter lives where Adam wants it
+            fused = p.is_cuda and self.plan.optimiser != "muon"
+            state = torch.empty_like(p).copy_(value) if value.ndim else value.to(p.device if fused else "cpu")
+            self.optimiser.state[p][key] = state
+        return len(found)
 
     def _agree(self, progress: float, stop: bool) -> tuple[float, bool]:
         """Progress and whether to stop, the same in all processes."""
