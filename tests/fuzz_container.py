@@ -29,6 +29,7 @@ def check(data: bytes) -> None:
     assert 1 <= count <= container.MAX_LAYERS
     assert all(e.width * e.height <= container.MAX_PIXELS for e in header.layers)
     assert all((e.length == 0) == e.side.empty and 0 <= e.side.gain <= container.FULL_GAIN for e in header.layers)
+    assert all(len(e.side.filter) <= container.MAX_FILTER for e in header.layers)
     assert all(0 < s.length <= container.KINDS[s.kind].limit and s.layer < count for s in header.sections)
     # one piece after the other, from the header to the end
     pieces = sorted([(e.start, e.length) for e in header.layers] + [(s.start, s.length) for s in header.sections])

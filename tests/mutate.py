@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,7 +26,7 @@ SLOWEST = 10.0  # seconds of processor time a case may take
 MEMORY = 200 << 20  # bytes of memory that all cases together may add
 
 
-def sign(header: container.Header, data: bytes, fields: dict[int, dict[str, int]], parts: list[bytes]) -> bytes:
+def sign(header: container.Header, data: bytes, fields: dict[int, dict[str, Any]], parts: list[bytes]) -> bytes:
     """A file whose header says what ``fields`` say, and whose checksums are all right. A part without bytes is an empty
     layer."""
     sizes, scales, qualities, sides = [], [], [], []
@@ -34,7 +35,8 @@ def sign(header: container.Header, data: bytes, fields: dict[int, dict[str, int]
         sizes.append((changed.get("width", entry.width), changed.get("height", entry.height)))
         scales.append(entry.scale)
         qualities.append(entry.quality)
-        sides.append(container.Side(changed.get("gain", entry.side.gain), not parts[k]))
+        filtered = changed.get("filter", entry.side.filter)
+        sides.append(container.Side(changed.get("gain", entry.side.gain), not parts[k], filtered))
     found = container.sections(header, bytes(data))
     return container.write(header.model, sizes, scales, qualities, parts, found, sides)
 
@@ -45,7 +47,7 @@ def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
     header = container.read_header(bytes(data))
     parts = [container.payload(header, bytes(data), k) for k in range(len(header.layers))]
     k = int(rng.integers(len(parts)))
-    kind = int(rng.integers(15))
+    kind = int(rng.integers(16))
     if kind == 0:  # flipped bits
         for i in rng.integers(0, 8 * len(data), rng.integers(1, 9)):
             data[i // 8] ^= 1 << int(i % 8)
@@ -99,6 +101,12 @@ def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
         if rng.integers(2):
             parts[k] = b""
         data = bytearray(sign(header, data, gains, parts))
+    elif kind == 14:  # a filter of noise, or with flipped bits
+        part = bytearray(header.layers[k].side.filter or rng.bytes(30))
+        for i in rng.integers(0, 8 * len(part), rng.integers(1, 5)):
+            part[i // 8] ^= 1 << int(i % 8)
+        changed = [bytes(part), rng.bytes(int(rng.integers(0, container.MAX_FILTER + 1)))][rng.integers(2)]
+        data = bytearray(sign(header, data, {k: {"filter": changed}}, parts))
     else:  # noise for metadata
         noise = container.Sections(*(rng.bytes(int(rng.integers(1, 300))) for _ in range(3)))
         data = bytearray(container.attach(bytes(data), noise))

@@ -1,5 +1,7 @@
 """Whole files through the Python calls."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -150,7 +152,7 @@ def test_an_empty_layer_costs_less_and_a_better_one_is_never_empty(codec):
             del codec.adaptive
     chosen, plain = both
     assert sides(chosen.data)[1].empty and len(chosen.data) < len(plain.data) and seen_again(codec, chosen)
-    assert sides(plain.data) == [container.Side()] * 2
+    assert [replace(side, filter=b"") for side in sides(plain.data)] == [container.Side()] * 2
     header = container.read_header(chosen.data)
     assert header.layers[1].end == header.layers[0].end
     # the same quality once more may be empty, a higher one may not

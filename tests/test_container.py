@@ -162,6 +162,8 @@ def with_sides(sides=SIDES, sections=None) -> bytes:
     [
         (SIDES, b"\x01\x02\x01\x02\x00\x02\x01"),
         ([Side(empty=True), Side(15, True), Side(7)], b"\x01\x03\x00\x01\x01\x03\x0f\x02\x02\x07"),
+        ([Side(filter=b"ab"), Side(3, True, b"c"), Side()], b"\x01\x02\x00\x04\x02ab\x01\x07\x03\x01c"),
+        ([Side(), Side(), Side(filter=b"f" * 127)], b"\x01\x01\x02\x04\x7f" + b"f" * 127),
     ],
 )
 def test_side_information(sides, table):
@@ -180,6 +182,13 @@ def test_side_information(sides, table):
     assert full[5] == container.WITH_SIDE | container.WITH_SECTIONS
     assert [e.side for e in container.read_header(full).layers] == sides
     assert container.attach(full, container.Sections()) == data
+
+
+def test_bits_of_side_information():
+    """What is said of a layer, without the two bytes that begin it all."""
+    for side in (Side(), Side(3), Side(empty=True), Side(filter=b"abc"), Side(0, True, b"a")):
+        more = len(with_sides([Side(), Side(gain=9), side])) - len(with_sides([Side(), Side(gain=9), Side()]))
+        assert side.bits == 8 * (more + (len(PAYLOADS[2]) if side.empty else 0))
 
 
 def test_no_side_information_no_byte():
@@ -213,7 +222,9 @@ def test_every_flipped_bit_of_side_information_is_found(sections):
         (b"\x01\x02\x01\x02\x00\x01\x02\x00", "of layer 1 where"),  # twice
         (b"\x01\x02\x02\x02\x00\x01\x02\x00", "of layer 1 where"),  # not rising
         (b"\x01\x01\x01\x00", "layer 1 is out of range"),  # says nothing
-        (b"\x01\x01\x01\x04", "layer 1 is out of range"),  # a bit that is not known
+        (b"\x01\x01\x01\x08", "layer 1 is out of range"),  # a bit that is not known
+        (b"\x01\x01\x01\x04\x00", "filter of layer 1 has 0 bytes"),
+        (b"\x01\x01\x01\x04\x80" + b"f" * 128, "filter of layer 1 has 128 bytes"),
         (b"\x01\x01\x01\x82\x00", "layer 1 is out of range"),
         (b"\x01\x01\x00\x02\x00", "gain of layer 0"),
         (b"\x01\x01\x01\x02\x10", "gain of layer 1"),  # the full one

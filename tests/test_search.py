@@ -230,7 +230,8 @@ def test_layer_weights(codec):
         encoded = codec.encode_layers(layers, [1, 2], 60, 1, layer_weights=weights)
         header = container.read_header(encoded.data)
         payloads = [container.payload(header, encoded.data, k) for k in (0, 1)]
-        return [search.cost(*both, 60) for both in zip(payloads, encoded.layers, layers, strict=True)]
+        sides = [entry.side for entry in header.layers]
+        return [search.cost(*each, 60) for each in zip(payloads, encoded.layers, sides, layers, strict=True)]
 
     lower, upper = layer_costs([20, 1]), layer_costs([1, 20])
     assert lower[0] < upper[0] and upper[1] < lower[1]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compass_codec import container, entropy, pictures, strips
+from compass_codec import container, entropy, filters, pictures, strips
 from compass_codec.container import FULL_GAIN, Side
 from compass_codec.errors import LimitError, OptionError, WeightsError
 from compass_codec.liff import combine
@@ -391,11 +391,22 @@ class Codec:
         data, seen = codec.encode(picture, prediction(), quality)
         weight = quality_to_lambda(quality) / 3  # bits for each unit of squared error
         error = squared_error(picture, seen)
-        cost = 8 * len(data) + weight * error
-        if self.adaptive and weight * without < cost and (without <= error or not needed):
-            bare = rounded(self.predict(below, size, gain), size)
-            return CodedLayer(b"", bare, Side(gain, empty=True), weight * without)
-        return CodedLayer(data, seen, Side(gain), cost)
+        side, bare = Side(gain), Side(gain, empty=True)
+        cost, bare_cost = 8 * len(data) + side.bits + weight * error, bare.bits + weight * without
+        if self.adaptive and bare_cost < cost and (without <= error or not needed):
+            data, seen, side, cost = b"", rounded(self.predict(below, size, gain), size), bare, bare_cost
+        return self.filtered(CodedLayer(data, seen, side, cost), picture, quality)
+
+    def filtered(self, coded: CodedLayer, picture: np.ndarray, quality: float) -> CodedLayer:
+        """``coded``, which has no filter, or the same layer with one if that costs less."""
+        weight = quality_to_lambda(quality) / 3
+        found = filters.find(picture, coded.seen, weight)
+        if found is None:
+            return coded
+        side = replace(coded.side, filter=found[0])
+        error, before = squared_error(picture, found[1]), squared_error(picture, coded.seen)
+        cost = coded.cost + weight * (error - before) + side.bits - coded.side.bits
+        return CodedLayer(coded.data, found[1], side, cost) if cost < coded.cost else coded
 
     def lower_gain(
         self,
@@ -427,13 +438,14 @@ class Codec:
 
     def decode_layers(self, data: bytes, header: container.Header, last: int) -> Iterator[np.ndarray]:
         """Decode layers 0 to ``last`` in turn, each as uint8 [height, width, 3]. Raises DamagedError on the way,
-        TruncatedError, and WeightsError if the file was made with other weights."""
+        TruncatedError, FormatError, and WeightsError if the file was made with other weights."""
         if header.model != self.model:
             raise WeightsError(f"made with weights {header.model}; the weights here are {self.model}")
         below: np.ndarray | None = None
         for k, entry in enumerate(header.layers[: last + 1]):
             size = (entry.height, entry.width)
             part = container.payload(header, data, k)
+            adjust = filters.from_bytes(entry.side.filter) if entry.side.filter else None
             codec = self.base if below is None else self.residual
             with torch.inference_mode(), float32_convolutions():
                 prediction = self.predict(below, size, entry.side.gain)
@@ -441,6 +453,8 @@ class Codec:
                     below = rounded(prediction, size)
                 else:
                     below = codec.decode(part, size, prediction, entry.quality)
+                if adjust is not None:
+                    below = filters.apply(adjust, below)
             yield below
 
     def predict(

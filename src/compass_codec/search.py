@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from compass_codec.networks import ImageCodec, quality_to_lambda
 
 if TYPE_CHECKING:
     from compass_codec.codec import Codec, LayerCodec
+    from compass_codec.container import Side
 
 # Steps of annealing of each layer, and then of moves, that an effort adds to those below it. It goes on from where the
 # effort below has ended.
@@ -108,7 +109,7 @@ def efforts(
         for k, (picture, quality) in enumerate(zip(layers, qualities, strict=True)):
             # while nothing below has changed, what was best for a layer can stay
             same = all(a is b for a, b in zip(tried, best[:k], strict=True))
-            side, size = best[k].side, (picture.shape[0], picture.shape[1])
+            side, size = replace(best[k].side, filter=b""), (picture.shape[0], picture.shape[1])
             known = torch.cat(list(codec.predict(tried[-1].seen if k else None, size, side.gain)), 2)
             if side.empty:
                 data, seen = b"", rounded([known], size)
@@ -119,7 +120,8 @@ def efforts(
                 own = latents[k] = search.start(job, latents[k])
                 search.anneal(job, own, stage)
                 data, seen = search.finish(job, own, stage)
-            found = CodedLayer(data, seen, side, cost(data, seen, picture, quality))
+            found = CodedLayer(data, seen, side, cost(data, seen, side, picture, quality))
+            found = codec.filtered(found, picture, quality)
             error_counts = prices[k] / error_price(quality)
             keep = same and priced(best[k], error_counts) <= priced(found, error_counts)
             tried.append(best[k] if keep else found)
@@ -128,9 +130,9 @@ def efforts(
         yield stage, best
 
 
-def cost(data: bytes, seen: np.ndarray, picture: np.ndarray, quality: float) -> float:
+def cost(data: bytes, seen: np.ndarray, side: Side, picture: np.ndarray, quality: float) -> float:
     """R + lambda * 255^2 * MSE of a layer times its pixels: bits. Pictures are uint8 [height, width, 3]."""
-    return 8 * len(data) + quality_to_lambda(quality) / 3 * squared_error(picture, seen)
+    return 8 * len(data) + side.bits + quality_to_lambda(quality) / 3 * squared_error(picture, seen)
 
 
 def error_price(quality: float) -> float:
@@ -140,7 +142,7 @@ def error_price(quality: float) -> float:
 
 def priced(layer: CodedLayer, error_counts: float) -> float:
     """The cost of a layer whose error counts more than in itself, as it costs above too."""
-    bits = 8 * len(layer.data)
+    bits = 8 * len(layer.data) + layer.side.bits
     return bits + error_counts * (layer.cost - bits)
 
 

@@ -40,6 +40,7 @@ def info(file: Path | str, as_json: bool) -> None:
                 "end": e.end,
                 "gain": e.side.gain / container.FULL_GAIN,
                 "empty": e.side.empty,
+                "filter": len(e.side.filter),
                 "range": f"bytes=0-{e.end - 1}",
                 "state": states[k],
             }
@@ -95,6 +96,8 @@ def described(side: container.Side) -> str:
         facts.append(f"LIFF's part of the prediction x {side.gain / container.FULL_GAIN:g}" if side.gain else "no LIFF")
     if side.empty:
         facts.append("nothing is added to the prediction")
+    if side.filter:
+        facts.append(f"a filter of {len(side.filter)} bytes")
     return ", ".join(facts)
 
 
