@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from conftest import compass, crop
 
-from compass_codec import container, contexts, entropy, search
+from compass_codec import container, contexts, entropy, filters, search
 from compass_codec.errors import OptionError
 from compass_codec.measure import effort as efforts
 from compass_codec.networks import quality_to_lambda
@@ -171,23 +171,46 @@ def test_a_lower_layer_that_got_worse_stays(codec, monkeypatch):
     assert upper[0] != upper[1] and costs(found, layers, 60) < costs(plain, layers, 60)
 
 
-def test_curvature(codec):
+def drawn_filter(seed: int = 0) -> filters.Filter:
+    rng = np.random.default_rng(seed)
+    weights = rng.integers(-20, 20, (filters.BOUNDS, len(filters.TAPS)), np.int32)
+    return filters.Filter(7, weights, rng.integers(-20, 20, (3, 4), np.int32))
+
+
+def test_filtered_is_the_filter_of_the_decoder():
+    layer, found = np.array(crop(70, 50)), drawn_filter()
+    x = torch.from_numpy(layer).permute(2, 0, 1)[None] / 255
+    soft = 255 * search.filtered(found, x)[0].permute(1, 2, 0).clamp(0, 1).numpy()
+    exact = filters.apply(found, layer)
+    assert np.abs(soft - exact).max() < 0.51 and np.abs(exact.astype(int) - layer).mean() > 1
+    # so does one that lacks some of it
+    found = filters.Filter(3, found.weights * np.array([[1], [0], [0]], np.int32), np.zeros((3, 4), np.int32))
+    soft = 255 * search.filtered(found, x)[0].permute(1, 2, 0).clamp(0, 1).numpy()
+    assert np.abs(soft - filters.apply(found, layer)).max() < 0.51
+
+
+@pytest.mark.parametrize("adjust", [None, drawn_filter(1)])
+def test_curvature(codec, adjust):
     """It is about how far a step really changes the picture, and the same channel's differs from place to place."""
     own, level = search.Search(codec.base), codec.base.level(60)
     pixels = torch.from_numpy(np.array(crop(128, 96))).permute(2, 0, 1)[None] / 255
     with torch.inference_mode():
         y = own.codec.analysis(pixels, level).round()
     with search.gradients():
-        found = own.curvature(y.clone(), level, (96, 128)).detach()
+        job = search.Job(
+            np.array(crop(128, 96)), torch.zeros(1, 3, 96, 128), adjust, 60, 1.0, torch.Generator(), math.inf
+        )
+        tile = search.Tile((96, 128), (0, 2), (0, 2))
+        found = own.curvature(y.clone(), job, tile, job.known).detach()
     assert found.shape == y.shape
     real, believed = np.zeros((2, 12, 6))
     with torch.inference_mode():
-        plain = own.codec.synthesis(y, level, (96, 128))
+        plain = own.shown(y, job, tile, job.known)
         for i, channel in enumerate(range(0, 192, 16)):
             for j, (row, column) in enumerate([(0, 0), (1, 4), (2, 6), (3, 2), (4, 7), (5, 3)]):
                 moved = y.clone()
                 moved[0, channel, row, column] += 0.1
-                real[i, j] = 100 * float((own.codec.synthesis(moved, level, (96, 128)) - plain).square().sum())
+                real[i, j] = 100 * float((own.shown(moved, job, tile, job.known) - plain).square().sum())
                 believed[i, j] = found[0, channel, row, column]
     ratios = real / believed
     assert 0.8 < np.median(ratios) < 1.25

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from compass_codec import contexts, entropy, strips
+from compass_codec import contexts, entropy, filters, strips
 from compass_codec.codec import LATENT_LIMIT, CodedLayer, rounded, squared_error, to_tensor
 from compass_codec.networks import ImageCodec, quality_to_lambda
 
@@ -115,16 +115,17 @@ def efforts(
                 data, seen = b"", rounded([known], size)
             else:
                 generator = torch.Generator().manual_seed(stage)
-                job = Job(picture, known, quality, prices[k], generator, deadline)
+                found = filters.from_bytes(best[k].side.filter) if best[k].side.filter else None
+                job = Job(picture, known, found, quality, prices[k], generator, deadline)
                 search = searches[min(k, 1)]
                 own = latents[k] = search.start(job, latents[k])
                 search.anneal(job, own, stage)
                 data, seen = search.finish(job, own, stage)
-            found = CodedLayer(data, seen, side, cost(data, seen, side, picture, quality))
-            found = codec.filtered(found, picture, quality)
+            made = CodedLayer(data, seen, side, cost(data, seen, side, picture, quality))
+            made = codec.filtered(made, picture, quality)
             error_counts = prices[k] / error_price(quality)
-            keep = same and priced(best[k], error_counts) <= priced(found, error_counts)
-            tried.append(best[k] if keep else found)
+            keep = same and priced(best[k], error_counts) <= priced(made, error_counts)
+            tried.append(best[k] if keep else made)
         if total(tried, weights) < total(best, weights):
             best = tried
         yield stage, best
@@ -158,11 +159,12 @@ def worth(qualities: Sequence[float], weights: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Job:
-    """A layer to search: its pixels uint8 [height, width, 3], its prediction [1, 3, height, width] in 0..1, and what
-    a unit of squared error costs in bits."""
+    """A layer to search: its pixels uint8 [height, width, 3], its prediction [1, 3, height, width] in 0..1, the filter
+    it had so far, and what a unit of squared error costs in bits."""
 
     picture: np.ndarray
     known: Tensor
+    adjust: filters.Filter | None
     quality: float
     price: float
     generator: torch.Generator
@@ -324,11 +326,14 @@ class Search:
         latents.y[tile.part(LATENT)] = y.detach()[core]
         latents.z[tile.part(1)] = z.detach()[z_core]
 
+    def shown(self, latent: Tensor, job: Job, tile: Tile, prediction: Tensor) -> Tensor:
+        """The pixels [1, 3, rows, columns] of a latent, filtered, but not clipped or rounded."""
+        out = self.codec.synthesis(latent, self.layer.level(job.quality), tile.extent(PIXEL, REACH)) + prediction
+        return out if job.adjust is None else filtered(job.adjust, out)
+
     def error(self, latent: Tensor, job: Job, tile: Tile, pixels: Tensor, prediction: Tensor) -> Tensor:
         """What the squared error of the pixels that the tile's core shows in costs, in bits."""
-        out = (
-            self.codec.synthesis(latent, self.layer.level(job.quality), tile.extent(PIXEL, REACH)) + prediction
-        ).clamp(0, 1)
+        out = self.shown(latent, job, tile, prediction).clamp(0, 1)
         return job.price * (out - pixels)[tile.part(PIXEL, REACH / 2, REACH)].square().sum()
 
     def finish(self, job: Job, latents: Latents, effort: int) -> tuple[bytes, np.ndarray]:
@@ -344,12 +349,12 @@ class Search:
         data = entropy.encode(_symbols(z), y, index[0].cpu().numpy(), self.layer.tables)
         return data, self.layer.rebuild(y, means, [job.known], job.quality, job.size)
 
-    def curvature(self, latent: Tensor, level: Tensor, extent: tuple[int, int]) -> Tensor:
+    def curvature(self, latent: Tensor, job: Job, tile: Tile, prediction: Tensor) -> Tensor:
         """About the squared length [1, M, rows, columns] of what a step of 1 in each latent adds to the picture,
         measured with random pictures (Hutchinson), as a product of what is of its channel and what is of its place,
         which takes few of them. Channels that do more say more of a place."""
         latent = latent.requires_grad_()
-        out = self.codec.synthesis(latent, level, extent)
+        out = self.shown(latent, job, tile, prediction)
         generator, squares = torch.Generator().manual_seed(0), torch.zeros_like(latent)
         for _ in range(PROBES):
             probe = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
@@ -367,8 +372,7 @@ class Search:
         pixels, prediction = job.pixels(tile)
         symbols, index, means = symbols[cut].clone(), index[cut], means[cut]
         row = index[core]
-        level = self.layer.level(job.quality)
-        bend = job.price * self.curvature(symbols + means, level, tile.extent(PIXEL, REACH))[core]
+        bend = job.price * self.curvature(symbols + means, job, tile, prediction)[core]
         least, share = float("inf"), SHARE
         for step in range(steps + 1):
             latent = (symbols + means).requires_grad_()
@@ -396,6 +400,25 @@ class Search:
                 change, move = torch.where(better, more, change), torch.where(better, by, move)
             symbols[core] = best + move * (may < share)
         return best
+
+
+def filtered(found: filters.Filter, x: Tensor) -> Tensor:
+    """filters.apply without rounding and clipping, for pixels [1, 3, rows, columns] in 0..1."""
+    rows, columns = x.shape[2:]
+    reach, more = filters.REACH, torch.zeros_like(x)
+    wide = nn.functional.pad(x, (reach,) * 4, "replicate")
+    for tap, (down, right) in enumerate(filters.TAPS):
+        for sign in (1, -1):
+            top, left = reach + sign * down, reach + sign * right
+            step = wide[..., top : top + rows, left : left + columns] - x
+            for weights, limit in zip(found.weights, found.limits, strict=True):
+                if weight := int(weights[tap]):
+                    more = more + weight * (step if limit >= 255 else step.clamp(-limit / 255, limit / 255))
+    if found.colour.any():
+        colour = torch.from_numpy(found.colour).to(x)
+        mixed = torch.einsum("ij,bjhw->bihw", colour[:, :3], x - filters.MIDDLE / 255)
+        more = more + mixed + filters.OFFSET / 255 * colour[:, 3, None, None]
+    return x + more / 2**filters.BITS
 
 
 def soften(x: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
