@@ -21,7 +21,7 @@ from compass_codec.measure import cost, methods, peers, report, runner
 from compass_codec.measure.bd_rate import bd_psnr
 from compass_codec.measure.page import _nearest
 from compass_codec.measure.peers import PEERS, Gap
-from compass_codec.measure.protocol import BICUBIC, FULL, OURS, PADDED, Curve, layers_of
+from compass_codec.measure.protocol import BICUBIC, FULL, OURS, PADDED, UNFILTERED, Curve, layers_of
 from compass_codec.measure.runner import Cache, Job, Runner, Settings, Source
 from compass_codec.measure.tables import TESTED, Column, Points, Published, Results, compare
 from compass_codec.pictures import psnr
@@ -201,6 +201,12 @@ class TestOurs:
         assert [p.shape for _, p in found] == [layer.shape for layer in layers]
         assert all(psnr(p, layer) > 20 for (_, p), layer in zip(found, layers, strict=True))
         assert found[-1][0] > whole[-1][0]
+
+    def test_filters_bring_layers_nearer(self, layers, whole):
+        found = methods.code(UNFILTERED, layers, SCALES, 60, None, "cpu")
+        sizes = [a[0] - b[0] for a, b in zip(whole, found, strict=True)]
+        gains = [psnr(a[1], layer) - psnr(b[1], layer) for a, b, layer in zip(whole, found, layers, strict=True)]
+        assert max(gains) > 0.05 and 0 < max(sizes) < len(layers) * 70
 
     def test_padding_changes_nothing_where_there_is_nothing_to_pad(self):
         layers = layers_of(crop(256, 256), (1.0, 2.0))

@@ -14,7 +14,7 @@ import click
 
 from compass_codec.measure.bd_rate import FEWEST
 from compass_codec.measure.peers import J2K, PEERS, Gap
-from compass_codec.measure.protocol import BICUBIC, FULL, LEVELS, OURS, PADDED, Numbers, Scales, pictures_in
+from compass_codec.measure.protocol import BICUBIC, FULL, LEVELS, OURS, PADDED, UNFILTERED, Numbers, Scales, pictures_in
 
 if TYPE_CHECKING:
     from compass_codec.measure.report import Report
@@ -126,7 +126,7 @@ def bench(
     singles = {s for scales in layered for s in scales} | ({FULL} if "single" in tables else set())
     work += [job for s in sorted(singles) for method in (OURS, *peers) for job in results.jobs(method, (s,))]
     if "ablation" in tables:
-        work += [job for m in (OURS, BICUBIC, PADDED) for job in results.jobs(m, (1.0, MIDDLE, ablation))]
+        work += [job for m in (OURS, BICUBIC, PADDED, UNFILTERED) for job in results.jobs(m, (1.0, MIDDLE, ablation))]
     _run(runner, work, "measuring")
     report = _analyse(results, wanted, tables, (1.0, MIDDLE, ablation), peers, published)
     report.facts |= _facts(runner, results, peers, curves)

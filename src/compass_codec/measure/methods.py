@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compass_codec import container
-from compass_codec.codec import Codec, to_tensor
+from compass_codec.codec import Codec, CodedLayer, to_tensor
 from compass_codec.container import FULL_GAIN
 from compass_codec.measure.peers import PEERS, resolutions
-from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales
+from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, UNFILTERED, Scales
 
 Coded = list[tuple[int, np.ndarray]]
 
@@ -94,7 +94,14 @@ class Padded(Measured):
         return iter([F.pad(prediction, (0, size[1] - width, 0, size[0] - height), mode="replicate")])
 
 
-KINDS: dict[str, type[Measured]] = {OURS: Remembering, BICUBIC: Bicubic, PADDED: Padded}
+class Unfiltered(Remembering):
+    """No filters of layers."""
+
+    def filtered(self, coded: CodedLayer, picture: np.ndarray, quality: float) -> CodedLayer:
+        return coded
+
+
+KINDS: dict[str, type[Measured]] = {OURS: Remembering, BICUBIC: Bicubic, PADDED: Padded, UNFILTERED: Unfiltered}
 
 
 @cache

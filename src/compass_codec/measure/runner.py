@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import compass_codec
 from compass_codec.measure.peers import J2K, PEERS, Gap
-from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales, layers_of, sizes_of
+from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, UNFILTERED, Scales, layers_of, sizes_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,9 +27,21 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 LAYOUT = 1  # of a record; new measures or another meaning take a new number
 # modules that decide what a file holds and decodes to
-CODEC = ("codec", "container", "contexts", "entropy", "hyper", "liff", "networks", "pictures", "strips", "weights")
+CODEC = (
+    "codec",
+    "container",
+    "contexts",
+    "entropy",
+    "filters",
+    "hyper",
+    "liff",
+    "networks",
+    "pictures",
+    "strips",
+    "weights",
+)
 # Seconds of one core for a megapixel, for the progress bar alone.
-SECONDS = {OURS: 7.0, PADDED: 9.0, BICUBIC: 4.0}
+SECONDS = {OURS: 7.0, PADDED: 9.0, BICUBIC: 4.0, UNFILTERED: 7.0}
 MS_SSIM_SIDE = 161  # five scales of windows of 11 samples need this many
 
 

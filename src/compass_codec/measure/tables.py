@@ -23,6 +23,7 @@ from compass_codec.measure.protocol import (
     OURS,
     PADDED,
     PUBLISHED,
+    UNFILTERED,
     Curve,
     Scales,
     sizes_of,
@@ -284,4 +285,5 @@ def ablation_column(results: Results, scales: Scales) -> Column:
 ABLATED = {
     "bicubic instead of LIFF": BICUBIC,
     "pictures padded to 64 instead of layer-wise padding": PADDED,
+    "no filters of layers": UNFILTERED,
 }
