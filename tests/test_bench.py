@@ -202,11 +202,10 @@ class TestOurs:
         assert all(psnr(p, layer) > 20 for (_, p), layer in zip(found, layers, strict=True))
         assert found[-1][0] > whole[-1][0]
 
-    def test_filters_bring_layers_nearer(self, layers, whole):
-        found = methods.code(UNFILTERED, layers, SCALES, 60, None, "cpu")
-        sizes = [a[0] - b[0] for a, b in zip(whole, found, strict=True)]
-        gains = [psnr(a[1], layer) - psnr(b[1], layer) for a, b, layer in zip(whole, found, layers, strict=True)]
-        assert max(gains) > 0.05 and 0 < max(sizes) < len(layers) * 70
+    def test_filters_bring_layers_nearer(self):
+        layers = [np.array(crop(320, 240))]
+        whole, found = (methods.code(m, layers, (FULL,), 60, None, "cpu")[0] for m in (OURS, UNFILTERED))
+        assert psnr(whole[1], layers[0]) > psnr(found[1], layers[0]) + 0.05 and 0 < whole[0] - found[0] < 70
 
     def test_padding_changes_nothing_where_there_is_nothing_to_pad(self):
         layers = layers_of(crop(256, 256), (1.0, 2.0))
