@@ -34,7 +34,7 @@ def expected(name: str) -> list[np.ndarray]:
 
 
 def check_pictures(codec: Codec) -> None:
-    """No layer is more than 1 of 255 further from the golden one than the layer below it is, nor more than 2; more
+    """No layer is more than 1 of 255 further from the golden one than the layer below it is, nor more than 3; more
     than 1 is one sample in ten thousand. 99.9 % are equal, and 99.5 % above a layer that has samples that are not."""
     apart: dict[bool, list[np.ndarray]] = {False: [np.zeros(1)], True: [np.zeros(1)]}
     for name in KINDS:
@@ -42,7 +42,7 @@ def check_pictures(codec: Codec) -> None:
         for found, golden in zip(pictures(codec, name), expected(name), strict=True):
             assert found.shape == golden.shape, name
             difference = np.abs(found - golden).ravel()
-            assert difference.max() <= min(2, below + 1), name
+            assert difference.max() <= min(3, below + 1), name
             apart[below > 0].append(difference)
             below = difference.max()
     first, above = (np.concatenate(apart[key]) for key in (False, True))
