@@ -36,7 +36,7 @@ RIDGE = 1.0
 @dataclass(frozen=True)
 class Filter:
     """``weights`` int32 [BOUNDS, len(TAPS)] and ``colour`` int32 [3, 4] (what a channel takes of the three, and an
-    offset) in units of 2**-BITS, 0 where there is none; ``bound`` 1..255, the first one."""
+    offset) in units of 2**-BITS, 0 where there is none; ``bound`` 1..51, the first one."""
 
     bound: int
     weights: np.ndarray
