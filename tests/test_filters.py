@@ -144,6 +144,17 @@ def test_equations_are_exact(monkeypatch):
     assert np.array_equal(whole.products, filters.Equations(picture, layer).products) and whole.scale == 1
 
 
+@pytest.mark.parametrize("columns", range(1, 14))
+def test_probes_are_all_over_a_large_layer(columns):
+    layer = np.empty((96 * filters.PROBE[0], columns * filters.PROBE[1], 3), np.uint8)
+    parts = filters.probes(layer)
+    assert len(parts) == filters.PROBES == len({(rows.start, cut.start) for rows, cut in parts})
+    assert {cut.start for _, cut in parts} == set(range(0, layer.shape[1], filters.PROBE[1]))
+    quarters = {4 * rows.start // len(layer) for rows, _ in parts}
+    assert quarters == {0, 1, 2, 3}
+    assert parts == filters.probes(layer)
+
+
 def test_what_is_found_is_what_was_predicted():
     picture, layer = noisy()
     price = quality_to_lambda(60) / 3

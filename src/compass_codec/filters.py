@@ -9,6 +9,7 @@ integers, so that it is the same on every device; the layer above is predicted f
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -29,7 +30,7 @@ LARGEST = 2047  # of a weight
 BOUNDS_MASK, MANY_TAPS, COLOUR = 7, 8, 16  # bits of the first byte
 BLOCK = 64, 512  # rows and columns that are filtered at once
 PROBE = 32, 128  # and those that a filter is found from, of which
-PROBES = 96  # are enough, about
+PROBES = 96  # are enough
 RIDGE = 1.0
 
 
@@ -72,6 +73,12 @@ def blocks(layer: np.ndarray, size: tuple[int, int]) -> list[tuple[slice, slice]
         for side, step in zip(layer.shape, size, strict=False)
     )
     return list(product(rows, columns))
+
+
+def probes(layer: np.ndarray) -> list[tuple[slice, slice]]:
+    """The blocks that a filter is found from, drawn alike each time: a fixed step might keep to one column."""
+    parts = blocks(layer, PROBE)
+    return parts if len(parts) <= PROBES else random.Random(0).sample(parts, PROBES)
 
 
 def bordered(layer: np.ndarray, block: tuple[slice, slice]) -> np.ndarray:
@@ -129,9 +136,7 @@ class Equations:
     by channel. All in float64, which holds these sums of integers exactly, so that their order does not matter."""
 
     def __init__(self, picture: np.ndarray, layer: np.ndarray) -> None:
-        shared, parts = BOUNDS * len(TAPS), blocks(layer, PROBE)
-        # a step that is no multiple of a row of blocks, so that they do not lie below each other
-        parts = parts[:: max(1, len(parts) // PROBES) | 1] if len(parts) > PROBES else parts
+        shared, parts = BOUNDS * len(TAPS), probes(layer)
         missing = [picture[part].astype(np.int16) - layer[part] for part in parts]
         error = sum(float(np.square(m, dtype=np.int32).sum()) for m in missing)
         count = sum(m.size for m in missing)
