@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file
 
 from compass_codec import contexts
 from compass_codec.codec import Codec
-from compass_codec.entropy import PRECISION
+from compass_codec.entropy import PRECISION, scale_levels
 from compass_codec.liff import LIFF, SIZES, bicubic
 from compass_codec.networks import LAMBDAS, ImageCodec
 from compass_codec.training import stages
-from compass_codec.training.command import train
+from compass_codec.training.command import add_details, train
 from compass_codec.training.data import HELD_OUT, Pictures
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.export import REACH, export, import_start, load_parts, z_table
@@ -132,6 +132,49 @@ class TestStart:
         assert torch.allclose(ratio, torch.tensor((LAMBDAS[-1] / LAMBDAS[0]) ** 0.5))
         assert torch.equal(codec.log_inv_gain, -codec.log_gain)
 
+    def test_details_cost_less_than_they_bring(self, small, pictures, tmp_path):
+        stage = started("base")
+        run = Run(Plan("base", steps=9, batch=(2,), side=(64,)), stage, pictures, tmp_path, CPU)
+        before = run.held_out()
+        assert add_details(stage, pictures, 1) == ["details of base from principal components"]
+        assert add_details(stage, pictures, 1) == []
+        run.ema = {n: p.detach().clone() for n, p in run.trained.items()}
+        after = run.held_out()
+        print(
+            [
+                (b["loss"], a["loss"], a["bpp"] - b["bpp"], a["psnr"] - b["psnr"])
+                for a, b in zip(after, before, strict=True)
+            ]
+        )
+        assert after[2]["loss"] < 0.9 * before[2]["loss"] and after[1]["loss"] < before[1]["loss"]
+        assert after[0]["loss"] < 1.01 * before[0]["loss"]
+        assert after[2]["psnr"] > before[2]["psnr"] + 1
+        basis = stage.base.codec.d_a.weight.flatten(1)
+        torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis)), atol=1e-4, rtol=0)
+        assert (stage.base.codec.log_gain_d.diff(dim=0) > 0).all()
+
+    def test_weights_without_details(self, small, tmp_path):
+        stage = started("base")
+        tensors = {k: v for k, v in stage.base.codec.state_dict().items() if not k.startswith(("d_", "h_d"))}
+        tensors = {k: v for k, v in tensors.items() if not k.endswith("_d")}
+        tensors |= {f"bottleneck.{k}": v for k, v in stage.base.bottleneck.state_dict().items()}
+        save_file(tensors, tmp_path / "base.safetensors")
+        other = make_stage("base")
+        assert load_parts(other, tmp_path) == {"base"} and not other.base.codec.d_a.weight.any()
+        assert torch.equal(other.base.codec.g_a[2].weight, stage.base.codec.g_a[2].weight)
+
+    def test_training_rounds_as_the_encoder_does(self):
+        """Up to what the tables it is coded with differ from a normal distribution."""
+        codec = Codec.load("cpu")
+        generator = torch.Generator().manual_seed(3)
+        index = torch.randint(0, 40, (1, 192, 40, 40), generator=generator)
+        scales = torch.from_numpy(scale_levels()).float()[index]
+        y = scales * torch.randn(scales.shape, generator=generator)
+        ours, theirs = stages.encoded(y, scales), codec.base.quantise(y.clone(), index.to(torch.uint8))
+        plain = y.round()
+        assert (ours != theirs).float().mean() < 0.3 * (plain != theirs).float().mean()
+        assert ((ours - y).abs() <= 0.5 + stages.MOST_BEYOND + 1e-6).all()
+
     def test_untrained_liff_is_bicubic(self):
         x = torch.rand(1, 3, 9, 12)
         with torch.no_grad():
@@ -173,10 +216,13 @@ class TestPictures:
 
 
 class TestLearning:
-    @pytest.mark.parametrize("name", ["base", "liff", "residual", "joint", "hyper"])
+    @pytest.mark.parametrize("name", ["base", "liff", "residual", "joint", "hyper", "detail"])
     def test_stage_lowers_its_held_out_loss(self, small, pictures, tmp_path, name):
-        plan = Plan(name, steps=16, batch=(3,), side=(64,), lr=5e-4, ema=0.5)
-        run = Run(plan, started(name), pictures, tmp_path, CPU)
+        plan = Plan(name, steps=48 if name == "liff" else 16, batch=(3,), side=(64,), lr=5e-4, ema=0.5)
+        stage = started(name)
+        if name == "detail":
+            add_details(stage, pictures, 1)
+        run = Run(plan, stage, pictures, tmp_path, CPU)
         frozen = {n: p.clone() for n, p in run.stage.named_parameters() if not p.requires_grad}
         before = sum(p["loss"] for p in run.held_out())
         assert run.go(tmp_path / "log.jsonl", quiet=True)
@@ -186,7 +232,7 @@ class TestLearning:
         assert all(torch.equal(p, frozen[n]) for n, p in run.stage.named_parameters() if n in frozen)
         log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
         assert {"step", "seconds", "lr", "lambda", "loss", "bpp", "psnr", "patches_per_second"} <= log[0].keys()
-        assert log[-1]["step"] == 16 and len(log[-1]["held_out"]) == 3
+        assert log[-1]["step"] == plan.steps and len(log[-1]["held_out"]) == 3
 
     def test_hyper_stage_leaves_the_transforms_and_keeps_latents(self, small, pictures, tmp_path):
         run = Run(Plan("hyper", steps=3, batch=(2,), side=(64, 96)), started("hyper"), pictures, tmp_path, CPU)
@@ -197,8 +243,20 @@ class TestLearning:
             sizes.append((len(run.stage.kept), run.stage.kept[0][0].shape[-1]))
         assert sizes == [(2, 4), (4, 4), (2, 6)]  # other crops, other latents
         changed = {n for n, p in run.stage.named_parameters() if not torch.equal(p, before[n])}
-        assert changed and all(".h_a." in n or ".h_s." in n or ".bottleneck." in n for n in changed)
+        assert changed and all(".codec.h_" in n or ".bottleneck." in n for n in changed)
         assert {n.split(".")[0] for n in changed} == {"base", "residual"}
+
+    def test_detail_stage_leaves_the_other_transforms(self, small, pictures, tmp_path):
+        stage = started("detail")
+        assert len(add_details(stage, pictures, 1)) == 2
+        run = Run(Plan("detail", steps=2, batch=(2,), side=(64,)), stage, pictures, tmp_path, CPU)
+        before = {n: p.detach().clone() for n, p in run.stage.named_parameters()}
+        run.advance(0.5)
+        changed = {n for n, p in run.stage.named_parameters() if not torch.equal(p, before[n])}
+        for part in ("base", "residual"):
+            details = {f"{part}.codec.{n}" for n in ("d_a.weight", "d_s.weight", "log_gain_d", "log_inv_gain_d")}
+            assert details | {f"{part}.codec.h_d.weight"} <= changed
+        assert all(".d_" in n or ".h_d." in n or n.endswith("gain_d") for n in changed)
 
     def test_muon_learns(self, small, pictures, tmp_path):
         plan = Plan("base", steps=20, batch=(4,), side=(64,), lr=5e-4, ema=0.5, optimiser="muon")

@@ -99,7 +99,9 @@ class LayerCodec:
         """Strips of a layer less its prediction, of ``size`` in all, to the symbols of z and of y."""
         latent, hyper_latent = ImageCodec.latent_size(size), ImageCodec.hyper_size(size)
         level = self.level(quality)
-        down = strips.Network(lambda x, _: self.codec.analysis(x, level), *self._cells(size, 16, 1))
+        # details are known from what a synthesis of the rest has lost, which has seen two cells around each
+        reach = 4 if self.codec.details else 2
+        down = strips.Network(lambda x, _: self.codec.analysis(x, level), *self._cells(size, 16, 1, reach=reach))
         hyper_down = strips.Network(lambda y, _: self.codec.hyper_analysis(y), *self._cells(size, 4, 1, 64))
         for_hyper, for_symbols = strips.fork(strips.run(down, residual, size[0], latent))
         z: list[Tensor] = []
@@ -183,9 +185,12 @@ class LayerCodec:
             done[rows] = to_bytes(strip.add_(known.take(strip.shape[2])))
         return done
 
-    def _cells(self, size: tuple[int, int], cell_in: int, cell_out: int, pixels: int = 16) -> tuple[int, ...]:
-        """Geometry of a network whose cells are ``pixels`` wide in a layer of ``size``; all four see 2 cells around."""
-        return cell_in, cell_out, 2, self.tile // pixels, strips.strip_rows(size[1], self.device) // pixels
+    def _cells(
+        self, size: tuple[int, int], cell_in: int, cell_out: int, pixels: int = 16, reach: int = 2
+    ) -> tuple[int, ...]:
+        """Geometry of a network whose cells are ``pixels`` wide in a layer of ``size``, and that sees ``reach`` cells
+        around."""
+        return cell_in, cell_out, reach, self.tile // pixels, strips.strip_rows(size[1], self.device) // pixels
 
     def level(self, quality: float) -> Tensor:
         return level_of(quality_to_lambda(quality))[None].to(self.device, non_blocking=True)
@@ -393,9 +398,11 @@ class Codec:
         error = squared_error(picture, seen)
         side, bare = Side(gain), Side(gain, empty=True)
         cost, bare_cost = 8 * len(data) + side.bits + weight * error, bare.bits + weight * without
+        coded = self.filtered(CodedLayer(data, seen, side, cost), picture, quality)
         if self.adaptive and bare_cost < cost and (without <= error or not needed):
-            data, seen, side, cost = b"", rounded(self.predict(below, size, gain), size), bare, bare_cost
-        return self.filtered(CodedLayer(data, seen, side, cost), picture, quality)
+            empty = CodedLayer(b"", rounded(self.predict(below, size, gain), size), bare, bare_cost)
+            return min(self.filtered(empty, picture, quality), coded, key=lambda layer: layer.cost)
+        return coded
 
     def filtered(self, coded: CodedLayer, picture: np.ndarray, quality: float) -> CodedLayer:
         """``coded``, which has no filter, or the same layer with one if that costs less."""

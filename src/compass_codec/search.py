@@ -237,7 +237,7 @@ class Search:
             # the weights were made in inference mode, where autograd may not keep them
             tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in layer.codec.state_dict().items()}
             with torch.device("meta"):
-                self.codec = ImageCodec(layer.codec.n, layer.codec.m)
+                self.codec = ImageCodec.like(tensors)
             self.codec.load_state_dict(tensors, assign=True)
             self.codec.requires_grad_(False).eval()
             self.y_bits, self.z_bits = (table_bits(t).to(layer.device) for t in (layer.tables.all_y, layer.tables.z))

@@ -114,7 +114,7 @@ def _codec(tensors: dict[str, Tensor], device: torch.device) -> CodecWeights:
     from compass_codec.hyper import HyperDecoder
     from compass_codec.networks import ImageCodec
 
-    codec = _fill(ImageCodec, tensors, device)
+    codec = _fill(lambda: ImageCodec.like(tensors), tensors, device)
     # contexts come with counted tables
     counted = ("y_contexts", "y_weights") if "tables.y_contexts" in tensors else ()
     tables = Tables(*(tensors[f"tables.{k}"].numpy() for k in ("z", "y", "y_lengths", *counted)))

@@ -11,13 +11,18 @@ import click
 from compass_codec.commands.common import one_line
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
+    from torch import Tensor
 
     from compass_codec.training.data import Pictures
     from compass_codec.training.stages import Stage
     from compass_codec.training.trainer import Run
 
 # Nothing above needs torch, so that listing the commands stays quick.
+
+DETAIL_BATCH = 8  # crops of those that details are found from
 
 
 class Integers(click.ParamType):
@@ -83,10 +88,48 @@ def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int, liff
         words.append("base from the block transform")
     if "residual" not in found:
         stage.residual.load_state_dict(stage.base.state_dict())
+        torch.nn.init.zeros_(stage.residual.codec.d_a.weight)  # but its details are others
         words.append("residual from base")
     if "liff" not in found:
         words.append("liff from bicubic")
+    words += add_details(stage, pictures, seed)
     return ", ".join(words)
+
+
+def add_details(stage: Stage, pictures: Pictures, seed: int) -> list[str]:
+    """Give those codecs details that ``stage`` trains and that have none; returns which, in words."""
+    from functools import partial
+
+    from compass_codec.training.start import principal_details
+
+    found = []
+    stage.to(pictures.device)
+    for part in ("base", "residual"):
+        rated = getattr(stage, part)
+        if part in stage.trains and not rated.codec.d_a.weight.any():
+            principal_details(rated, partial(detail_crops, stage, part, pictures, seed))
+            found.append(f"details of {part} from principal components")
+    return found
+
+
+def detail_crops(stage: Stage, part: str, pictures: Pictures, seed: int, level: float, count: int) -> Iterator[Tensor]:
+    """What the base or residual codec codes of ``count`` batches of crops at a level."""
+    import torch
+
+    from compass_codec.networks import BLOCK
+    from compass_codec.training.stages import draw_factors, shrink
+
+    generator = torch.Generator().manual_seed(seed)
+    stage.freeze()
+    for _ in range(max(1, min(count, len(pictures) // DETAIL_BATCH))):
+        x = pictures.sample(DETAIL_BATCH, min(256, pictures.smallest // BLOCK * BLOCK), generator)
+        with torch.no_grad():
+            if part == "base":
+                yield x - 0.5
+            else:
+                levels = torch.full((len(x),), float(level), device=x.device)
+                below = stage.lower(shrink(x, draw_factors(generator)[0]), levels)
+                yield x - stage.predict(below, (x.shape[-2], x.shape[-1]))
 
 
 def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...], start: str) -> list[Path]:
@@ -124,7 +167,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 
 
 @click.command("train")
-@click.argument("stage", type=click.Choice(["base", "liff", "residual", "joint", "hyper"]))
+@click.argument("stage", type=click.Choice(["base", "liff", "residual", "joint", "hyper", "detail"]))
 @click.option(
     "--data",
     type=click.Path(path_type=Path),

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from compass_codec.entropy import frequencies, gaussian_tables
 from compass_codec.liff import LIFF, SIZES
+from compass_codec.networks import ImageCodec
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.stages import RatedCodec, Stage
 from compass_codec.weights import PARTS
 
+DETAIL = ("d_a.", "d_s.", "h_d.")  # the networks of details
 REACH = 32  # hyper-latent symbols -REACH..REACH have a frequency of their own; beyond them, an escape
 
 
@@ -75,8 +77,10 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load ``module`` from those of ``tensors`` that it has a name for."""
+    """Load ``module`` from those of ``tensors`` that it has a name for; a codec may be without details."""
     own = module.state_dict()
+    if isinstance(module, ImageCodec) and "d_a.weight" not in tensors:
+        tensors = {name: value for name, value in own.items() if name.endswith("_d") or name[:4] in DETAIL} | tensors
     for name, value in own.items():
         if name not in tensors or tensors[name].shape != value.shape:
             raise ValueError(f"{path}: not weights of this architecture (no {name} of shape {tuple(value.shape)})")

@@ -13,11 +13,13 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
+from compass_codec.codec import BEYOND, MOST_BEYOND
 from compass_codec.liff import LIFF, SIZES, bicubic
 from compass_codec.networks import LAMBDAS, ImageCodec, level_of, lower_bound
 from compass_codec.training.data import resize
 from compass_codec.training.density import FactorizedDensity
 
+DETAILS = 128  # channels of y that are details
 SCALE_MIN = 0.11  # smallest standard deviation that has a probability table
 REPEAT = 1 / 6  # of the steps between layers that repeat the size, for a better quality of it
 
@@ -36,12 +38,23 @@ def gaussian_bits(y: Tensor, scales: Tensor, means: Tensor) -> Tensor:
     return -lower_bound(mass, 1e-9).log2()
 
 
+def encoded(y: Tensor, scales: Tensor) -> Tensor:
+    """The symbols the encoder makes of y, less its means: what costs more bits must be nearer (codec.thresholds, here
+    with the bits of the normal distribution)."""
+    below, zero = y.abs().floor(), torch.zeros_like(y)
+    more = gaussian_bits(below + 1, scales, zero) - gaussian_bits(below, scales, zero)
+    least = 0.5 + (BEYOND * more).clamp(0, MOST_BEYOND)
+    return (below + (y.abs() - below > least)).copysign(y)
+
+
 class RatedCodec(nn.Module):
     """An ImageCodec with the density of its hyper-latent: what training needs beyond coding."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.codec = ImageCodec()
+        self.codec = ImageCodec(details=DETAILS)
+        for weight in (self.codec.d_a.weight, *self.codec.h_d.parameters()):
+            nn.init.zeros_(weight)  # nothing is a detail yet
         self.bottleneck = FactorizedDensity(self.codec.n)
 
     def forward(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,9 +74,11 @@ class RatedCodec(nn.Module):
         scales, means = self.codec.hyper_synthesis(round_ste(z).to(y.dtype), (y.shape[-2], y.shape[-1]))
         y, scales, means = y.float(), scales.float(), means.float()
         centred = y - means
-        noisy = centred + torch.rand_like(y) - 0.5 if self.training else centred.round()
+        with torch.no_grad():
+            change = encoded(centred, scales) - centred
+        noisy = centred + (torch.rand_like(y) - 0.5 if self.training else change)
         y_bits = gaussian_bits(noisy, scales, torch.zeros_like(means)).sum((1, 2, 3))
-        return round_ste(centred) + means, y_bits + z_bits
+        return centred + change + means, y_bits + z_bits
 
 
 def cost(x: Tensor, rec: Tensor, bits: Tensor, lam: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -252,12 +267,37 @@ class HyperStage(Stage):
         return (bpp * shares).mean(), {"bpp": bpp.mean().detach(), "psnr": torch.zeros(())}
 
 
+class DetailStage(Stage):
+    """Details of both image codecs alone: their transforms, gains and scales."""
+
+    trains = ("base", "residual")
+
+    def freeze(self) -> None:
+        super().freeze()
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(".d_" in name or ".h_d." in name or name.endswith("gain_d"))
+
+    def forward(
+        self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        under = lower_rates(lam)[1] if factors[0] == 1 else level
+        with torch.no_grad():
+            prediction = self.predict(self.lower(shrink(x, factors[0]), under), (x.shape[-2], x.shape[-1]))
+        found = []
+        for rated, known in (self.base, torch.full_like(prediction, 0.5)), (self.residual, prediction):
+            res, bits = rated(x - known, level)
+            found.append(cost(x, known + res, bits, lam))
+        (base, parts), (residual, above) = found
+        return base + residual, {name: (parts[name] + above[name]) / 2 for name in parts}
+
+
 STAGES: dict[str, type[Stage]] = {
     "base": BaseStage,
     "liff": LiffStage,
     "residual": ResidualStage,
     "joint": JointStage,
     "hyper": HyperStage,
+    "detail": DetailStage,
 }
 
 
