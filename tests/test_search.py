@@ -126,7 +126,7 @@ def test_what_a_tile_counts_is_what_it_changes(codec):
     whole, in the pixels that count and in the scales and means."""
     layer, size = codec.base, (208, 230)
     level, generator = layer.level(60), torch.Generator().manual_seed(0)
-    y = torch.randint(-3, 4, (1, 192, 13, 15), generator=generator).float()
+    y = torch.randint(-3, 4, (1, layer.codec.m, 13, 15), generator=generator).float()
     z = torch.randint(-3, 4, (1, 128, 4, 4), generator=generator).float()
     tile = search.Tile(size, (1, 2), (2, 4))
     cut, seen = tile.part(search.LATENT, 1), tile.part(search.PIXEL, 0.5)
@@ -203,10 +203,11 @@ def test_curvature(codec, adjust):
         tile = search.Tile((96, 128), (0, 2), (0, 2))
         found = own.curvature(y.clone(), job, tile, job.known).detach()
     assert found.shape == y.shape
-    real, believed = np.zeros((2, 12, 6))
+    channels = range(0, own.codec.m, 16)
+    real, believed = np.zeros((2, len(channels), 6))
     with torch.inference_mode():
         plain = own.shown(y, job, tile, job.known)
-        for i, channel in enumerate(range(0, 192, 16)):
+        for i, channel in enumerate(channels):
             for j, (row, column) in enumerate([(0, 0), (1, 4), (2, 6), (3, 2), (4, 7), (5, 3)]):
                 moved = y.clone()
                 moved[0, channel, row, column] += 0.1
@@ -239,8 +240,8 @@ def test_scales_are_those_of_the_integer_decoder(codec):
         index, exact = codec.base.hyper(z, (8, 8))
     # only what lies between two scales may fall to either
     apart = (search.level_position(scales) - index).abs()
-    assert apart.max() < 0.6 and (apart > 0.5).float().mean() < 0.02
-    assert torch.allclose(means, exact, atol=0.01)
+    assert apart.max() < 0.65 and (apart > 0.5).float().mean() < 0.025
+    assert (means - exact).abs().max() < 0.03 * means.std()  # both round, the one to floats, the other to 2**-12
     levels = torch.from_numpy(entropy.scale_levels())
     assert torch.allclose(search.level_position(levels), torch.arange(64.0).double(), atol=1e-6)
 
@@ -281,7 +282,7 @@ def test_bits_are_those_of_the_contexts(codec):
     """What the search believes symbols cost is what they take, whatever is beside them."""
     tables, own = codec.base.tables, search.Search(codec.base)
     rng = np.random.default_rng(0)
-    index = rng.integers(0, 60, (192, 13, 14)).astype(np.uint8)
+    index = rng.integers(0, 60, (own.codec.m, 13, 14)).astype(np.uint8)
     # larger on the left and of one sign on the right, so that many contexts occur
     y = np.rint(rng.normal(np.arange(14) / 9, 3 - np.arange(14) / 6, index.shape)).astype(np.int32)
     y[np.abs(y) > 2 + index // 8] = 0  # nothing escapes

@@ -352,16 +352,20 @@ class Search:
     def curvature(self, latent: Tensor, job: Job, tile: Tile, prediction: Tensor) -> Tensor:
         """About the squared length [1, M, rows, columns] of what a step of 1 in each latent adds to the picture,
         measured with random pictures (Hutchinson), as a product of what is of its channel and what is of its place,
-        which takes few of them. Channels that do more say more of a place."""
+        which takes few of them. Channels that do more say more of a place. Details, which nothing bends, have places of
+        their own."""
         latent = latent.requires_grad_()
         out = self.shown(latent, job, tile, prediction)
         generator, squares = torch.Generator().manual_seed(0), torch.zeros_like(latent)
         for _ in range(PROBES):
             probe = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
             squares += torch.autograd.grad(out, latent, probe, retain_graph=True)[0].square()
-        of_channel = squares.mean((0, 2, 3), keepdim=True).clamp(min=1e-12).sqrt()
-        of_place = (squares / of_channel).mean(1, keepdim=True)
-        return of_channel.square() * of_place / of_channel.mean() / PROBES
+        found = []
+        for part in squares.split([self.codec.m - self.codec.details, self.codec.details], 1):
+            of_channel = part.mean((0, 2, 3), keepdim=True).clamp(min=1e-12).sqrt()
+            of_place = (part / of_channel).mean(1, keepdim=True)
+            found.append(of_channel.square() * of_place / of_channel.mean() / PROBES)
+        return torch.cat(found, 1)
 
     @gradients()
     def move(self, job: Job, tile: Tile, symbols: Tensor, index: Tensor, means: Tensor, steps: int) -> Tensor:

@@ -19,7 +19,7 @@ from compass_codec.networks import LAMBDAS, ImageCodec, level_of, lower_bound
 from compass_codec.training.data import resize
 from compass_codec.training.density import FactorizedDensity
 
-DETAILS = 128  # channels of y that are details
+DETAILS = 120  # channels of y that are details
 SCALE_MIN = 0.11  # smallest standard deviation that has a probability table
 REPEAT = 1 / 6  # of the steps between layers that repeat the size, for a better quality of it
 
