@@ -230,6 +230,8 @@ class TestLearning:
         print(f"{name}: held-out loss {before:.4f} -> {after:.4f}")
         assert after < before
         assert all(torch.equal(p, frozen[n]) for n, p in run.stage.named_parameters() if n in frozen)
+        # several processes would wait for the gradient of a parameter that has none
+        assert not [n for n, p in run.trained.items() if p.grad is None]
         log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
         assert {"step", "seconds", "lr", "lambda", "loss", "bpp", "psnr", "patches_per_second"} <= log[0].keys()
         assert log[-1]["step"] == plan.steps and len(log[-1]["held_out"]) == 3

@@ -245,7 +245,7 @@ class HyperStage(Stage):
     def freeze(self) -> None:
         super().freeze()
         for name, parameter in self.named_parameters():
-            if ".g_" in name or "gain" in name:
+            if ".g_" in name or ".d_" in name or "gain" in name:
                 parameter.requires_grad_(False)
 
     def forward(
