@@ -29,13 +29,14 @@ from compass_codec.entropy import PRECISION, scale_levels
 from compass_codec.liff import LIFF, SIZES, bicubic
 from compass_codec.networks import LAMBDAS, ImageCodec
 from compass_codec.training import stages
-from compass_codec.training.command import add_details, train
+from compass_codec.training.command import add_details, fill, train
 from compass_codec.training.data import HELD_OUT, Pictures
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.export import REACH, export, import_start, load_parts, z_table
 from compass_codec.training.stages import draw_lambdas
 from compass_codec.training.start import block_transform, noise_pictures
 from compass_codec.training.trainer import Plan, Run, at, learning_rate, make_stage
+from compass_codec.weights import PARTS
 
 CPU = torch.device("cpu")
 
@@ -136,8 +137,8 @@ class TestStart:
         stage = started("base")
         run = Run(Plan("base", steps=9, batch=(2,), side=(64,)), stage, pictures, tmp_path, CPU)
         before = run.held_out()
-        assert add_details(stage, pictures, 1) == ["details of base from principal components"]
-        assert add_details(stage, pictures, 1) == []
+        assert add_details(stage, PARTS, pictures, 1) == ["details of base from principal components"]
+        assert add_details(stage, PARTS, pictures, 1) == []
         run.ema = {n: p.detach().clone() for n, p in run.trained.items()}
         after = run.held_out()
         print(
@@ -152,6 +153,20 @@ class TestStart:
         basis = stage.base.codec.d_a.weight.flatten(1)
         torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis)), atol=1e-4, rtol=0)
         assert (stage.base.codec.log_gain_d.diff(dim=0) > 0).all()
+
+    def test_an_untrained_codec_gets_no_details_yet(self, small, pictures, tmp_path):
+        stage = make_stage("base")
+        assert "details" not in fill(stage, tmp_path, pictures, 1)
+        run = Run(Plan("base", steps=2, batch=(2,), side=(64,)), stage, pictures, tmp_path, CPU)
+        run.advance(0.5)
+        assert not stage.base.codec.d_a.weight.any() and not stage.base.codec.h_d.weight.any()
+        assert "base.codec.d_a.weight" not in run.trained and "base.codec.h_s.0.weight" in run.trained
+        run.put(run.ema)
+        export(stage, tmp_path)
+        stage = make_stage("hyper")
+        assert "details of base from" in fill(stage, tmp_path, pictures, 1)
+        run = Run(Plan("hyper", steps=2, batch=(2,), side=(64,)), stage, pictures, tmp_path, CPU)
+        assert {n for n in run.trained if "h_d" in n} == {"base.codec.h_d.weight", "base.codec.h_d.bias"}
 
     def test_weights_without_details(self, small, tmp_path):
         stage = started("base")
@@ -221,7 +236,7 @@ class TestLearning:
         plan = Plan(name, steps=48 if name == "liff" else 16, batch=(3,), side=(64,), lr=5e-4, ema=0.5)
         stage = started(name)
         if name == "detail":
-            add_details(stage, pictures, 1)
+            add_details(stage, PARTS, pictures, 1)
         run = Run(plan, stage, pictures, tmp_path, CPU)
         frozen = {n: p.clone() for n, p in run.stage.named_parameters() if not p.requires_grad}
         before = sum(p["loss"] for p in run.held_out())
@@ -250,7 +265,7 @@ class TestLearning:
 
     def test_detail_stage_leaves_the_other_transforms(self, small, pictures, tmp_path):
         stage = started("detail")
-        assert len(add_details(stage, pictures, 1)) == 2
+        assert len(add_details(stage, PARTS, pictures, 1)) == 2
         run = Run(Plan("detail", steps=2, batch=(2,), side=(64,)), stage, pictures, tmp_path, CPU)
         before = {n: p.detach().clone() for n, p in run.stage.named_parameters()}
         run.advance(0.5)
@@ -506,7 +521,7 @@ class TestTables:
         monkeypatch.setattr("compass_codec.codec.BEYOND", 0)
         from compass_codec.entropy import gaussian_tables
         from compass_codec.training.tables import WITH_CONTEXTS, main
-        from compass_codec.weights import PARTS, folder_or_default
+        from compass_codec.weights import folder_or_default
 
         for part in PARTS:
             shutil.copy(folder_or_default(None) / f"{part}.safetensors", tmp_path)

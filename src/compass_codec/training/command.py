@@ -11,7 +11,7 @@ import click
 from compass_codec.commands.common import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     import torch
     from torch import Tensor
@@ -92,12 +92,15 @@ def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int, liff
         words.append("residual from base")
     if "liff" not in found:
         words.append("liff from bicubic")
-    words += add_details(stage, pictures, seed)
+    words += add_details(stage, found, pictures, seed)
     return ", ".join(words)
 
 
-def add_details(stage: Stage, pictures: Pictures, seed: int) -> list[str]:
-    """Give those codecs details that ``stage`` trains and that have none; returns which, in words."""
+def add_details(stage: Stage, parts: Collection[str], pictures: Pictures, seed: int) -> list[str]:
+    """Give those codecs of ``parts`` details that ``stage`` trains and that have none; returns which, in words.
+
+    ``parts`` should be those with trained weights: what an untrained codec loses is not what it will lose.
+    """
     from functools import partial
 
     from compass_codec.training.start import principal_details
@@ -106,7 +109,7 @@ def add_details(stage: Stage, pictures: Pictures, seed: int) -> list[str]:
     stage.to(pictures.device)
     for part in ("base", "residual"):
         rated = getattr(stage, part)
-        if part in stage.trains and not rated.codec.d_a.weight.any():
+        if part in parts and part in stage.trains and not rated.codec.d_a.weight.any():
             principal_details(rated, partial(detail_crops, stage, part, pictures, seed))
             found.append(f"details of {part} from principal components")
     return found

@@ -108,6 +108,11 @@ class Stage(nn.Module):
     def freeze(self) -> None:
         for name, child in self.named_children():
             child.requires_grad_(name in self.trains)
+        for rated in (self.base, self.residual):
+            if not rated.codec.d_a.weight.any():  # details are fitted to a trained codec, not grown from nothing
+                for name, parameter in rated.codec.named_parameters():
+                    if name.startswith(("d_", "h_d.")) or name.endswith("gain_d"):
+                        parameter.requires_grad_(False)
         # an untrained LIFF is its bicubic skip exactly: do not pay for adding zero
         last = self.liff.mlp_last
         self.only_skip = "liff" not in self.trains and not (last.weight.any() or last.bias.any())
