@@ -509,6 +509,12 @@ class TestCommand:
             output = self.run("base", "--data", folder, "--resume", tmp_path / "run", "--weights", weights)
             assert output.startswith("Error: ") and str(weights) in output and output.count("\n") == 1
 
+    def test_details_of_nothing_are_one_line(self, small, folder, tmp_path):
+        (tmp_path / "none").mkdir()
+        weights = ["--weights", tmp_path / "none", "--device", "cpu"]
+        output = self.run("detail", "--data", folder, "--resume", tmp_path / "run", *weights)
+        assert output == "Error: the detail stage needs trained weights of base and residual\n"
+
     def test_bad_options(self, folder, tmp_path):
         for option in (["--side", "0"], ["--batch", "a"], ["--minutes", "0"], ["--lr", "-1"]):
             assert "Invalid value" in self.run("base", "--data", folder, "--resume", tmp_path, *option)

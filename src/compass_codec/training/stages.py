@@ -280,7 +280,8 @@ class DetailStage(Stage):
     def freeze(self) -> None:
         super().freeze()
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(".d_" in name or ".h_d." in name or name.endswith("gain_d"))
+            own = ".d_" in name or ".h_d." in name or name.endswith("gain_d")
+            parameter.requires_grad_(own and parameter.requires_grad)
 
     def forward(
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]

@@ -113,6 +113,8 @@ class Run:
             # what the processes agree on each step goes over the CPU, so that nobody waits for the GPU
             self.control: Any = dist.new_group(backend="gloo")
         self.trained = {n: p for n, p in stage.named_parameters() if p.requires_grad}
+        if {n.split(".")[0] for n in self.trained} != set(stage.trains):
+            raise ValueError(f"the {plan.stage} stage needs trained weights of {' and '.join(stage.trains)}")
         self.ema = {n: p.detach().clone() for n, p in self.trained.items()}
         self.optimiser = make_optimiser(plan, self.trained)
         self.generator = torch.Generator()
