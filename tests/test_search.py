@@ -240,8 +240,9 @@ def test_scales_are_those_of_the_integer_decoder(codec):
         index, exact = codec.base.hyper(z, (8, 8))
     # only what lies between two scales may fall to either
     apart = (search.level_position(scales) - index).abs()
+    assert apart[:, : codec.base.codec.m - codec.base.codec.details].max() < 0.6  # details have larger weights
     assert apart.max() < 0.65 and (apart > 0.5).float().mean() < 0.025
-    assert (means - exact).abs().max() < 0.03 * means.std()  # both round, the one to floats, the other to 2**-12
+    assert (means - exact).abs().max() < 0.025 * means.std()  # both round, the one to floats, the other to 2**-12
     levels = torch.from_numpy(entropy.scale_levels())
     assert torch.allclose(search.level_position(levels), torch.arange(64.0).double(), atol=1e-6)
 
