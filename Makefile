@@ -64,6 +64,7 @@ train: install
 	$(BIN)/compass train joint $(DATA:%=--data %) --minutes 5 --batch 32 --side 192 --lr 1e-4 --resume $(RUN) --weights $(RUN)/weights
 	$(BIN)/compass train detail $(DATA:%=--data %) --minutes 1 --batch 32 --side 128 --lr 3e-4 --resume $(RUN) --weights $(RUN)/weights
 	$(BIN)/compass train hyper $(DATA:%=--data %) --minutes 2 --batch 16 --side 256 --lr 3e-4 --hyper-lr 1 --resume $(RUN) --weights $(RUN)/weights
+	$(BIN)/compass train restore $(DATA:%=--data %) --minutes 2 --batch 64 --side 128 --lr 2e-3 --resume $(RUN) --weights $(RUN)/weights
 	$(BIN)/python -m compass_codec.training.tables $(RUN)/weights $(DATA:%=--data %)
 
 fuzz: install  ## 100,000 broken files, then the coverage-guided fuzzer on the container

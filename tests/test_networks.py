@@ -7,7 +7,7 @@ import torch
 
 from compass_codec import networks
 from compass_codec.hyper import HyperDecoder
-from compass_codec.networks import GDN, LAMBDAS, ImageCodec, half, level_of, quality_to_lambda, stages
+from compass_codec.networks import GDN, LAMBDAS, ImageCodec, gain, half, level_of, quality_to_lambda, stages
 
 
 @pytest.fixture(scope="module", params=[0, 5], ids=["no details", "details"])
@@ -116,8 +116,8 @@ def test_levels_and_qualities():
 
 def test_gain_is_interpolated_geometrically():
     table = torch.tensor([[0.0], [2.0], [3.0], [3.0], [3.0], [5.0]])
-    gain = ImageCodec._gain(table, torch.tensor([0.0, 0.5, 1.0, 5.0])).flatten()
-    torch.testing.assert_close(gain, torch.tensor([0.0, 1.0, 2.0, 5.0]).exp())
+    gains = gain(table, torch.tensor([0.0, 0.5, 1.0, 5.0])).flatten()
+    torch.testing.assert_close(gains, torch.tensor([0.0, 1.0, 2.0, 5.0]).exp())
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from compass_codec import contexts
 from compass_codec.codec import Codec
 from compass_codec.entropy import PRECISION, scale_levels
 from compass_codec.liff import LIFF, SIZES, bicubic
-from compass_codec.networks import LAMBDAS, ImageCodec
+from compass_codec.networks import LAMBDAS, ImageCodec, level_of
 from compass_codec.training import stages
 from compass_codec.training.command import add_details, fill, train
 from compass_codec.training.data import HELD_OUT, Pictures
@@ -231,9 +231,9 @@ class TestPictures:
 
 
 class TestLearning:
-    @pytest.mark.parametrize("name", ["base", "liff", "residual", "joint", "hyper", "detail"])
+    @pytest.mark.parametrize("name", ["base", "liff", "residual", "joint", "hyper", "detail", "restore"])
     def test_stage_lowers_its_held_out_loss(self, small, pictures, tmp_path, name):
-        plan = Plan(name, steps=48 if name == "liff" else 16, batch=(3,), side=(64,), lr=5e-4, ema=0.5)
+        plan = Plan(name, steps=48 if name in ("liff", "restore") else 16, batch=(3,), side=(64,), lr=5e-4, ema=0.5)
         stage = started(name)
         if name == "detail":
             add_details(stage, PARTS, pictures, 1)
@@ -262,6 +262,35 @@ class TestLearning:
         changed = {n for n, p in run.stage.named_parameters() if not torch.equal(p, before[n])}
         assert changed and all(".codec.h_" in n or ".bottleneck." in n for n in changed)
         assert {n.split(".")[0] for n in changed} == {"base", "residual"}
+
+    def test_restore_stage_keeps_crops(self, small, pictures, tmp_path):
+        stage = started("restore")
+        stage.NEW = 2
+        run = Run(Plan("restore", steps=6, batch=(3,), side=(64, 96)), stage, pictures, tmp_path, CPU)
+        before = {n: p.detach().clone() for n, p in run.stage.named_parameters()}
+        sizes = []
+        for _ in range(6):
+            run.advance(run.progress())
+            sizes.append((len(stage.kept), stage.kept[0][0].shape[-1]))
+        assert sizes == [(3, 64), (3, 64), (6, 64), (6, 64), (3, 96), (3, 96)]
+        changed = {n for n, p in run.stage.named_parameters() if not torch.equal(p, before[n])}
+        assert changed == set(run.trained) and all(n.startswith("restoration.") for n in changed)
+
+    def test_other_stages_train_through_restoration(self, small, pictures, tmp_path):
+        """What it shows counts, in the loss and as the layer below."""
+        x, rates = pictures.sample(2, 64, torch.Generator().manual_seed(1)), torch.tensor([0.013, 0.02])
+        losses = []
+        for trained in (False, True):
+            stage = started("joint")
+            if trained:
+                for restorer in stage.restoration.children():
+                    torch.nn.init.normal_(restorer.last.weight, std=0.1)
+            stage.freeze()
+            stage.eval()
+            with torch.no_grad():
+                below = stage.lower(x, level_of(rates).float())
+                losses.append((below, stage(x, rates, level_of(rates).float(), (1.5, 1.2))[0]))
+        assert not torch.equal(losses[0][0], losses[1][0]) and losses[0][1] != losses[1][1]
 
     def test_detail_stage_leaves_the_other_transforms(self, small, pictures, tmp_path):
         stage = started("detail")
@@ -417,16 +446,16 @@ def test_two_processes_agree(small, folder, tmp_path):
 class TestExport:
     def test_codec_reads_what_training_writes(self, tmp_path):
         stage = started("base")
-        for name in ("base", "liff", "residual"):
+        for name in ("base", "liff", "residual", "restoration"):
             stage.trains = (name,)
             export(stage, tmp_path, {"stage": name})
         sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
-        assert len(sizes) == 3 and max(sizes) < 15e6
+        assert len(sizes) == 4 and max(sizes) < 15e6
         assert [entry["stage"] for entry in json.loads((tmp_path / "history.json").read_text())] == [
-            "base", "liff", "residual",
+            "base", "liff", "residual", "restoration",
         ]  # fmt: skip
         other = make_stage("joint")
-        assert load_parts(other, tmp_path) == {"base", "residual", "liff"}
+        assert load_parts(other, tmp_path) == {"base", "residual", "liff", "restoration"}
         for name, value in other.state_dict().items():
             expected = stage.state_dict()[name]
             assert torch.equal(value, expected if ".bottleneck." in name else expected.half().float())

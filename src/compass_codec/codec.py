@@ -20,8 +20,9 @@ from compass_codec import container, entropy, filters, pictures, strips
 from compass_codec.container import FULL_GAIN, Side
 from compass_codec.errors import LimitError, OptionError, WeightsError
 from compass_codec.liff import combine
-from compass_codec.networks import ImageCodec, level_of, quality_to_lambda
+from compass_codec.networks import BLOCK, ImageCodec, level_of, quality_to_lambda
 from compass_codec.pictures import squared_error
+from compass_codec.restoration import REACH
 from compass_codec.weights import CodecWeights, Weights
 from compass_codec.weights import load as load_weights
 
@@ -72,6 +73,7 @@ class LayerCodec:
 
     def __init__(self, parts: CodecWeights, device: torch.device) -> None:
         self.codec, self.hyper, self.tables, self.device = parts.codec, parts.hyper, parts.tables, device
+        self.restorer = parts.restorer
         self.tile = strips.TILE[device.type]
         self.thresholds = torch.from_numpy(thresholds(parts.tables)).to(device)
 
@@ -179,11 +181,25 @@ class LayerCodec:
         point. Encoder and decoder both come here."""
         level, known = self.level(quality), strips.Rows(prediction)
         up = strips.Network(lambda y, part: self.codec.synthesis(y, level, part), *self._cells(size, 1, 16))
+        sums = (
+            (strip.add_(below := known.take(strip.shape[2])), below)
+            for strip in strips.run(up, y_hat, ImageCodec.latent_size(size)[0], size)
+        )
         done, row = np.empty((*size, 3), np.uint8), 0
-        for strip in strips.run(up, y_hat, ImageCodec.latent_size(size)[0], size):
+        for strip in self.restored(sums, level, size):
             rows = slice(row, row := row + strip.shape[2])
-            done[rows] = to_bytes(strip.add_(known.take(strip.shape[2])))
+            done[rows] = to_bytes(strip)
         return done
+
+    def restored(self, sums: Iterable[tuple[Tensor, Tensor]], level: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
+        """Strips of a layer, from strips of what it is without restoration and of its prediction."""
+        if (restorer := self.restorer) is None:
+            return (strip for strip, _ in sums)
+        network = strips.Network(
+            lambda x, _: restorer(x[:, :3], x[:, 3:], level), *self._cells(size, BLOCK, BLOCK, reach=REACH // BLOCK)
+        )
+        pairs = (torch.cat(pair, 1) if restorer.predicted else pair[0] for pair in sums)
+        return strips.run(network, pairs, size[0], size)
 
     def _cells(
         self, size: tuple[int, int], cell_in: int, cell_out: int, pixels: int = 16, reach: int = 2

@@ -44,6 +44,13 @@ def level_of(lam: Tensor | float) -> Tensor:
     return i + (x - knots[i]) / (knots[i + 1] - knots[i])
 
 
+def gain(table: Tensor, level: Tensor) -> Tensor:
+    """Gains [B, M, 1, 1] at real levels [B], interpolated geometrically between rows of ``table``."""
+    i = level.floor().clamp(0, len(LAMBDAS) - 2).long()
+    t = (level - i).to(table.dtype)[:, None]
+    return ((1 - t) * table[i] + t * table[i + 1]).exp()[:, :, None, None]
+
+
 class _LowerBound(torch.autograd.Function):
     """max(x, bound) whose gradient still lets x rise from below the bound (Balle et al. 2018)."""
 
@@ -162,21 +169,14 @@ class ImageCodec(nn.Module):
             if not isinstance(layer, GDN):
                 layer.half()
 
-    @staticmethod
-    def _gain(table: Tensor, level: Tensor) -> Tensor:
-        """Gains [B, M, 1, 1] at real levels [B], interpolated geometrically between rows of ``table``."""
-        i = level.floor().clamp(0, len(LAMBDAS) - 2).long()
-        t = (level - i).to(table.dtype)[:, None]
-        return ((1 - t) * table[i] + t * table[i + 1]).exp()[:, :, None, None]
-
     def analysis(self, x: Tensor, level: Tensor) -> Tensor:
         """Picture [B, 3, H, W] to latent y [B, M, ceil(H/16), ceil(W/16)], gain of ``level`` [B] applied."""
-        y = descend(self.g_a, x.to(self.pixel_type)).to(x.dtype) * self._gain(self.log_gain, level)
+        y = descend(self.g_a, x.to(self.pixel_type)).to(x.dtype) * gain(self.log_gain, level)
         if not self.details:
             return y
         size = (x.shape[-2], x.shape[-1])
         lost = F.pad(x - self._main(y, level, size), (0, -size[1] % BLOCK, 0, -size[0] % BLOCK))
-        detail = self.d_a(lost.to(self.pixel_type)).to(x.dtype) * self._gain(self.log_gain_d, level)
+        detail = self.d_a(lost.to(self.pixel_type)).to(x.dtype) * gain(self.log_gain_d, level)
         return torch.cat([y, detail], 1)
 
     def synthesis(self, y_hat: Tensor, level: Tensor, size: tuple[int, int]) -> Tensor:
@@ -184,12 +184,12 @@ class ImageCodec(nn.Module):
         if not self.details:
             return self._main(y_hat, level, size)
         y_hat, detail = y_hat.split([self.m - self.details, self.details], 1)
-        detail = self.d_s((detail * self._gain(self.log_inv_gain_d, level)).to(self.pixel_type)).to(y_hat.dtype)
+        detail = self.d_s((detail * gain(self.log_inv_gain_d, level)).to(self.pixel_type)).to(y_hat.dtype)
         return self._main(y_hat, level, size) + detail[..., : size[0], : size[1]]
 
     def _main(self, y_hat: Tensor, level: Tensor, size: tuple[int, int]) -> Tensor:
         """The picture but for its details."""
-        y_hat = y_hat * self._gain(self.log_inv_gain, level)
+        y_hat = y_hat * gain(self.log_inv_gain, level)
         return ascend(self.g_s, y_hat.to(self.pixel_type), size).to(y_hat.dtype)
 
     def hyper_analysis(self, y: Tensor) -> Tensor:

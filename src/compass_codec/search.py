@@ -9,6 +9,7 @@ annealing, and last only where it is a gain. The decoder knows nothing of all th
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -240,6 +241,7 @@ class Search:
                 self.codec = ImageCodec.like(tensors)
             self.codec.load_state_dict(tensors, assign=True)
             self.codec.requires_grad_(False).eval()
+            self.restorer = copy.deepcopy(layer.restorer)
             self.y_bits, self.z_bits = (table_bits(t).to(layer.device) for t in (layer.tables.all_y, layer.tables.z))
             self.numbers = table_numbers(layer.tables).to(layer.device)
             self.channels = torch.arange(layer.codec.n, device=layer.device)[None, :, None, None]
@@ -327,8 +329,11 @@ class Search:
         latents.z[tile.part(1)] = z.detach()[z_core]
 
     def shown(self, latent: Tensor, job: Job, tile: Tile, prediction: Tensor) -> Tensor:
-        """The pixels [1, 3, rows, columns] of a latent, filtered, but not clipped or rounded."""
-        out = self.codec.synthesis(latent, self.layer.level(job.quality), tile.extent(PIXEL, REACH)) + prediction
+        """The pixels [1, 3, rows, columns] of a latent, restored and filtered, but not clipped or rounded."""
+        level = self.layer.level(job.quality)
+        out = self.codec.synthesis(latent, level, tile.extent(PIXEL, REACH)) + prediction
+        if self.restorer is not None:
+            out = self.restorer(out, prediction, level)
         return out if job.adjust is None else filtered(job.adjust, out)
 
     def error(self, latent: Tensor, job: Job, tile: Tile, pixels: Tensor, prediction: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The weights on disk: three safetensors files, and the identity that ties a .cmps file to them."""
+"""The weights on disk: safetensors files, and the identity that ties a .cmps file to them."""
 
 from __future__ import annotations
 
@@ -21,23 +21,27 @@ if TYPE_CHECKING:
     from compass_codec.hyper import HyperDecoder
     from compass_codec.liff import LIFF
     from compass_codec.networks import ImageCodec
+    from compass_codec.restoration import Restorer
 
 N = TypeVar("N", bound="nn.Module")
 PARTS = ("base", "residual", "liff")
+RESTORATION = "restoration"  # a part that older sets are without
 
 
 @dataclass(frozen=True)
 class CodecWeights:
-    """One image codec ready for use: transforms, integer hyper-decoder, probability tables."""
+    """One image codec ready for use: transforms, integer hyper-decoder, probability tables, and what restores its
+    layers, if anything does."""
 
     codec: ImageCodec
     hyper: HyperDecoder
     tables: Tables
+    restorer: Restorer | None
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Everything a file is decoded with. ``identity`` is the start of the SHA-256 over the three files, in hex."""
+    """Everything a file is decoded with. ``identity`` is the start of the SHA-256 over the files, in hex."""
 
     base: CodecWeights
     residual: CodecWeights
@@ -52,15 +56,16 @@ def folder_or_default(folder: Path | None) -> Path:
 
 def _read(folder: Path) -> dict[str, bytes]:
     try:
-        return {part: (folder / f"{part}.safetensors").read_bytes() for part in PARTS}
+        parts = [*PARTS, *([RESTORATION] if (folder / f"{RESTORATION}.safetensors").exists() else [])]
+        return {part: (folder / f"{part}.safetensors").read_bytes() for part in parts}
     except OSError as e:
         raise WeightsError(f"{e.filename or folder}: cannot read the weights ({e.strerror})") from e
 
 
 def _identity(files: dict[str, bytes]) -> str:
     digest = hashlib.sha256()
-    for part in PARTS:
-        digest.update(files[part])
+    for data in files.values():
+        digest.update(data)
     return digest.digest()[:MODEL_BYTES].hex()
 
 
@@ -70,7 +75,7 @@ def identity(folder: Path | None = None) -> str:
 
 
 def load(folder: Path | None, device: torch.device, half: bool = False) -> Weights:
-    """Load the three parts to ``device``. With ``half``, what computes the pixels of enhancement layers does so in
+    """Load the parts to ``device``. With ``half``, what computes the pixels of enhancement layers does so in
     float16; the base layer, small as it is, stays in float32, as all others build on it and its errors are the largest.
     Raises WeightsError if one is missing or does not fit."""
     import torch
@@ -78,6 +83,7 @@ def load(folder: Path | None, device: torch.device, half: bool = False) -> Weigh
     from safetensors.torch import load as parse
 
     from compass_codec.liff import LIFF
+    from compass_codec.restoration import Restoration
 
     # PyTorch hears of this with its first tensor. Large arrays come from the system anew each time; in pages of 4 KB
     # that alone takes a tenth of a picture's time.
@@ -85,10 +91,14 @@ def load(folder: Path | None, device: torch.device, half: bool = False) -> Weigh
     folder = folder_or_default(folder)
     files = _read(folder)
     try:
-        tensors = {part: parse(files[part]) for part in PARTS}
+        tensors = {part: parse(data) for part, data in files.items()}
         with torch.inference_mode():
             liff = _fill(lambda: LIFF(**LIFF.dimensions(tensors["liff"])), tensors["liff"], device)
-            base, residual = (_codec(tensors[part], device) for part in ("base", "residual"))
+            restorers: dict[str, Restorer] = {}
+            if found := tensors.get(RESTORATION):
+                restoration = _fill(lambda: Restoration(**Restoration.dimensions(found)), found, device)
+                restorers = {"base": restoration.base, "residual": restoration.residual}
+            base, residual = (_codec(tensors[part], restorers.get(part), device) for part in ("base", "residual"))
             if half:
                 liff.half()
                 residual.codec.half_pixels()
@@ -109,7 +119,7 @@ def _fill(make: Callable[[], N], tensors: dict[str, Tensor], device: torch.devic
     return network.to(device).to(memory_format=torch.channels_last)
 
 
-def _codec(tensors: dict[str, Tensor], device: torch.device) -> CodecWeights:
+def _codec(tensors: dict[str, Tensor], restorer: Restorer | None, device: torch.device) -> CodecWeights:
     from compass_codec.entropy import Tables
     from compass_codec.hyper import HyperDecoder
     from compass_codec.networks import ImageCodec
@@ -118,4 +128,4 @@ def _codec(tensors: dict[str, Tensor], device: torch.device) -> CodecWeights:
     # contexts come with counted tables
     counted = ("y_contexts", "y_weights") if "tables.y_contexts" in tensors else ()
     tables = Tables(*(tensors[f"tables.{k}"].numpy() for k in ("z", "y", "y_lengths", *counted)))
-    return CodecWeights(codec, HyperDecoder(codec).to(device), tables)
+    return CodecWeights(codec, HyperDecoder(codec).to(device), tables, restorer)

@@ -54,7 +54,7 @@ def code(codec: Codec, layers: list[np.ndarray], level: Tensor) -> list[np.ndarr
         spread = scales.clamp(min=0.11).double().numpy().ravel()
         encoder.encode(symbols.int().numpy().ravel(), gaussians, np.zeros_like(spread), spread)
         encoded.append((encoder.get_compressed(), spread, z))
-        done.append(_picture(_below(codec, done, size) + part.synthesis(symbols + means, level, size)))
+        done.append(_shown(codec, done, part.synthesis(symbols + means, level, size), level))
     decoded: list[np.ndarray] = []
     for picture, (words, spread, z) in zip(layers, encoded, strict=True):
         part = codec.residual.codec if decoded else codec.base.codec
@@ -62,7 +62,7 @@ def code(codec: Codec, layers: list[np.ndarray], level: Tensor) -> list[np.ndarr
         _, means = part.hyper_synthesis(z, part.latent_size(size))
         found = stream.queue.RangeDecoder(words).decode(gaussians, np.zeros_like(spread), spread)
         symbols = torch.from_numpy(found).float().reshape(means.shape)
-        decoded.append(_picture(_below(codec, decoded, size) + part.synthesis(symbols + means, level, size)))
+        decoded.append(_shown(codec, decoded, part.synthesis(symbols + means, level, size), level))
     return decoded
 
 
@@ -70,6 +70,14 @@ def _below(codec: Codec, done: list[np.ndarray], size: tuple[int, int]) -> Tenso
     if not done:
         return torch.tensor(0.5)
     return liff(codec.liff, to_tensor(done[-1], codec.device).contiguous().float() / 255, size)
+
+
+def _shown(codec: Codec, done: list[np.ndarray], residual: Tensor, level: Tensor) -> np.ndarray:
+    """The layer that comes after those that are ``done``."""
+    restorer = (codec.residual if done else codec.base).restorer
+    known = _below(codec, done, (residual.shape[2], residual.shape[3])).expand_as(residual)
+    x = known + residual
+    return _picture(x if restorer is None else restorer(x, known, level))
 
 
 def _picture(x: Tensor) -> np.ndarray:

@@ -37,6 +37,7 @@ CODEC = (
     "liff",
     "networks",
     "pictures",
+    "restoration",
     "strips",
     "weights",
 )

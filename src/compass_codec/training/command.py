@@ -72,7 +72,7 @@ def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int, liff
 
     from compass_codec.training.export import import_start, load_parts
     from compass_codec.training.start import block_transform
-    from compass_codec.weights import folder_or_default
+    from compass_codec.weights import PARTS, RESTORATION, folder_or_default
 
     if weights is not None and weights.is_file():
         import_start(stage, weights)
@@ -81,7 +81,7 @@ def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int, liff
         if weights is not None and not weights.is_dir():
             raise ValueError(f"{weights}: no such file or folder of weights")
         found = load_parts(stage, folder_or_default(weights), liff)
-    words = [f"{part} from weights" for part in ("base", "residual", "liff") if part in found]
+    words = [f"{part} from weights" for part in (*PARTS, RESTORATION) if part in found]
     if "base" not in found:
         crops = pictures.sample(32, 128, torch.Generator().manual_seed(seed))
         block_transform(stage.base.codec, crops, seed)
@@ -142,8 +142,8 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 
     import torch
 
-    from compass_codec.training.export import PARTS, export
-    from compass_codec.weights import folder_or_default
+    from compass_codec.training.export import export
+    from compass_codec.weights import PARTS, RESTORATION, folder_or_default
 
     plan, device = asdict(run.plan), run.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -162,7 +162,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     out.mkdir(parents=True, exist_ok=True)
     folder = folder_or_default(weights)
     if folder.is_dir():
-        others = [f"{part}.safetensors" for part in PARTS if part not in run.stage.trains]
+        others = [f"{part}.safetensors" for part in (*PARTS, RESTORATION) if part not in run.stage.trains]
         for file in [*others, "history.json"]:
             if (folder / file).exists() and not (out / file).exists():
                 shutil.copyfile(folder / file, out / file)
@@ -170,7 +170,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 
 
 @click.command("train")
-@click.argument("stage", type=click.Choice(["base", "liff", "residual", "joint", "hyper", "detail"]))
+@click.argument("stage", type=click.Choice(["base", "liff", "residual", "joint", "hyper", "detail", "restore"]))
 @click.option(
     "--data",
     type=click.Path(path_type=Path),

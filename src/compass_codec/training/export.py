@@ -1,4 +1,4 @@
-"""Weights as files: three float16 safetensors, each with the integer tables its streams are coded with."""
+"""Weights as files: float16 safetensors, those of codecs with the integer tables their streams are coded with."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from torch import Tensor
 from compass_codec.entropy import frequencies, gaussian_tables
 from compass_codec.liff import LIFF, SIZES
 from compass_codec.networks import ImageCodec
+from compass_codec.restoration import Restoration
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.stages import RatedCodec, Stage
-from compass_codec.weights import PARTS
+from compass_codec.weights import PARTS, RESTORATION
 
 DETAIL = ("d_a.", "d_s.", "h_d.")  # the networks of details
 REACH = 32  # hyper-latent symbols -REACH..REACH have a frequency of their own; beyond them, an escape
@@ -99,13 +100,15 @@ def load_parts(stage: Stage, folder: Path, size: str | None = None) -> set[str]:
     """
     if size is not None:
         stage.liff = LIFF(**SIZES[size])
-    found = {part for part in PARTS if (folder / f"{part}.safetensors").exists()}
+    found = {part for part in (*PARTS, RESTORATION) if (folder / f"{part}.safetensors").exists()}
     for part in sorted(found):
         path = folder / f"{part}.safetensors"
         tensors, module = _read(path), getattr(stage, part)
         if isinstance(module, RatedCodec):
             _fill(module.codec, tensors, path)
             _fill(module.bottleneck, _below(tensors, "bottleneck."), path)
+        elif isinstance(module, Restoration):
+            _fill(module, tensors, path)
         else:
             found -= set() if load_liff(stage, tensors, path, size) else {part}
     return found

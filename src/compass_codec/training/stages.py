@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from compass_codec.codec import BEYOND, MOST_BEYOND
 from compass_codec.liff import LIFF, SIZES, bicubic
 from compass_codec.networks import LAMBDAS, ImageCodec, level_of, lower_bound
+from compass_codec.restoration import FOLD, Restoration
 from compass_codec.training.data import resize
 from compass_codec.training.density import FactorizedDensity
 
@@ -96,7 +97,7 @@ def to_8bit(x: Tensor) -> Tensor:
 
 
 class Stage(nn.Module):
-    """Base, residual codec and LIFF together; a subclass says which of them it trains and how."""
+    """Base, residual codec, LIFF and restoration together; a subclass says which of them it trains and how."""
 
     trains: tuple[str, ...] = ()
     layered = True  # whether a crop is reduced to lower layers
@@ -104,6 +105,7 @@ class Stage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.base, self.residual, self.liff = RatedCodec(), RatedCodec(), LIFF(**SIZES["small"])
+        self.restoration = Restoration()
 
     def freeze(self) -> None:
         for name, child in self.named_children():
@@ -113,16 +115,27 @@ class Stage(nn.Module):
                 for name, parameter in rated.codec.named_parameters():
                     if name.startswith(("d_", "h_d.")) or name.endswith("gain_d"):
                         parameter.requires_grad_(False)
-        # an untrained LIFF is its bicubic skip exactly: do not pay for adding zero
+        # an untrained LIFF is its bicubic skip exactly, untrained restoration nothing: do not pay for adding zero
         last = self.liff.mlp_last
         self.only_skip = "liff" not in self.trains and not (last.weight.any() or last.bias.any())
+        trained = "restoration" in self.trains or bool(self.restoration.base.last.weight.any())
+        self.restores = trained
 
     def predict(self, below: Tensor, size: tuple[int, int]) -> Tensor:
         return (bicubic(below, size) if self.only_skip else self.liff(below, size)).float()
 
     def code_base(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        rec, bits = self.base(x - 0.5, level)
-        return rec + 0.5, bits
+        return self.code("base", x, x.new_full((1, 1, 1, 1), 0.5), level)
+
+    def code(self, part: str, x: Tensor, known: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer by the base or residual codec, given its prediction: (what the decoder shows of it, bits [B])."""
+        rec, bits = getattr(self, part)(x - known, level)
+        return self.restore(part, rec + known, known, level), bits
+
+    def restore(self, part: str, rec: Tensor, known: Tensor, level: Tensor) -> Tensor:
+        if not self.restores:
+            return rec
+        return getattr(self.restoration, part)(rec, known.expand_as(rec), level).float()
 
     @torch.no_grad()
     def lower(self, x: Tensor, level: Tensor) -> Tensor:
@@ -136,8 +149,7 @@ class Stage(nn.Module):
     def enhance(self, x: Tensor, below: Tensor, level: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One enhancement layer: (reconstruction, loss, parts)."""
         prediction = self.predict(below, (x.shape[-2], x.shape[-1]))
-        res, bits = self.residual(x - prediction, level)
-        rec = prediction + res
+        rec, bits = self.code("residual", x, prediction, level)
         loss, parts = cost(x, rec, bits, lam)
         return rec, loss, parts
 
@@ -196,8 +208,7 @@ class ResidualStage(Stage):
         below = self.lower(shrink(x, factors[0]), under)
         with torch.no_grad():
             prediction = self.predict(below, (x.shape[-2], x.shape[-1]))
-        res, bits = self.residual(x - prediction, level)
-        return cost(x, prediction + res, bits, lam)
+        return cost(x, *self.code("residual", x, prediction, level), lam)
 
 
 class JointStage(Stage):
@@ -289,12 +300,67 @@ class DetailStage(Stage):
         under = lower_rates(lam)[1] if factors[0] == 1 else level
         with torch.no_grad():
             prediction = self.predict(self.lower(shrink(x, factors[0]), under), (x.shape[-2], x.shape[-1]))
-        found = []
-        for rated, known in (self.base, torch.full_like(prediction, 0.5)), (self.residual, prediction):
-            res, bits = rated(x - known, level)
-            found.append(cost(x, known + res, bits, lam))
-        (base, parts), (residual, above) = found
+        base, parts = cost(x, *self.code_base(x, level), lam)
+        residual, above = cost(x, *self.code("residual", x, prediction, level), lam)
         return base + residual, {name: (parts[name] + above[name]) / 2 for name in parts}
+
+
+class RestoreStage(Stage):
+    """Restoration alone, of what the two image codecs make of crops.
+
+    That takes them far longer than restoration takes to learn from it. So crops are kept, the last ``KEPT`` of them;
+    new ones come every ``NEW`` steps only, and a step draws ``DRAWN`` parts of those, of ``SIDE`` pixels at most.
+    """
+
+    trains = ("restoration",)
+    KEPT, NEW, DRAWN, SIDE = 1024, 8, 16, 96
+    EDGE = 8  # pixels at the sides of a part that do not count: restoration does not see what lies beyond
+
+    def __init__(self) -> None:
+        super().__init__()
+        # crop, the base codec's and the residual codec's, and its prediction [12, H, W]; lambda and level [2]
+        self.kept: deque[tuple[Tensor, Tensor]] = deque(maxlen=self.KEPT)
+        self.calls = 0
+
+    def forward(
+        self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.training:
+            return self.learn(self.coded(x, lam, level, factors[0]), lam, level)
+        if self.calls % self.NEW == 0:
+            if self.kept and self.kept[0][0].shape[1:] != x.shape[2:]:
+                self.kept.clear()  # crops are now of another size
+            self.kept.extend(
+                zip(self.coded(x, lam, level, factors[0]).half(), torch.stack((lam, level), 1), strict=True)
+            )
+        self.calls += 1
+        drawn = [self.kept[i] for i in torch.randint(len(self.kept), (self.DRAWN,)).tolist()]
+        planes, rates = (torch.stack(part) for part in zip(*drawn, strict=True))
+        top, left = (int(torch.randint(max(0, side - self.SIDE) // FOLD + 1, ())) * FOLD for side in x.shape[2:])
+        planes = planes[:, :, top : top + self.SIDE, left : left + self.SIDE].float()
+        return self.learn(planes, rates[:, 0], rates[:, 1], self.EDGE)
+
+    @torch.no_grad()
+    def coded(self, x: Tensor, lam: Tensor, level: Tensor, factor: float) -> Tensor:
+        """Crops, what the base codec and the residual codec make of them, and their predictions: [B, 12, H, W]."""
+        under = lower_rates(lam)[1] if factor == 1 else level
+        known = self.predict(self.lower(shrink(x, factor), under), (x.shape[-2], x.shape[-1]))
+        mode = self.training
+        self.eval()
+        made = self.base(x - 0.5, level)[0] + 0.5, self.residual(x - known, level)[0] + known
+        self.train(mode)
+        return torch.cat([x, *made, known], 1)
+
+    def learn(self, planes: Tensor, lam: Tensor, level: Tensor, edge: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of what :meth:`coded` gives, without ``edge`` pixels on every side."""
+        x, base, residual, known = planes.split(3, 1)
+        inner = slice(edge, x.shape[-2] - edge), slice(edge, x.shape[-1] - edge)
+        loss, psnr = x.new_zeros(()), x.new_zeros(())
+        for part, rec, seen in ("base", base, torch.full_like(known, 0.5)), ("residual", residual, known):
+            mse = (self.restore(part, rec, seen, level) - x)[..., *inner].square().mean((1, 2, 3))
+            loss = loss + ((lam * 0.013).sqrt() * 255**2 * mse).mean()  # as in cost()
+            psnr = psnr - 5 * mse.detach().clamp(min=1e-10).log10().mean()
+        return loss, {"bpp": torch.zeros_like(psnr), "psnr": psnr}
 
 
 STAGES: dict[str, type[Stage]] = {
@@ -304,6 +370,7 @@ STAGES: dict[str, type[Stage]] = {
     "joint": JointStage,
     "hyper": HyperStage,
     "detail": DetailStage,
+    "restore": RestoreStage,
 }
 
 

@@ -39,7 +39,7 @@ class Counts:
         self.held_out: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, x: Tensor, quality: float, hold_out: bool = False) -> Tensor:
-        """Count the symbols of a picture [1, 3, H, W] centred on zero; returns its reconstruction."""
+        """Count the symbols of a picture [1, 3, H, W] centred on zero; returns its reconstruction, not restored."""
         size = (x.shape[-2], x.shape[-1])
         analysed = self.layer.analyse([x], size, quality)
         ((y, index, means),) = analysed.latents
@@ -138,6 +138,8 @@ def count(codec: Codec, pictures: Pictures, crops: int, side: int, seed: int = 1
             base.add(x - 0.5, quality, hold_out)
             small = resize(x, (round(side / factor), round(side / factor)))
             below = base.add(small - 0.5, quality, hold_out) + 0.5
+            if codec.base.restorer is not None:
+                below = codec.base.restorer(below, torch.full_like(below, 0.5), codec.base.level(quality))
             below = (below.clamp(0, 1) * 255).round() / 255
             residual.add(x - codec.liff(below, (side, side)), quality, hold_out)
     return base, residual

@@ -1,0 +1,113 @@
+"""Restoration: what it is before and after training, how far it sees, and weights with and without it."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from compass_codec.codec import Codec
+from compass_codec.errors import WeightsError
+from compass_codec.restoration import REACH, Restoration, Restorer
+from compass_codec.weights import RESTORATION, folder_or_default, identity
+
+LEVEL = torch.tensor([1.5, 4.0])
+
+
+def noisy(restorer: Restorer) -> Restorer:
+    """With a last convolution as trained ones have it: not zero."""
+    with torch.no_grad():
+        restorer.last.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    return restorer.requires_grad_(False)
+
+
+@pytest.mark.parametrize("predicted", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (7, 10), (16, 33)])
+def test_untrained_networks_change_nothing(size, predicted):
+    x, known = torch.rand(2, 2, 3, *size)
+    restorer = Restorer(8, 1, predicted)
+    assert torch.equal(restorer(x, known, LEVEL), x)
+    changed = noisy(restorer)(x, known, LEVEL)
+    assert changed.shape == x.shape and not torch.equal(changed, x)
+    assert not torch.equal(changed, restorer(x, known, LEVEL + 0.5))
+    assert torch.equal(changed, restorer(x, known + 0.1, LEVEL)) != predicted
+
+
+def test_reach():
+    """No pixel sees one further away, in the networks that are trained by default."""
+    torch.manual_seed(0)
+    for restorer in map(noisy, Restoration().children()):
+        x = torch.rand(1, 3, 80, 80)
+        other = x.clone()
+        other[..., 40, 41] += 0.5
+        changed = (restorer(other, x, LEVEL[:1]) != restorer(x, x, LEVEL[:1])).any(1)[0].nonzero()
+        far = (changed - torch.tensor([40, 41])).abs().max()
+        assert 6 <= far <= REACH
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Folders of weights: those installed, with restoration that does something whether trained or not, and without."""
+    with_it, without = tmp_path_factory.mktemp("with"), tmp_path_factory.mktemp("without")
+    for file in folder_or_default(None).glob("*.safetensors"):
+        for folder in (with_it, without):
+            shutil.copy(file, folder)
+    (without / f"{RESTORATION}.safetensors").unlink(missing_ok=True)
+    torch.manual_seed(0)
+    restoration = Restoration(8, 1)
+    for restorer in restoration.children():
+        noisy(restorer)
+    save_file({k: v.half() for k, v in restoration.state_dict().items()}, with_it / f"{RESTORATION}.safetensors")
+    return with_it, without
+
+
+def test_weights_with_and_without(sets):
+    with_it, without = (Codec.load("cpu", folder) for folder in sets)
+    assert without.base.restorer is None and len(with_it.base.restorer.blocks) == 1
+    assert with_it.model == identity(sets[0]) != identity(sets[1]) == without.model
+    x = np.arange(3 * 40 * 50).reshape(40, 50, 3).astype(np.uint8) // 3
+    seen = {}
+    for name, codec in ("with", with_it), ("without", without):
+        encoded = codec.encode(Image.fromarray(x), [1, 2], 60)
+        for k, layer in enumerate(encoded.layers):
+            assert np.array_equal(np.asarray(codec.decode(encoded.data, layer=k)), layer)
+        seen[name] = encoded
+    assert not np.array_equal(seen["with"].layers[0], seen["without"].layers[0])
+    with pytest.raises(WeightsError, match="made with weights"):
+        without.decode(seen["with"].data)
+
+
+def test_search_sees_what_the_decoder_shows(sets):
+    """The search's pixels are the layer's, but for rounding and for what filters add."""
+    from compass_codec import search
+
+    codec = Codec.load("cpu", sets[0])
+    x = np.random.default_rng(2).integers(0, 255, (64, 64, 3), np.uint8)
+    for layer, known in (codec.base, torch.full((1, 3, 64, 64), 0.5)), (codec.residual, torch.rand(1, 3, 64, 64) / 2):
+        found = search.Search(layer)
+        job = search.Job(x, known, None, 60.0, 1.0, torch.Generator(), float("inf"))
+        start = found.start(job, None)
+        (tile,) = search.Tile.all(job.size)
+        latent = (start.y.round()).requires_grad_()
+        shown = found.shown(latent, job, tile, known)
+        assert torch.autograd.grad(shown.square().sum(), latent)[0].any()
+        with torch.inference_mode():
+            seen = layer.reconstruct([latent.detach()], [known], 60.0, job.size)
+        error = np.abs(shown.detach()[0].clamp(0, 1).permute(1, 2, 0).numpy() * 255 - seen)
+        assert error.max() <= 0.51
+
+
+def test_bad_weights(sets, tmp_path):
+    for file in sets[0].iterdir():
+        shutil.copy(file, tmp_path)
+    file = tmp_path / f"{RESTORATION}.safetensors"
+    tensors = load_file(file)
+    del tensors["residual.last.weight"]
+    save_file(tensors, file)
+    with pytest.raises(WeightsError, match="cannot be used"):
+        Codec.load("cpu", tmp_path)
+    file.write_bytes(b"damaged")
+    with pytest.raises(WeightsError, match="cannot be used"):
+        Codec.load("cpu", tmp_path)
