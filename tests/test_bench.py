@@ -21,7 +21,7 @@ from compass_codec.measure import cost, methods, peers, report, runner
 from compass_codec.measure.bd_rate import bd_psnr
 from compass_codec.measure.page import _nearest
 from compass_codec.measure.peers import PEERS, Gap
-from compass_codec.measure.protocol import BICUBIC, FULL, OURS, PADDED, UNFILTERED, Curve, layers_of
+from compass_codec.measure.protocol import BICUBIC, FULL, OURS, PADDED, UNFILTERED, UNRESTORED, Curve, layers_of
 from compass_codec.measure.runner import Cache, Job, Runner, Settings, Source
 from compass_codec.measure.tables import TESTED, Column, Points, Published, Results, compare
 from compass_codec.pictures import psnr
@@ -206,6 +206,12 @@ class TestOurs:
         layers = [np.array(crop(320, 240))]
         whole, found = (methods.code(m, layers, (FULL,), 60, None, "cpu")[0] for m in (OURS, UNFILTERED))
         assert psnr(whole[1], layers[0]) > psnr(found[1], layers[0]) + 0.05 and 0 < whole[0] - found[0] < 70
+
+    def test_restoration_brings_layers_nearer(self):
+        layers = layers_of(crop(256, 192), (2.0, FULL))
+        whole, found = (methods.code(m, layers, (2.0, FULL), 60, None, "cpu") for m in (OURS, UNRESTORED))
+        for picture, (size, seen), (other_size, other) in zip(layers, whole, found, strict=True):
+            assert psnr(seen, picture) > psnr(other, picture) + 0.02 and size < 1.02 * other_size
 
     def test_padding_changes_nothing_where_there_is_nothing_to_pad(self):
         layers = layers_of(crop(256, 256), (1.0, 2.0))

@@ -14,7 +14,7 @@ import click
 
 from compass_codec.measure.bd_rate import FEWEST
 from compass_codec.measure.peers import J2K, PEERS, Gap
-from compass_codec.measure.protocol import BICUBIC, FULL, LEVELS, OURS, PADDED, UNFILTERED, Numbers, Scales, pictures_in
+from compass_codec.measure.protocol import FULL, LEVELS, OURS, Numbers, Scales, pictures_in
 
 if TYPE_CHECKING:
     from compass_codec.measure.report import Report
@@ -96,7 +96,7 @@ def bench(
     What was measured is kept in the folder, so that a run that was stopped goes on where it was.
     """
     from compass_codec.measure.runner import Runner, Settings, Source, cores
-    from compass_codec.measure.tables import Published, Results
+    from compass_codec.measure.tables import ABLATED, Published, Results
 
     if len(qualities) < FEWEST:
         raise click.UsageError(f"a rate-distortion curve needs at least {FEWEST} qualities")
@@ -126,7 +126,7 @@ def bench(
     singles = {s for scales in layered for s in scales} | ({FULL} if "single" in tables else set())
     work += [job for s in sorted(singles) for method in (OURS, *peers) for job in results.jobs(method, (s,))]
     if "ablation" in tables:
-        work += [job for m in (OURS, BICUBIC, PADDED, UNFILTERED) for job in results.jobs(m, (1.0, MIDDLE, ablation))]
+        work += [job for m in (OURS, *ABLATED.values()) for job in results.jobs(m, (1.0, MIDDLE, ablation))]
     _run(runner, work, "measuring")
     report = _analyse(results, wanted, tables, (1.0, MIDDLE, ablation), peers, published)
     report.facts |= _facts(runner, results, peers, curves)

@@ -18,7 +18,8 @@ from compass_codec import container
 from compass_codec.codec import Codec, CodedLayer, to_tensor
 from compass_codec.container import FULL_GAIN
 from compass_codec.measure.peers import PEERS, resolutions
-from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, UNFILTERED, Scales
+from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, UNFILTERED, UNRESTORED, Scales
+from compass_codec.weights import Weights
 
 Coded = list[tuple[int, np.ndarray]]
 
@@ -101,7 +102,21 @@ class Unfiltered(Remembering):
         return coded
 
 
-KINDS: dict[str, type[Measured]] = {OURS: Remembering, BICUBIC: Bicubic, PADDED: Padded, UNFILTERED: Unfiltered}
+class Unrestored(Remembering):
+    """No restoration; filters of layers make up for some of it."""
+
+    def __init__(self, loaded: Weights, device: torch.device) -> None:
+        super().__init__(loaded, device)
+        self.base.restorer = self.residual.restorer = None
+
+
+KINDS: dict[str, type[Measured]] = {
+    OURS: Remembering,
+    BICUBIC: Bicubic,
+    PADDED: Padded,
+    UNFILTERED: Unfiltered,
+    UNRESTORED: Unrestored,
+}
 
 
 @cache

@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import compass_codec
 from compass_codec.measure.peers import J2K, PEERS, Gap
-from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, UNFILTERED, Scales, layers_of, sizes_of
+from compass_codec.measure.protocol import (
+    BICUBIC,
+    LEVELS,
+    OURS,
+    PADDED,
+    UNFILTERED,
+    UNRESTORED,
+    Scales,
+    layers_of,
+    sizes_of,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +52,7 @@ CODEC = (
     "weights",
 )
 # Seconds of one core for a megapixel, for the progress bar alone.
-SECONDS = {OURS: 7.0, PADDED: 9.0, BICUBIC: 4.0, UNFILTERED: 7.0}
+SECONDS = {OURS: 7.0, PADDED: 9.0, BICUBIC: 4.0, UNFILTERED: 7.0, UNRESTORED: 7.0}
 MS_SSIM_SIDE = 161  # five scales of windows of 11 samples need this many
 
 

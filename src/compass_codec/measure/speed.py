@@ -79,6 +79,8 @@ def timed(codec: Any) -> Iterator[dict[str, float]]:
         watch(layer.codec, "analysis", "analysis")
         watch(layer.codec, "hyper_analysis", "hyper-analysis")
         watch(layer.codec, "synthesis", "synthesis")
+        if layer.restorer is not None:
+            watch(layer.restorer, "forward", "restoration")
         watch(layer.hyper, "forward", "integer hyper-decoder")
     watch(entropy, "encode", "entropy coding")
     watch(entropy.Decoder, "z", "entropy coding")
@@ -138,7 +140,8 @@ def whole() -> tuple[str, dict[str, dict[str, float]]]:
         parts[name] = {**spent, "the rest": spent["everything"] - inside}
     with torch.inference_mode():
         usual = Codec.load("cpu")
-        for network in (usual.base.codec, usual.residual.codec, usual.liff):
+        restorers = [layer.restorer for layer in (usual.base, usual.residual) if layer.restorer is not None]
+        for network in (usual.base.codec, usual.residual.codec, usual.liff, *restorers):
             network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         level = codec.base.level(60)
         ratio = (totals["encode"] + totals["decode"]) / seconds(lambda: naive.code(usual, layers, level), 1)

@@ -24,6 +24,7 @@ from compass_codec.measure.protocol import (
     PADDED,
     PUBLISHED,
     UNFILTERED,
+    UNRESTORED,
     Curve,
     Scales,
     sizes_of,
@@ -286,4 +287,5 @@ ABLATED = {
     "bicubic instead of LIFF": BICUBIC,
     "pictures padded to 64 instead of layer-wise padding": PADDED,
     "no filters of layers": UNFILTERED,
+    "no restoration": UNRESTORED,
 }
