@@ -45,9 +45,6 @@ class Restorer(nn.Module):
         self.last = nn.Conv2d(channels, samples, 3, padding=1)
         # of what the blocks add, one after the other, and last of what the last convolution sees
         self.log_gain = nn.Parameter(torch.zeros(len(LAMBDAS), channels * (blocks + 1)))
-        for convolution in self.modules():
-            if isinstance(convolution, nn.Conv2d):
-                nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)  # at first nothing changes
 

@@ -106,6 +106,9 @@ class Stage(nn.Module):
         super().__init__()
         self.base, self.residual, self.liff = RatedCodec(), RatedCodec(), LIFF(**SIZES["small"])
         self.restoration = Restoration()
+        for name, parameter in self.restoration.named_parameters():
+            if name.endswith(".weight") and ".last." not in name:
+                nn.init.kaiming_normal_(parameter, nonlinearity="relu")
 
     def freeze(self) -> None:
         for name, child in self.named_children():
