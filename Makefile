@@ -58,13 +58,13 @@ weights-check: install  ## make weights-check NEW=runs/a/weights: may these repl
 # Every stage in turn, within half an hour of one GPU. DATA: tars or folders of photographs.
 train: install
 	$(BIN)/compass train base $(DATA:%=--data %) --minutes 10 --batch 64,32 --side 128,256 --lr 5e-4 --resume $(RUN) $(START)
-	$(BIN)/compass train liff $(DATA:%=--data %) --minutes 4 --batch 64 --side 128 --lr 1e-3 --resume $(RUN) --weights $(RUN)/weights
+	$(BIN)/compass train liff $(DATA:%=--data %) --minutes 3 --batch 64 --side 128 --lr 1e-3 --resume $(RUN) --weights $(RUN)/weights
 	rm -f $(RUN)/weights/residual.safetensors
 	$(BIN)/compass train residual $(DATA:%=--data %) --minutes 6 --batch 64 --side 128 --lr 4e-4 --resume $(RUN) --weights $(RUN)/weights
 	$(BIN)/compass train joint $(DATA:%=--data %) --minutes 5 --batch 32 --side 192 --lr 1e-4 --resume $(RUN) --weights $(RUN)/weights
 	$(BIN)/compass train detail $(DATA:%=--data %) --minutes 1 --batch 32 --side 128 --lr 3e-4 --resume $(RUN) --weights $(RUN)/weights
 	$(BIN)/compass train hyper $(DATA:%=--data %) --minutes 2 --batch 16 --side 256 --lr 3e-4 --hyper-lr 1 --resume $(RUN) --weights $(RUN)/weights
-	$(BIN)/compass train restore $(DATA:%=--data %) --minutes 2 --batch 64 --side 128 --lr 2e-3 --resume $(RUN) --weights $(RUN)/weights
+	$(BIN)/compass train restore $(DATA:%=--data %) --minutes 1 --batch 64 --side 128 --lr 2e-3 --resume $(RUN) --weights $(RUN)/weights
 	$(BIN)/python -m compass_codec.training.tables $(RUN)/weights $(DATA:%=--data %)
 
 fuzz: install  ## 100,000 broken files, then the coverage-guided fuzzer on the container
