@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from compass_codec import strips
 from compass_codec.codec import Codec
 from compass_codec.errors import WeightsError
-from compass_codec.restoration import REACH, Restoration, Restorer
+from compass_codec.restoration import FOLD, Restoration, Restorer
 from compass_codec.weights import RESTORATION, folder_or_default, identity
 
 LEVEL = torch.tensor([1.5, 4.0])
@@ -35,16 +36,17 @@ def test_untrained_networks_change_nothing(size, predicted):
     assert torch.equal(changed, restorer(x, known + 0.1, LEVEL)) != predicted
 
 
-def test_reach():
-    """No pixel sees one further away, in the networks that are trained by default."""
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_reach(blocks):
+    """No pixel sees one further away than the network says."""
     torch.manual_seed(0)
-    for restorer in map(noisy, Restoration().children()):
+    for restorer in map(noisy, Restoration(8, blocks).children()):
         x = torch.rand(1, 3, 80, 80)
         other = x.clone()
         other[..., 40, 41] += 0.5
         changed = (restorer(other, x, LEVEL[:1]) != restorer(x, x, LEVEL[:1])).any(1)[0].nonzero()
         far = (changed - torch.tensor([40, 41])).abs().max()
-        assert 6 <= far <= REACH
+        assert restorer.reach // 2 < far < restorer.reach + FOLD
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,22 @@ def test_weights_with_and_without(sets):
     assert not np.array_equal(seen["with"].layers[0], seen["without"].layers[0])
     with pytest.raises(WeightsError, match="made with weights"):
         without.decode(seen["with"].data)
+
+
+@pytest.mark.parametrize("blocks", [0, 3, 5])
+def test_networks_of_any_depth_in_strips(sets, monkeypatch, blocks):
+    """A picture in tiles is restored as a whole one is, but for the last digit of a float."""
+    codec = Codec.load("cpu", sets[1])
+    torch.manual_seed(0)
+    codec.residual.restorer = noisy(Restorer(8, blocks, predicted=True))
+    y, known = 4 * torch.randn(1, codec.residual.codec.m, 10, 9).round(), torch.rand(1, 3, 153, 140)
+    with torch.inference_mode():
+        whole = codec.residual.reconstruct([y], [known], 60, (153, 140)).astype(int)
+        for table in (strips.STRIP, strips.TILE):
+            monkeypatch.setitem(table, "cpu", 64)
+        codec.residual.tile = 64
+        tiled = codec.residual.reconstruct([y[:, :, :4], y[:, :, 4:]], [known], 60, (153, 140))
+    assert np.abs(whole - tiled).max() <= 1 and (whole != tiled).mean() < 0.001
 
 
 def test_search_sees_what_the_decoder_shows(sets):

@@ -22,7 +22,6 @@ from compass_codec.errors import LimitError, OptionError, WeightsError
 from compass_codec.liff import combine
 from compass_codec.networks import BLOCK, ImageCodec, level_of, quality_to_lambda
 from compass_codec.pictures import squared_error
-from compass_codec.restoration import REACH
 from compass_codec.weights import CodecWeights, Weights
 from compass_codec.weights import load as load_weights
 
@@ -195,9 +194,8 @@ class LayerCodec:
         """Strips of a layer, from strips of what it is without restoration and of its prediction."""
         if (restorer := self.restorer) is None:
             return (strip for strip, _ in sums)
-        network = strips.Network(
-            lambda x, _: restorer(x[:, :3], x[:, 3:], level), *self._cells(size, BLOCK, BLOCK, reach=REACH // BLOCK)
-        )
+        cells = self._cells(size, BLOCK, BLOCK, reach=-(-restorer.reach // BLOCK))
+        network = strips.Network(lambda x, _: restorer(x[:, :3], x[:, 3:], level), *cells)
         pairs = (torch.cat(pair, 1) if restorer.predicted else pair[0] for pair in sums)
         return strips.run(network, pairs, size[0], size)
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from compass_codec.networks import LAMBDAS, gain
 
 FOLD = 2  # pixels along the side of what one place of the network holds
-REACH = 16  # pixels that a restored one sees to every side, at most
 LEAK = 2.0**-7
 IN, MORE, OUT = 4.0, 8.0, 0.1  # that bring samples and residuals to about 1, and outputs to samples
 
@@ -33,6 +32,7 @@ class Restorer(nn.Module):
         super().__init__()
         samples = 3 * FOLD**2
         self.predicted = predicted
+        self.reach = FOLD * (2 + 2 * blocks)  # pixels that a square of FOLD x FOLD sees to every side
         self.first = nn.Conv2d(samples * (1 + predicted) + 1, channels, 3, padding=1)
         self.blocks = nn.ModuleList(
             nn.Sequential(
