@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compass_codec import container, entropy, filters, pictures, strips
+from compass_codec.arrays import to_bytes, to_device, to_host, to_tensor
 from compass_codec.container import FULL_GAIN, Side
 from compass_codec.errors import LimitError, OptionError, WeightsError
 from compass_codec.liff import combine
@@ -244,31 +245,6 @@ def best_gain(picture: np.ndarray, interpolated: Tensor, added: Tensor) -> float
         return 1.0
     missing = to_tensor(picture, added.device).float().div_(255).sub_(interpolated)
     return float(missing.mul_(added).sum()) / energy
-
-
-def to_tensor(picture: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 [height, width, 3] to uint8 [1, 3, height, width]; on the CPU a view."""
-    return to_device(picture, device).permute(2, 0, 1)[None]
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array as a tensor: on the CPU a view where it can be, to a GPU through pinned memory and without waiting."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-def to_host(x: Tensor) -> np.ndarray:
-    """A tensor as an array: on the CPU a view, from a GPU through pinned memory."""
-    if x.device.type == "cpu":
-        return x.numpy()
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x).numpy()
-
-
-def to_bytes(x: Tensor) -> np.ndarray:
-    """[1, 3, height, width] in 0..1 to uint8 [height, width, 3]. Layers are predicted from this, at both ends, so
-    differences between devices in the last bit of a float mostly vanish and do not add up."""
-    pixels = x[0].clamp(0, 1).mul_(255).round_().byte().permute(1, 2, 0)
-    return to_host(pixels)
 
 
 @dataclass(frozen=True)

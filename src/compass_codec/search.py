@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from compass_codec import contexts, entropy, filters, strips
-from compass_codec.codec import LATENT_LIMIT, CodedLayer, rounded, squared_error, to_tensor
+from compass_codec.arrays import to_tensor
+from compass_codec.codec import LATENT_LIMIT, CodedLayer, rounded, squared_error
 from compass_codec.networks import ImageCodec, quality_to_lambda
 
 if TYPE_CHECKING:

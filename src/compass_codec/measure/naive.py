@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from constriction import stream
 from torch import Tensor
 
-from compass_codec.codec import Codec, to_tensor
+from compass_codec.arrays import to_tensor
+from compass_codec.codec import Codec
 from compass_codec.liff import LIFF, bicubic, nearest
 
 ROWS = 64  # of the target at a time; all at once would take gigabytes

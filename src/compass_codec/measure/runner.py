@@ -38,6 +38,7 @@ Record = dict[str, Any]
 LAYOUT = 1  # of a record; new measures or another meaning take a new number
 # modules that decide what a file holds and decodes to
 CODEC = (
+    "arrays",
     "codec",
     "container",
     "contexts",

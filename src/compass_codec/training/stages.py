@@ -121,8 +121,7 @@ class Stage(nn.Module):
         # an untrained LIFF is its bicubic skip exactly, untrained restoration nothing: do not pay for adding zero
         last = self.liff.mlp_last
         self.only_skip = "liff" not in self.trains and not (last.weight.any() or last.bias.any())
-        trained = "restoration" in self.trains or bool(self.restoration.base.last.weight.any())
-        self.restores = trained
+        self.restores = "restoration" in self.trains or bool(self.restoration.base.last.weight.any())
 
     def predict(self, below: Tensor, size: tuple[int, int]) -> Tensor:
         return (bicubic(below, size) if self.only_skip else self.liff(below, size)).float()
@@ -136,6 +135,7 @@ class Stage(nn.Module):
         return self.restore(part, rec + known, known, level), bits
 
     def restore(self, part: str, rec: Tensor, known: Tensor, level: Tensor) -> Tensor:
+        """What the base or residual codec made of a layer, with its prediction, as the decoder shows it."""
         if not self.restores:
             return rec
         return getattr(self.restoration, part)(rec, known.expand_as(rec), level).float()
@@ -341,7 +341,7 @@ class RestoreStage(Stage):
         planes, rates = (torch.stack(part) for part in zip(*drawn, strict=True))
         top, left = (int(torch.randint(max(0, side - self.SIDE) // FOLD + 1, ())) * FOLD for side in x.shape[2:])
         planes = planes[:, :, top : top + self.SIDE, left : left + self.SIDE].float()
-        return self.learn(planes, rates[:, 0], rates[:, 1], self.EDGE)
+        return self.learn(planes, rates[:, 0], rates[:, 1], min(self.EDGE, min(planes.shape[2:]) // 4))
 
     @torch.no_grad()
     def coded(self, x: Tensor, lam: Tensor, level: Tensor, factor: float) -> Tensor:
