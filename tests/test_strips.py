@@ -44,6 +44,22 @@ def test_a_network_in_strips(height, pieces):
     torch.testing.assert_close(torch.cat(parts, 2), whole)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 9])
+def test_what_is_computed_at_once_does_not_depend_on_how_the_input_comes(rows):
+    seen = []
+
+    def apply(part, size):
+        seen.append((part[0, 0, :, 0].tolist(), size))
+        return part
+
+    x = torch.arange(27.0).reshape(1, 1, 27, 1)
+    cuts = [x[:, :, at : at + rows] for at in range(0, 27, rows)]
+    parts = list(strips.run(strips.Network(apply, 1, 1, 2, tile=9, height=7), cuts, 27, (27, 1)))
+    assert torch.equal(torch.cat(parts, 2), x)
+    ends = [(0, 8), (4, 15), (11, 22), (18, 27)]  # four strips of six or seven rows, and two more on either side
+    assert seen == [([float(i) for i in range(a, b)], (b - a, 1)) for a, b in ends]
+
+
 def test_a_fork_keeps_only_what_is_still_to_be_taken():
     alive = weakref.WeakSet()
 

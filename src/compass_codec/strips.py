@@ -64,10 +64,15 @@ class Network:
 
 
 def run(network: Network, strips: Iterable[Tensor], rows: int, size: tuple[int, int]) -> Iterator[Tensor]:
-    """Strips of the output, of ``size`` in all, as soon as the strips of the input (``rows`` in all) allow."""
+    """Strips of the output, of ``size`` in all, as soon as the strips of the input (``rows`` in all) allow.
+
+    Where the output is cut depends on its size alone and not on how the input comes, which encoder and decoder do not
+    agree on: a convolution may add up in another order where it computes another number of rows.
+    """
     cells = -(-rows // network.cell_in)
+    due = deque(spans(cells, network.height))
     buffer: Tensor | None = None
-    start = done = received = 0  # the buffer's first cell, the first cell not yet put out, the rows that have come
+    start = received = 0  # the buffer's first cell, the rows that have come
     for strip in strips:
         if received:
             release()
@@ -75,19 +80,17 @@ def run(network: Network, strips: Iterable[Tensor], rows: int, size: tuple[int, 
         received += strip.shape[2]
         del strip  # here and below: nothing that is not needed outlives its turn
         ready = cells if received == rows else received // network.cell_in - network.reach
-        if ready <= done:
-            continue
-        for first, last in spans(ready - done, network.height):
-            low, high = max(0, done + first - network.reach), min(cells, done + last + network.reach)
+        while due and due[0][1] <= ready:
+            first, last = due.popleft()
+            low, high = max(0, first - network.reach), min(cells, last + network.reach)
             part = buffer[:, :, (low - start) * network.cell_in : (high - start) * network.cell_in]
             out = _columns(network, part, min(size[0], high * network.cell_out) - low * network.cell_out, size[1])
             del part
-            yield out[:, :, (done + first - low) * network.cell_out : (done + last - low) * network.cell_out]
+            yield out[:, :, (first - low) * network.cell_out : (last - low) * network.cell_out]
             del out
-        done = ready
-        keep = max(0, done - network.reach)
-        buffer, start = buffer[:, :, (keep - start) * network.cell_in :].clone(), keep
-    if done > network.height:
+            keep = max(start, last - network.reach)
+            buffer, start = buffer[:, :, (keep - start) * network.cell_in :].clone(), keep
+    if cells > network.height:
         release()
 
 
