@@ -36,7 +36,8 @@ def sign(header: container.Header, data: bytes, fields: dict[int, dict[str, Any]
         scales.append(entry.scale)
         qualities.append(entry.quality)
         filtered = changed.get("filter", entry.side.filter)
-        sides.append(container.Side(changed.get("gain", entry.side.gain), not parts[k], filtered))
+        strength = changed.get("strength", entry.side.strength) if parts[k] else container.FULL_STRENGTH
+        sides.append(container.Side(changed.get("gain", entry.side.gain), not parts[k], filtered, strength))
     found = container.sections(header, bytes(data))
     return container.write(header.model, sizes, scales, qualities, parts, found, sides)
 
@@ -96,8 +97,10 @@ def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
         else:
             part = bytearray([pictures.alpha_to_bytes(alpha), rng.bytes(50)][rng.integers(2)])
         data = bytearray(container.attach(bytes(data), container.Sections(alpha={k: bytes(part)})))
-    elif kind == 13:  # other gains, and a layer without bytes
+    elif kind == 13:  # other gains and strengths, and a layer without bytes
         gains = {i: {"gain": int(rng.integers(container.FULL_GAIN + 1))} for i in range(1, len(parts))}
+        for i in range(len(parts)):
+            gains.setdefault(i, {})["strength"] = int(rng.integers(container.MAX_STRENGTH + 1))
         if rng.integers(2):
             parts[k] = b""
         data = bytearray(sign(header, data, gains, parts))

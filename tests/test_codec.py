@@ -208,7 +208,7 @@ def test_side_information_of_every_kind_decodes(codec, small_file):
         "scales": [e.scale for e in header.layers],
         "qualities": [e.quality for e in header.layers],
     }
-    for side in (container.Side(0), container.Side(15), container.Side(7, True)):
+    for side in (container.Side(0), container.Side(15), container.Side(7, True), container.Side(strength=0)):
         forged = [container.Side(), side, container.Side()]
         payloads = [parts[0], b"" if side.empty else parts[1], parts[2]]
         data = container.write(codec.model, payloads=payloads, sides=forged, **rest)

@@ -163,6 +163,8 @@ def with_sides(sides=SIDES, sections=None) -> bytes:
         (SIDES, b"\x01\x02\x01\x02\x00\x02\x01"),
         ([Side(empty=True), Side(15, True), Side(7)], b"\x01\x03\x00\x01\x01\x03\x0f\x02\x02\x07"),
         ([Side(filter=b"ab"), Side(3, True, b"c"), Side()], b"\x01\x02\x00\x04\x02ab\x01\x07\x03\x01c"),
+        ([Side(strength=0), Side(3, strength=32), Side()], b"\x01\x02\x00\x08\x00\x01\x0a\x03\x20"),
+        ([Side(), Side(3, False, b"c", 17), Side()], b"\x01\x01\x01\x0e\x03\x11\x01c"),
         ([Side(), Side(), Side(filter=b"f" * 127)], b"\x01\x01\x02\x04\x7f" + b"f" * 127),
     ],
 )
@@ -186,7 +188,7 @@ def test_side_information(sides, table):
 
 def test_bits_of_side_information():
     """What is said of a layer, without the two bytes that begin it all."""
-    for side in (Side(), Side(3), Side(empty=True), Side(filter=b"abc"), Side(0, True, b"a")):
+    for side in (Side(), Side(3), Side(empty=True), Side(filter=b"abc"), Side(0, True, b"a"), Side(strength=5)):
         more = len(with_sides([Side(), Side(gain=9), side])) - len(with_sides([Side(), Side(gain=9), Side()]))
         assert side.bits == 8 * (more + (len(PAYLOADS[2]) if side.empty else 0))
 
@@ -222,7 +224,10 @@ def test_every_flipped_bit_of_side_information_is_found(sections):
         (b"\x01\x02\x01\x02\x00\x01\x02\x00", "of layer 1 where"),  # twice
         (b"\x01\x02\x02\x02\x00\x01\x02\x00", "of layer 1 where"),  # not rising
         (b"\x01\x01\x01\x00", "layer 1 is out of range"),  # says nothing
-        (b"\x01\x01\x01\x08", "layer 1 is out of range"),  # a bit that is not known
+        (b"\x01\x01\x01\x10", "layer 1 is out of range"),  # a bit that is not known
+        (b"\x01\x01\x01\x08\x10", "strength of restoration of layer 1"),  # the full one
+        (b"\x01\x01\x00\x08\x21", "strength of restoration of layer 0"),
+        (b"\x01\x01\x01\x09\x08", "strength of restoration of layer 1"),  # of an empty layer
         (b"\x01\x01\x01\x04\x00", "filter of layer 1 has 0 bytes"),
         (b"\x01\x01\x01\x04\x80" + b"f" * 128, "filter of layer 1 has 128 bytes"),
         (b"\x01\x01\x01\x82\x00", "layer 1 is out of range"),

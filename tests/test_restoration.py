@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from compass_codec import strips
-from compass_codec.codec import Codec
+from compass_codec import container, strips
+from compass_codec.codec import Codec, Match
 from compass_codec.errors import WeightsError
+from compass_codec.pictures import psnr
 from compass_codec.restoration import FOLD, Restoration, Restorer
 from compass_codec.weights import RESTORATION, folder_or_default, identity
 
@@ -29,9 +30,9 @@ def noisy(restorer: Restorer) -> Restorer:
 def test_untrained_networks_change_nothing(size, predicted):
     x, known = torch.rand(2, 2, 3, *size)
     restorer = Restorer(8, 1, predicted)
-    assert torch.equal(restorer(x, known, LEVEL), x)
+    assert not restorer(x, known, LEVEL).any()
     changed = noisy(restorer)(x, known, LEVEL)
-    assert changed.shape == x.shape and not torch.equal(changed, x)
+    assert changed.shape == x.shape and changed.any()
     assert not torch.equal(changed, restorer(x, known, LEVEL + 0.5))
     assert torch.equal(changed, restorer(x, known + 0.1, LEVEL)) != predicted
 
@@ -97,7 +98,8 @@ def test_networks_of_any_depth_in_strips(sets, monkeypatch, blocks):
     assert np.abs(whole - tiled).max() <= 1 and (whole != tiled).mean() < 0.001
 
 
-def test_search_sees_what_the_decoder_shows(sets):
+@pytest.mark.parametrize("strength", [16, 7])
+def test_search_sees_what_the_decoder_shows(sets, strength):
     """The search's pixels are the layer's, but for rounding and for what filters add."""
     from compass_codec import search
 
@@ -105,16 +107,52 @@ def test_search_sees_what_the_decoder_shows(sets):
     x = np.random.default_rng(2).integers(0, 255, (64, 64, 3), np.uint8)
     for layer, known in (codec.base, torch.full((1, 3, 64, 64), 0.5)), (codec.residual, torch.rand(1, 3, 64, 64) / 2):
         found = search.Search(layer)
-        job = search.Job(x, known, None, 60.0, 1.0, torch.Generator(), float("inf"))
+        job = search.Job(x, known, None, strength, 60.0, 1.0, torch.Generator(), float("inf"))
         start = found.start(job, None)
         (tile,) = search.Tile.all(job.size)
         latent = (start.y.round()).requires_grad_()
         shown = found.shown(latent, job, tile, known)
         assert torch.autograd.grad(shown.square().sum(), latent)[0].any()
         with torch.inference_mode():
-            seen = layer.reconstruct([latent.detach()], [known], 60.0, job.size)
+            seen = layer.reconstruct([latent.detach()], [known], 60.0, job.size, strength)
         error = np.abs(shown.detach()[0].clamp(0, 1).permute(1, 2, 0).numpy() * 255 - seen)
         assert error.max() <= 0.51
+
+
+class Fixed(Codec):
+    adaptive = False
+
+
+@pytest.mark.parametrize("effort", [0, 1])
+def test_strength(sets, effort):
+    """Restoration that does harm is turned down, in every layer and to the bit as the decoder does; never if the
+    encoder may not choose."""
+    codec, fixed = Codec.load("cpu", sets[0]), Fixed.load("cpu", sets[0])
+    image = Image.fromarray(np.linspace(40, 200, 96 * 80 * 3).astype(np.uint8).reshape(80, 96, 3))
+    ours, theirs = (c.encode(image, [1, 2], 60, effort if c is codec else 0) for c in (codec, fixed))
+    chosen, full = (
+        [layer.side.strength for layer in container.read_header(e.data).layers if not layer.side.empty]
+        for e in (ours, theirs)
+    )
+    assert chosen and max(chosen) < 16 and set(full) == {16}
+    for k, layer in enumerate(ours.layers):
+        assert np.array_equal(np.asarray(codec.decode(ours.data, k)), layer)
+    top = np.asarray(image)
+    assert psnr(top, ours.layers[-1]) > psnr(top, theirs.layers[-1])
+
+
+def test_the_strength_of_least_error():
+    rng = np.random.default_rng(0)
+    picture = rng.integers(60, 200, (20, 30, 3), np.uint8)
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+    added = torch.randn(1, 3, 20, 30, generator=torch.Generator().manual_seed(0)) / 50
+    for part, wanted in (1.0, 16), (0.5, 8), (1.7, 27), (-1.0, 0), (3.0, 32):
+        match, strip = Match(picture), x - part * added
+        for rows in slice(0, 8), slice(8, 20):
+            match.add(rows, strip[:, :, rows], added[:, :, rows])
+        errors = [float((255 * (strip + s * added - x)).square().sum()) for s in (1.0, wanted / 16)]
+        assert match.strength == wanted and match.saved == pytest.approx(errors[0] - errors[1], rel=1e-4, abs=1e-3)
+    assert Match(picture).strength == 16 and Match(picture).saved == 0
 
 
 def test_bad_weights(sets, tmp_path):

@@ -487,6 +487,7 @@ def repeated(tmp_path_factory) -> Path:
 def test_info_shows_side_information(repeated, tmp_path):
     facts = json.loads(compass("info", repeated, "--json").out)["layers"]
     assert [(e["empty"], e["gain"]) for e in facts[:2]] == [(False, 1.0)] * 2
+    assert facts[0]["restoration"] == facts[2]["restoration"] == 1.0
     assert facts[2]["empty"] and facts[2]["length"] == 0 and 0 <= facts[2]["gain"] <= 1
     assert "layer 2: " in compass("info", repeated).out and "nothing is added" in compass("info", repeated).out
     assert "layer 0: " not in compass("info", repeated).out

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compass_codec import container, entropy, filters, pictures, strips
 from compass_codec.arrays import to_bytes, to_device, to_host, to_tensor
-from compass_codec.container import FULL_GAIN, Side
+from compass_codec.container import FULL_GAIN, FULL_STRENGTH, MAX_STRENGTH, Side
 from compass_codec.errors import LimitError, OptionError, WeightsError
 from compass_codec.liff import combine
 from compass_codec.networks import BLOCK, ImageCodec, level_of, quality_to_lambda
@@ -39,6 +39,8 @@ LATENT_LIMIT = 2**15 - 1  # of the symbols of y that the encoder makes; it holds
 # Gains of LIFF in sixteenths. What predicts best is not quite what costs least, so that without trying only a gain far
 # below the full one is taken: at most this. An effort tries to lower it in this step.
 FAR_BELOW, GAIN_STEP = 8, 4
+# Another strength of restoration is tried where it should lower the cost by this share. It takes a decoding.
+WORTH = 1 / 400
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,11 @@ class LayerCodec:
         self.tile = strips.TILE[device.type]
         self.thresholds = torch.from_numpy(thresholds(parts.tables)).to(device)
 
-    def encode(self, picture: np.ndarray, prediction: Iterable[Tensor], quality: float) -> tuple[bytes, np.ndarray]:
+    def encode(
+        self, picture: np.ndarray, prediction: Iterable[Tensor], quality: float
+    ) -> tuple[bytes, np.ndarray, Match]:
         """A layer, uint8 [height, width, 3], and what is known of it, in strips [1, 3, rows, width] or broadcast to
-        them, to its bytes and what the decoder will see."""
+        them, to its bytes, what the decoder will see, and how well restoration has met the layer."""
         size = (picture.shape[0], picture.shape[1])
         predicted, known = strips.fork(prediction)
         analysed = self.analyse(residual_strips(picture, predicted, self.device), size, quality)
@@ -93,9 +97,10 @@ class LayerCodec:
                 yield symbols + means  # which a GPU goes on with while this is fetched
                 y[:, rows], index[:, rows] = to_host(symbols[0].to(torch.int16)), to_host(part[0])
 
-        done = self.reconstruct(latents(), known, quality, size)
+        match = Match(picture)
+        done = self.reconstruct(latents(), known, quality, size, match=match)
         z = to_host(torch.cat(analysed.z, 2)[0]).astype(np.int32)
-        return entropy.encode(z, y, index, self.tables), done
+        return entropy.encode(z, y, index, self.tables), done, match
 
     def analyse(self, residual: Iterable[Tensor], size: tuple[int, int], quality: float) -> Analysis:
         """Strips of a layer less its prediction, of ``size`` in all, to the symbols of z and of y."""
@@ -146,18 +151,32 @@ class LayerCodec:
         for strip in strips.run(network, z, ImageCodec.hyper_size(size)[0], ImageCodec.latent_size(size)):
             yield strip[:, :m].to(torch.uint8), strip[:, m:]
 
-    def decode(self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float) -> np.ndarray:
-        """Bytes, and what is known of the layer, to the layer: uint8 [height, width, 3] of ``size``."""
+    def decode(
+        self,
+        data: bytes,
+        size: tuple[int, int],
+        prediction: Iterable[Tensor],
+        quality: float,
+        strength: int = FULL_STRENGTH,
+    ) -> np.ndarray:
+        """Bytes, and what is known of the layer, to the layer: uint8 [height, width, 3] of ``size``. ``strength`` of
+        restoration in sixteenths."""
         _, y, _, means = self.parse(data, size)
-        return self.rebuild(y, means, prediction, quality, size)
+        return self.rebuild(y, means, prediction, quality, size, strength)
 
     def rebuild(
-        self, y: np.ndarray, means: Tensor, prediction: Iterable[Tensor], quality: float, size: tuple[int, int]
+        self,
+        y: np.ndarray,
+        means: Tensor,
+        prediction: Iterable[Tensor],
+        quality: float,
+        size: tuple[int, int],
+        strength: int = FULL_STRENGTH,
     ) -> np.ndarray:
         """Symbols of y [M, h, w], their means [1, M, h, w] and strips of the prediction to the layer."""
         cells = strips.strip_spans(size, self.device, 16)
         y_hat = (to_device(y[None, :, a:b], self.device) + means[:, :, a:b] for a, b in cells)
-        return self.reconstruct(y_hat, prediction, quality, size)
+        return self.reconstruct(y_hat, prediction, quality, size, strength)
 
     def parse(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
         """Bytes of a layer of ``size`` (height, width) to the symbols of z [N, h, w] and of y [M, h, w], int32, and
@@ -175,7 +194,13 @@ class LayerCodec:
         return z, decoder.y(index), index, means[0] if len(means) == 1 else torch.cat(means, 2)
 
     def reconstruct(
-        self, y_hat: Iterable[Tensor], prediction: Iterable[Tensor], quality: float, size: tuple[int, int]
+        self,
+        y_hat: Iterable[Tensor],
+        prediction: Iterable[Tensor],
+        quality: float,
+        size: tuple[int, int],
+        strength: int = FULL_STRENGTH,
+        match: Match | None = None,
     ) -> np.ndarray:
         """Strips of the quantised latent and of the prediction to the layer, uint8 [height, width, 3]; in floating
         point. Encoder and decoder both come here."""
@@ -186,19 +211,26 @@ class LayerCodec:
             for strip in strips.run(up, y_hat, ImageCodec.latent_size(size)[0], size)
         )
         done, row = np.empty((*size, 3), np.uint8), 0
-        for strip in self.restored(sums, level, size):
+        for strip, added in self.restored(sums, level, size, strength):
             rows = slice(row, row := row + strip.shape[2])
+            if added is not None:
+                if match is not None:
+                    match.add(rows, strip, added)
+                strip = added.mul_(strength / FULL_STRENGTH).add_(strip)
             done[rows] = to_bytes(strip)
         return done
 
-    def restored(self, sums: Iterable[tuple[Tensor, Tensor]], level: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
-        """Strips of a layer, from strips of what it is without restoration and of its prediction."""
-        if (restorer := self.restorer) is None:
-            return (strip for strip, _ in sums)
+    def restored(
+        self, sums: Iterable[tuple[Tensor, Tensor]], level: Tensor, size: tuple[int, int], strength: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Strips of a layer without restoration, and of what that adds to it, if anything, from strips of the layer
+        and of its prediction."""
+        if (restorer := self.restorer) is None or not strength:
+            return ((strip, None) for strip, _ in sums)
         cells = self._cells(size, BLOCK, BLOCK, reach=-(-restorer.reach // BLOCK))
-        network = strips.Network(lambda x, _: restorer(x[:, :3], x[:, 3:], level), *cells)
+        network = strips.Network(lambda x, _: torch.cat([x[:, :3], restorer(x[:, :3], x[:, 3:], level)], 1), *cells)
         pairs = (torch.cat(pair, 1) if restorer.predicted else pair[0] for pair in sums)
-        return strips.run(network, pairs, size[0], size)
+        return ((both[:, :3], both[:, 3:]) for both in strips.run(network, pairs, size[0], size))
 
     def _cells(
         self, size: tuple[int, int], cell_in: int, cell_out: int, pixels: int = 16, reach: int = 2
@@ -227,6 +259,31 @@ class Analysis:
 
     z: list[Tensor]
     latents: Iterator[tuple[Tensor, Tensor, Tensor]]
+
+
+class Match:
+    """How well what restoration adds to a layer meets ``picture``, uint8 [height, width, 3], gathered from strips."""
+
+    def __init__(self, picture: np.ndarray) -> None:
+        self.picture = picture
+        self.product = self.energy = 0.0  # of what it adds, with what was missing and with itself; samples in 0..255
+
+    def add(self, rows: slice, strip: Tensor, added: Tensor) -> None:
+        missing = to_tensor(self.picture[rows], strip.device).float().sub_(255 * strip)
+        self.product += 255 * float(missing.mul_(added).sum())
+        self.energy += 255**2 * float(added.square().sum())
+
+    @property
+    def strength(self) -> int:
+        """The strength of least squared error, in sixteenths."""
+        part = self.product / self.energy if self.energy else 1.0
+        return min(max(0, round(FULL_STRENGTH * part)), MAX_STRENGTH)
+
+    @property
+    def saved(self) -> float:
+        """By how much the squared error is lower with it than with the full one, but for rounding."""
+        part = self.strength / FULL_STRENGTH
+        return (1 - part**2) * self.energy - 2 * (1 - part) * self.product
 
 
 def residual_strips(picture: np.ndarray, prediction: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
@@ -383,12 +440,18 @@ class Codec:
                 yield strip
 
         codec = self.base if below is None else self.residual
-        data, seen = codec.encode(picture, prediction(), quality)
+        data, seen, match = codec.encode(picture, prediction(), quality)
         weight = quality_to_lambda(quality) / 3  # bits for each unit of squared error
         error = squared_error(picture, seen)
         side, bare = Side(gain), Side(gain, empty=True)
         cost, bare_cost = 8 * len(data) + side.bits + weight * error, bare.bits + weight * without
         coded = self.filtered(CodedLayer(data, seen, side, cost), picture, quality)
+        if self.adaptive and weight * match.saved > WORTH * cost:
+            side = replace(side, strength=match.strength)
+            seen = codec.decode(data, size, self.predict(below, size, gain), quality, match.strength)
+            restored = 8 * len(data) + side.bits + weight * squared_error(picture, seen)
+            other = self.filtered(CodedLayer(data, seen, side, restored), picture, quality)
+            coded = min(coded, other, key=lambda layer: layer.cost)
         if self.adaptive and bare_cost < cost and (without <= error or not needed):
             empty = CodedLayer(b"", rounded(self.predict(below, size, gain), size), bare, bare_cost)
             return min(self.filtered(empty, picture, quality), coded, key=lambda layer: layer.cost)
@@ -449,7 +512,7 @@ class Codec:
                 if entry.side.empty:
                     below = rounded(prediction, size)
                 else:
-                    below = codec.decode(part, size, prediction, entry.quality)
+                    below = codec.decode(part, size, prediction, entry.quality, entry.side.strength)
                 if adjust is not None:
                     below = filters.apply(adjust, below)
             yield below

@@ -31,9 +31,11 @@ MAX_EXPONENT = 6
 WITH_SECTIONS = 1  # flag: a table of sections follows the layer entries
 WITH_SIDE = 2  # flag: side information follows the layer entries, before the table of sections
 SIDE_VERSION = 1
-SIDE_EMPTY, SIDE_GAIN, SIDE_FILTER = 1, 2, 4  # bits: the layer has no bytes; a gain follows; a filter follows
+# bits: the layer has no bytes; a gain follows; a filter follows; a strength of restoration follows
+SIDE_EMPTY, SIDE_GAIN, SIDE_FILTER, SIDE_STRENGTH = 1, 2, 4, 8
 MAX_FILTER = 127  # bytes
 FULL_GAIN = 16  # of LIFF: in sixteenths of what it adds to interpolation
+FULL_STRENGTH, MAX_STRENGTH = 16, 32  # of restoration: in sixteenths of what it adds to the layer
 
 
 class Place(Enum):
@@ -104,17 +106,20 @@ class Side:
 
     ``gain``: how much of what LIFF adds to interpolation is in the prediction, 0..16 sixteenths; 0 is interpolation
     alone. ``empty``: nothing is added to the prediction, and the layer has no bytes. ``filter``: up to MAX_FILTER
-    bytes, those of filters.py, or none.
+    bytes, those of filters.py, or none. ``strength``: how much of what restoration adds is in the layer, 0..32
+    sixteenths; 0 is none of it.
     """
 
     gain: int = FULL_GAIN
     empty: bool = False
     filter: bytes = b""
+    strength: int = FULL_STRENGTH
 
     @property
     def bits(self) -> int:
         """What it takes in the file; the first layer of which something is said takes two bytes more."""
-        return 0 if self == PLAIN else 8 * (2 + (self.gain != FULL_GAIN) + bool(self.filter) + len(self.filter))
+        given = (self.gain != FULL_GAIN) + (self.strength != FULL_STRENGTH) + bool(self.filter) + len(self.filter)
+        return 0 if self == PLAIN else 8 * (2 + given)
 
 
 PLAIN = Side()
@@ -250,9 +255,10 @@ def write(
     if told:
         head += bytes([SIDE_VERSION, len(told)])
     for k, side in told.items():
-        bits = (SIDE_EMPTY, side.empty), (SIDE_GAIN, side.gain != FULL_GAIN), (SIDE_FILTER, bool(side.filter))
+        gains, weaker = side.gain != FULL_GAIN, side.strength != FULL_STRENGTH
+        bits = (SIDE_EMPTY, side.empty), (SIDE_GAIN, gains), (SIDE_FILTER, bool(side.filter)), (SIDE_STRENGTH, weaker)
         head += bytes([k, sum(bit for bit, there in bits if there)])
-        head += bytes([side.gain] if side.gain != FULL_GAIN else [])
+        head += bytes([side.gain] if gains else []) + bytes([side.strength] if weaker else [])
         head += bytes([len(side.filter)] if side.filter else []) + side.filter
     if extras:
         head += bytes([len(extras)])
@@ -390,16 +396,25 @@ def _read_sides(reader: _Reader, layers: int) -> dict[int, Side]:
         layer, bits = reader.byte(), reader.byte()
         if not max(sides, default=-1) < layer < layers:
             raise FormatError(f"the header has side information of layer {layer} where it cannot be")
-        if not 0 < bits <= SIDE_EMPTY | SIDE_GAIN | SIDE_FILTER:
+        if not 0 < bits <= SIDE_EMPTY | SIDE_GAIN | SIDE_FILTER | SIDE_STRENGTH:
             raise FormatError(f"the header's side information of layer {layer} is out of range")
         gain = reader.byte() if bits & SIDE_GAIN else None
         # the base layer is not predicted by LIFF, and the full gain is said by saying nothing
         if gain is not None and (layer == 0 or gain >= FULL_GAIN):
             raise FormatError(f"the header's gain of layer {layer} is out of range")
+        strength = reader.byte() if bits & SIDE_STRENGTH else None
+        # an empty layer is not restored, and the full strength is said by saying nothing
+        if strength is not None and (bits & SIDE_EMPTY or strength == FULL_STRENGTH or strength > MAX_STRENGTH):
+            raise FormatError(f"the header's strength of restoration of layer {layer} is out of range")
         length = reader.byte() if bits & SIDE_FILTER else 0
         if bits & SIDE_FILTER and not 0 < length <= MAX_FILTER:
             raise FormatError(f"the header's filter of layer {layer} has {length} bytes; it may have 1 to {MAX_FILTER}")
-        sides[layer] = Side(FULL_GAIN if gain is None else gain, bool(bits & SIDE_EMPTY), reader.take(length))
+        sides[layer] = Side(
+            FULL_GAIN if gain is None else gain,
+            bool(bits & SIDE_EMPTY),
+            reader.take(length),
+            FULL_STRENGTH if strength is None else strength,
+        )
     return sides
 
 

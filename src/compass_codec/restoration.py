@@ -50,7 +50,7 @@ class Restorer(nn.Module):
 
     def forward(self, x: Tensor, known: Tensor, level: Tensor) -> Tensor:
         """Picture [B, 3, H, W] in 0..1, not clipped, what of it was predicted, of the same shape, and the rate's level
-        [B], to the picture restored."""
+        [B], to what restoration adds to the picture."""
         h, w = x.shape[-2:]
         seen = torch.cat([IN * (x - 0.5), MORE * (x - known)], 1) if self.predicted else IN * (x - 0.5)
         seen = F.pixel_unshuffle(F.pad(seen, (0, -w % FOLD, 0, -h % FOLD), mode="replicate"), FOLD)
@@ -60,7 +60,7 @@ class Restorer(nn.Module):
         for block, amount in zip(self.blocks, gains, strict=True):
             features = features + amount * block(features)
         out = self.last(F.leaky_relu(features, LEAK) * last_gain)
-        return x + OUT * F.pixel_shuffle(out, FOLD)[..., :h, :w]
+        return OUT * F.pixel_shuffle(out, FOLD)[..., :h, :w]
 
 
 class Restoration(nn.Module):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from compass_codec import contexts, entropy, filters, strips
 from compass_codec.arrays import to_tensor
 from compass_codec.codec import LATENT_LIMIT, CodedLayer, rounded, squared_error
+from compass_codec.container import FULL_STRENGTH
 from compass_codec.networks import ImageCodec, quality_to_lambda
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def efforts(
             else:
                 generator = torch.Generator().manual_seed(stage)
                 found = filters.from_bytes(best[k].side.filter) if best[k].side.filter else None
-                job = Job(picture, known, found, quality, prices[k], generator, deadline)
+                job = Job(picture, known, found, side.strength, quality, prices[k], generator, deadline)
                 search = searches[min(k, 1)]
                 own = latents[k] = search.start(job, latents[k])
                 search.anneal(job, own, stage)
@@ -162,11 +163,12 @@ def worth(qualities: Sequence[float], weights: Sequence[float]) -> list[float]:
 @dataclass(frozen=True)
 class Job:
     """A layer to search: its pixels uint8 [height, width, 3], its prediction [1, 3, height, width] in 0..1, the filter
-    it had so far, and what a unit of squared error costs in bits."""
+    it had so far, the strength of restoration in sixteenths, and what a unit of squared error costs in bits."""
 
     picture: np.ndarray
     known: Tensor
     adjust: filters.Filter | None
+    strength: int
     quality: float
     price: float
     generator: torch.Generator
@@ -334,7 +336,7 @@ class Search:
         level = self.layer.level(job.quality)
         out = self.codec.synthesis(latent, level, tile.extent(PIXEL, REACH)) + prediction
         if self.restorer is not None:
-            out = self.restorer(out, prediction, level)
+            out = out + job.strength / FULL_STRENGTH * self.restorer(out, prediction, level)
         return out if job.adjust is None else filtered(job.adjust, out)
 
     def error(self, latent: Tensor, job: Job, tile: Tile, pixels: Tensor, prediction: Tensor) -> Tensor:
@@ -353,7 +355,7 @@ class Search:
         latents.y[:] = means + (latents.y - means).clamp(symbols - NEAR, symbols + NEAR)
         y = _symbols(symbols)
         data = entropy.encode(_symbols(z), y, index[0].cpu().numpy(), self.layer.tables)
-        return data, self.layer.rebuild(y, means, [job.known], job.quality, job.size)
+        return data, self.layer.rebuild(y, means, [job.known], job.quality, job.size, job.strength)
 
     def curvature(self, latent: Tensor, job: Job, tile: Tile, prediction: Tensor) -> Tensor:
         """About the squared length [1, M, rows, columns] of what a step of 1 in each latent adds to the picture,

@@ -41,6 +41,7 @@ def info(file: Path | str, as_json: bool) -> None:
                 "gain": e.side.gain / container.FULL_GAIN,
                 "empty": e.side.empty,
                 "filter": len(e.side.filter),
+                "restoration": e.side.strength / container.FULL_STRENGTH,
                 "range": f"bytes=0-{e.end - 1}",
                 "state": states[k],
             }
@@ -96,6 +97,9 @@ def described(side: container.Side) -> str:
         facts.append(f"LIFF's part of the prediction x {side.gain / container.FULL_GAIN:g}" if side.gain else "no LIFF")
     if side.empty:
         facts.append("nothing is added to the prediction")
+    if side.strength != container.FULL_STRENGTH:
+        strength = side.strength / container.FULL_STRENGTH
+        facts.append(f"restoration x {strength:g}" if side.strength else "no restoration")
     if side.filter:
         facts.append(f"a filter of {len(side.filter)} bytes")
     return ", ".join(facts)

@@ -78,7 +78,7 @@ def _shown(codec: Codec, done: list[np.ndarray], residual: Tensor, level: Tensor
     restorer = (codec.residual if done else codec.base).restorer
     known = _below(codec, done, (residual.shape[2], residual.shape[3])).expand_as(residual)
     x = known + residual
-    return _picture(x if restorer is None else restorer(x, known, level))
+    return _picture(x if restorer is None else x + restorer(x, known, level))
 
 
 def _picture(x: Tensor) -> np.ndarray:

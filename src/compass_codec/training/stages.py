@@ -138,7 +138,7 @@ class Stage(nn.Module):
         """What the base or residual codec made of a layer, with its prediction, as the decoder shows it."""
         if not self.restores:
             return rec
-        return getattr(self.restoration, part)(rec, known.expand_as(rec), level).float()
+        return rec + getattr(self.restoration, part)(rec, known.expand_as(rec), level).float()
 
     @torch.no_grad()
     def lower(self, x: Tensor, level: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def count(codec: Codec, pictures: Pictures, crops: int, side: int, seed: int = 1
             small = resize(x, (round(side / factor), round(side / factor)))
             below = base.add(small - 0.5, quality, hold_out) + 0.5
             if codec.base.restorer is not None:
-                below = codec.base.restorer(below, torch.full_like(below, 0.5), codec.base.level(quality))
+                below = below + codec.base.restorer(below, torch.full_like(below, 0.5), codec.base.level(quality))
             below = (below.clamp(0, 1) * 255).round() / 255
             residual.add(x - codec.liff(below, (side, side)), quality, hold_out)
     return base, residual
