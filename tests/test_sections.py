@@ -538,7 +538,8 @@ def test_the_empty_layer_in_pillow_and_the_viewer(repeated, tmp_path):
     ("change", "words"),
     [
         ({"version": 2}, "side information of version 2"),
-        ({"bits": 8}, "side information of layer 2 is out of range"),
+        ({"bits": 16}, "side information of layer 2 is out of range"),
+        ({"bits": 9}, "strength of restoration of layer 2 is out of range"),
         ({"bits": 0}, "side information of layer 2 is out of range"),
         ({"layer": 3}, "side information of layer 3"),
         ({"flags": 5}, "features that this program does not know"),
@@ -546,7 +547,12 @@ def test_the_empty_layer_in_pillow_and_the_viewer(repeated, tmp_path):
     ],
 )
 def test_what_is_wrong_with_side_information_is_one_line(repeated, tmp_path, change, words):
-    data = bytearray(repeated.read_bytes())
+    header = container.read_header(repeated.read_bytes())
+    parts = [container.payload(header, repeated.read_bytes(), k) for k in range(3)]
+    sizes = [(e.width, e.height) for e in header.layers]
+    rest = [[getattr(e, name) for e in header.layers] for name in ("scale", "quality")]
+    sides = [container.PLAIN, container.PLAIN, container.Side(empty=True)]
+    data = bytearray(container.write(header.model, sizes, *rest, parts, sides=sides))
     header = container.read_header(bytes(data))
     table = data.index(bytes([container.SIDE_VERSION, 1, 2]), 13)
     at = {"flags": 5, "version": table, "layer": table + 2, "bits": table + 3}

@@ -28,13 +28,14 @@ from compass_codec.codec import Codec
 from compass_codec.entropy import PRECISION, scale_levels
 from compass_codec.liff import LIFF, SIZES, bicubic
 from compass_codec.networks import LAMBDAS, ImageCodec, level_of
+from compass_codec.restoration import Restoration
 from compass_codec.training import stages
 from compass_codec.training.command import add_details, fill, train
 from compass_codec.training.data import HELD_OUT, Pictures
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.export import REACH, export, import_start, load_parts, z_table
 from compass_codec.training.stages import draw_lambdas
-from compass_codec.training.start import block_transform, noise_pictures
+from compass_codec.training.start import block_transform, grown, noise_pictures
 from compass_codec.training.trainer import Plan, Run, at, learning_rate, make_stage
 from compass_codec.weights import PARTS
 
@@ -443,6 +444,11 @@ def test_two_processes_agree(small, folder, tmp_path):
     assert log[-1]["step"] == 4 and (tmp_path / "residual.state.safetensors").exists()
 
 
+def test_what_is_kept_can_be_used_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stages.stacked([torch.ones(2).half()] * 3).dtype == torch.float32
+
+
 class TestExport:
     def test_codec_reads_what_training_writes(self, tmp_path):
         stage = started("base")
@@ -511,6 +517,28 @@ class TestExport:
         assert load_parts(stage, tmp_path) == {"liff"}
         assert LIFF.dimensions(stage.liff.state_dict()) == SIZES["small"]
 
+    def test_restoration_grows(self, small, tmp_path):
+        """Larger networks restore as those did that they grew from, until they are trained, and can be loaded."""
+        stage = started("restore")
+        for parameter in stage.restoration.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        larger = grown(stage.restoration, 40, 3)
+        assert Restoration.dimensions(larger.state_dict()) == {"channels": 40, "blocks": 3}
+        x, known, level = *torch.rand(2, 2, 3, 20, 30), torch.tensor([0.5, 4.0])
+        for part in ("base", "residual"):
+            before, after = (getattr(r, part)(x, known, level) for r in (stage.restoration, larger))
+            assert before.any() and torch.allclose(before, after, atol=1e-5)
+            after.square().sum().backward()
+            assert getattr(larger, part).last.weight.grad[:, 32:].any()
+        for smaller in (16, 3), (40, 1):
+            with pytest.raises(ValueError, match="does not shrink"):
+                grown(stage.restoration, *smaller)
+        stage.restoration = larger
+        export(stage, tmp_path)
+        other = make_stage("base")
+        assert load_parts(other, tmp_path) == {"restoration"}
+        assert Restoration.dimensions(other.restoration.state_dict()) == {"channels": 40, "blocks": 3}
+
     def test_weights_of_another_shape(self, small, tmp_path):
         save_file({"first.weight": torch.zeros(3)}, tmp_path / "liff.safetensors")
         with pytest.raises(ValueError, match=r"liff\.safetensors: not weights of this architecture"):
@@ -545,7 +573,7 @@ class TestCommand:
         assert output == "Error: the detail stage needs trained weights of base and residual\n"
 
     def test_bad_options(self, folder, tmp_path):
-        for option in (["--side", "0"], ["--batch", "a"], ["--minutes", "0"], ["--lr", "-1"]):
+        for option in (["--side", "0"], ["--batch", "a"], ["--minutes", "0"], ["--lr", "-1"], ["--restoration", "48"]):
             assert "Invalid value" in self.run("base", "--data", folder, "--resume", tmp_path, *option)
 
 

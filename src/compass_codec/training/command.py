@@ -30,6 +30,9 @@ class Integers(click.ParamType):
 
     name = "N[,N...]"
 
+    def __init__(self, count: int = 0) -> None:
+        self.count = count  # how many there must be, if any number is given
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
@@ -37,8 +40,9 @@ class Integers(click.ParamType):
             numbers = tuple(int(part) for part in str(value).split(","))
         except ValueError:
             numbers = ()
-        if not numbers or min(numbers) < 1:
-            self.fail(f"{value!r}: not positive whole numbers separated by commas", param, ctx)
+        if not numbers or min(numbers) < 1 or (self.count and len(numbers) != self.count):
+            wanted = f"{self.count} positive" if self.count else "positive"
+            self.fail(f"{value!r}: not {wanted} whole numbers separated by commas", param, ctx)
         return numbers
 
 
@@ -61,17 +65,25 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int, liff: str | None = None) -> str:
+def fill(
+    stage: Stage,
+    weights: Path | None,
+    pictures: Pictures,
+    seed: int,
+    liff: str | None = None,
+    restoration: tuple[int, ...] | None = None,
+) -> str:
     """Give ``stage`` something better than random weights to start from; returns what that was, in words.
 
     ``weights``: a folder of exported weights (None: the installed ones) or one file with CompressAI's names. A base
     layer that is not there starts as a block transform, a residual codec as a copy of the base layer, LIFF as
-    bicubic interpolation, as it does when ``liff`` names another size than its weights have.
+    bicubic interpolation, as it does when ``liff`` names another size than its weights have. ``restoration``: channels
+    and blocks that it grows to.
     """
     import torch
 
     from compass_codec.training.export import import_start, load_parts
-    from compass_codec.training.start import block_transform
+    from compass_codec.training.start import block_transform, grown
     from compass_codec.weights import PARTS, RESTORATION, folder_or_default
 
     if weights is not None and weights.is_file():
@@ -92,6 +104,9 @@ def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int, liff
         words.append("residual from base")
     if "liff" not in found:
         words.append("liff from bicubic")
+    if restoration is not None:
+        stage.restoration = grown(stage.restoration, *restoration)
+        words.append("restoration grown to {} channels and {} blocks".format(*restoration))
     words += add_details(stage, found, pictures, seed)
     return ", ".join(words)
 
@@ -207,6 +222,9 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 @click.option("--ema", type=click.FloatRange(0, 1, max_open=True), default=0.999, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
 @click.option("--liff", type=click.Choice(["small", "paper"]), help="Size of LIFF; default: that of its weights.")
+@click.option(
+    "--restoration", type=Integers(2), metavar="CHANNELS,BLOCKS", help="Let the networks of restoration grow to this."
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -218,6 +236,7 @@ def train(
     moments: Path | None,
     out: Path | None,
     liff: str | None,
+    restoration: tuple[int, ...] | None,
     device: str,
     quiet: bool,
     **settings: Any,
@@ -246,7 +265,7 @@ def train(
             pictures = Pictures(list(data), chosen, smallest=max(256, *plan.side))
             torch.manual_seed(plan.seed)
             networks = make_stage(stage)
-            start = fill(networks, weights, pictures, plan.seed, liff)
+            start = fill(networks, weights, pictures, plan.seed, liff, restoration)
             run = Run(plan, networks, pictures, resume, chosen)
             chief = run.rank == 0
             if run.checkpoint.exists():

@@ -108,7 +108,7 @@ def load_parts(stage: Stage, folder: Path, size: str | None = None) -> set[str]:
             _fill(module.codec, tensors, path)
             _fill(module.bottleneck, _below(tensors, "bottleneck."), path)
         elif isinstance(module, Restoration):
-            _fill(module, tensors, path)
+            load_restoration(stage, tensors, path)
         else:
             found -= set() if load_liff(stage, tensors, path, size) else {part}
     return found
@@ -124,6 +124,15 @@ def load_liff(stage: Stage, tensors: dict[str, Tensor], path: Path, size: str | 
     stage.liff = LIFF(**dimensions)
     _fill(stage.liff, tensors, path)
     return True
+
+
+def load_restoration(stage: Stage, tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        dimensions = Restoration.dimensions(tensors)
+    except KeyError as error:
+        raise ValueError(f"{path}: not weights of this architecture (no {error})") from error
+    stage.restoration = Restoration(**dimensions)
+    _fill(stage.restoration, tensors, path)
 
 
 def import_start(stage: Stage, path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,15 @@ def to_8bit(x: Tensor) -> Tensor:
     return round_ste(x.clamp(0, 1) * 255) / 255
 
 
+def untrained_restoration(**dimensions: int) -> Restoration:
+    """Networks of random weights that change nothing."""
+    restoration = Restoration(**dimensions)
+    for name, parameter in restoration.named_parameters():
+        if name.endswith(".weight") and ".last." not in name:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+    return restoration
+
+
 class Stage(nn.Module):
     """Base, residual codec, LIFF and restoration together; a subclass says which of them it trains and how."""
 
@@ -105,10 +115,7 @@ class Stage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.base, self.residual, self.liff = RatedCodec(), RatedCodec(), LIFF(**SIZES["small"])
-        self.restoration = Restoration()
-        for name, parameter in self.restoration.named_parameters():
-            if name.endswith(".weight") and ".last." not in name:
-                nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+        self.restoration = untrained_restoration()
 
     def freeze(self) -> None:
         for name, child in self.named_children():
@@ -280,8 +287,8 @@ class HyperStage(Stage):
                 self.kept.clear()  # crops are now of another size
             self.kept.extend(zip(*(y.half() for y in latents), shares, strict=True))
             drawn = [self.kept[i] for i in torch.randint(len(self.kept), (self.DRAWN * len(x),)).tolist()]
-            *latents, shares = (torch.stack(part) for part in zip(*drawn, strict=True))
-        base, residual = (y.float() for y in latents)
+            *latents, shares = (stacked(part) for part in zip(*drawn, strict=True))
+        base, residual = latents
         bpp = (self.base.code(base)[1] + self.residual.code(residual)[1]) / (x.shape[-1] * x.shape[-2])
         return (bpp * shares).mean(), {"bpp": bpp.mean().detach(), "psnr": torch.zeros(())}
 
@@ -338,9 +345,9 @@ class RestoreStage(Stage):
             )
         self.calls += 1
         drawn = [self.kept[i] for i in torch.randint(len(self.kept), (self.DRAWN,)).tolist()]
-        planes, rates = (torch.stack(part) for part in zip(*drawn, strict=True))
+        planes, rates = (stacked(part) for part in zip(*drawn, strict=True))
         top, left = (int(torch.randint(max(0, side - self.SIDE) // FOLD + 1, ())) * FOLD for side in x.shape[2:])
-        planes = planes[:, :, top : top + self.SIDE, left : left + self.SIDE].float()
+        planes = planes[:, :, top : top + self.SIDE, left : left + self.SIDE]
         return self.learn(planes, rates[:, 0], rates[:, 1], min(self.EDGE, min(planes.shape[2:]) // 4))
 
     @torch.no_grad()
@@ -375,6 +382,11 @@ STAGES: dict[str, type[Stage]] = {
     "detail": DetailStage,
     "restore": RestoreStage,
 }
+
+
+def stacked(kept: Sequence[Tensor]) -> Tensor:
+    """What was kept in float16, as float32: autocast to bfloat16 does not take the other on a CPU."""
+    return torch.stack([part.float() for part in kept])
 
 
 def lower_rates(lam: Tensor) -> tuple[Tensor, Tensor]:

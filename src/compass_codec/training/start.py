@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compass_codec.networks import BLOCK, GDN, LAMBDAS, ImageCodec, ascend, lower_bound
-from compass_codec.training.stages import SCALE_MIN, RatedCodec, encoded, gaussian_bits
+from compass_codec.restoration import Restoration
+from compass_codec.training.stages import SCALE_MIN, RatedCodec, encoded, gaussian_bits, untrained_restoration
 
 # Orthonormal luma/chroma mix and 2x2 Haar packet: rows are basis vectors.
 MIX = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
@@ -181,3 +182,28 @@ def _best_gain(lam: float, gain: float, seen: Blocks, scales: Tensor) -> tuple[f
         error = (seen.missing - inverse * symbols).square().sum() / 3
         best = min(best, (float(bits + lam * 255**2 * error), tried, inverse))
     return best[1], best[2]
+
+
+@torch.no_grad()
+def grown(old: Restoration, channels: int, blocks: int) -> Restoration:
+    """Larger networks that restore as ``old`` does: what is added is random, but nothing of it reaches the output yet.
+    Raises ValueError when they would be smaller."""
+    had = Restoration.dimensions(old.state_dict())
+    if channels < had["channels"] or blocks < had["blocks"]:
+        raise ValueError(f"restoration has {had['channels']} channels and {had['blocks']} blocks; it does not shrink")
+    new = untrained_restoration(channels=channels, blocks=blocks)
+    given = old.state_dict()
+    for name, value in new.state_dict().items():
+        if name.endswith("log_gain"):  # parts of so many channels: one for each block, and the last
+            parts = list(value.split(channels, 1))
+            for part, kept in zip(
+                [*parts[: had["blocks"]], parts[-1]], given[name].split(had["channels"], 1), strict=True
+            ):
+                part[:, : had["channels"]] = kept
+        elif name in given:
+            kept = given[name]
+            value[: len(kept)] = 0  # what was there sees nothing of what is new
+            value[tuple(map(slice, kept.shape))] = kept
+        elif ".2." in name:  # a block's second convolution
+            value.zero_()
+    return new
