@@ -10,7 +10,7 @@ from PIL import Image
 
 import compass_codec
 from compass_codec import container, strips
-from compass_codec.codec import MAGNITUDES, MOST_BEYOND, Codec, layer_sizes
+from compass_codec.codec import Codec, layer_sizes
 from compass_codec.errors import (
     CompassError,
     DamagedError,
@@ -20,6 +20,7 @@ from compass_codec.errors import (
     TruncatedError,
     WeightsError,
 )
+from compass_codec.layer import MAGNITUDES, MOST_BEYOND
 
 
 def test_sizes_follow_the_rule():

@@ -9,9 +9,9 @@ import pytest
 from conftest import crop
 
 from compass_codec import container, filters
-from compass_codec.codec import quality_to_lambda
 from compass_codec.errors import FormatError
 from compass_codec.filters import BITS, BOUNDS, TAPS, WIDER, Filter
+from compass_codec.networks import quality_to_lambda
 from compass_codec.pictures import squared_error
 
 

@@ -9,8 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from compass_codec import container, strips
-from compass_codec.codec import Codec, Match
+from compass_codec.codec import Codec
 from compass_codec.errors import WeightsError
+from compass_codec.layer import Match
 from compass_codec.pictures import psnr
 from compass_codec.restoration import FOLD, Restoration, Restorer
 from compass_codec.weights import RESTORATION, folder_or_default, identity

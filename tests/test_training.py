@@ -581,7 +581,7 @@ class TestTables:
     def test_counted_tables_make_smaller_files_of_the_same_picture(self, folder, tmp_path, monkeypatch):
         """From ideal tables, counting the symbols of the very pictures that are then coded must save bytes."""
         # else the encoder would choose other symbols with other tables
-        monkeypatch.setattr("compass_codec.codec.BEYOND", 0)
+        monkeypatch.setattr("compass_codec.layer.BEYOND", 0)
         from compass_codec.entropy import gaussian_tables
         from compass_codec.training.tables import WITH_CONTEXTS, main
         from compass_codec.weights import folder_or_default

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compass_codec import container, entropy, filters, pictures, strips
-from compass_codec.arrays import to_bytes, to_device, to_host, to_tensor
-from compass_codec.container import FULL_GAIN, FULL_STRENGTH, MAX_STRENGTH, Side
+from compass_codec import container, filters, pictures, strips
+from compass_codec.arrays import to_bytes, to_tensor
+from compass_codec.container import FULL_GAIN, Side
 from compass_codec.errors import LimitError, OptionError, WeightsError
+from compass_codec.layer import LayerCodec
 from compass_codec.liff import combine
-from compass_codec.networks import BLOCK, ImageCodec, level_of, quality_to_lambda
+from compass_codec.networks import quality_to_lambda
 from compass_codec.pictures import squared_error
-from compass_codec.weights import CodecWeights, Weights
+from compass_codec.weights import Weights
 from compass_codec.weights import load as load_weights
 
 if TYPE_CHECKING:
@@ -31,11 +32,6 @@ if TYPE_CHECKING:
 
 DEFAULT_QUALITY = 60.0
 EFFORTS = range(10)
-# Between two integers a latent becomes the larger, by magnitude, only beyond the middle: so much beyond it for each bit
-# that the larger costs more, and at most so much. Some 2 % of the bits of training pictures; the decoder does not care.
-BEYOND, MOST_BEYOND = 1 / 75, 0.25
-MAGNITUDES = 4  # that have thresholds of their own
-LATENT_LIMIT = 2**15 - 1  # of the symbols of y that the encoder makes; it holds them in 16 bits
 # Gains of LIFF in sixteenths. What predicts best is not quite what costs least, so that without trying only a gain far
 # below the full one is taken: at most this. An effort tries to lower it in this step.
 FAR_BELOW, GAIN_STEP = 8, 4
@@ -68,230 +64,6 @@ def check_layer_weights(weights: Sequence[float], count: int) -> list[float]:
     if len(weights) != count or not all(0 < weight < math.inf for weight in weights):
         raise OptionError(f"layer weights {', '.join(map(str, weights))}; each of {count} layers needs one above 0")
     return list(weights)
-
-
-class LayerCodec:
-    """One image codec with its entropy coder: a layer less its prediction to bytes and back, a strip at a time."""
-
-    def __init__(self, parts: CodecWeights, device: torch.device) -> None:
-        self.codec, self.hyper, self.tables, self.device = parts.codec, parts.hyper, parts.tables, device
-        self.restorer = parts.restorer
-        self.tile = strips.TILE[device.type]
-        self.thresholds = torch.from_numpy(thresholds(parts.tables)).to(device)
-
-    def encode(
-        self, picture: np.ndarray, prediction: Iterable[Tensor], quality: float
-    ) -> tuple[bytes, np.ndarray, Match]:
-        """A layer, uint8 [height, width, 3], and what is known of it, in strips [1, 3, rows, width] or broadcast to
-        them, to its bytes, what the decoder will see, and how well restoration has met the layer."""
-        size = (picture.shape[0], picture.shape[1])
-        predicted, known = strips.fork(prediction)
-        analysed = self.analyse(residual_strips(picture, predicted, self.device), size, quality)
-        shape = (self.codec.m, *ImageCodec.latent_size(size))
-        y, index = np.empty(shape, np.int16), np.empty(shape, np.uint8)  # of a large picture, hundreds of MB
-
-        def latents() -> Iterator[Tensor]:
-            row = 0
-            for symbols, part, means in analysed.latents:
-                rows = slice(row, row := row + symbols.shape[2])
-                yield symbols + means  # which a GPU goes on with while this is fetched
-                y[:, rows], index[:, rows] = to_host(symbols[0].to(torch.int16)), to_host(part[0])
-
-        match = Match(picture)
-        done = self.reconstruct(latents(), known, quality, size, match=match)
-        z = to_host(torch.cat(analysed.z, 2)[0]).astype(np.int32)
-        return entropy.encode(z, y, index, self.tables), done, match
-
-    def analyse(self, residual: Iterable[Tensor], size: tuple[int, int], quality: float) -> Analysis:
-        """Strips of a layer less its prediction, of ``size`` in all, to the symbols of z and of y."""
-        latent, hyper_latent = ImageCodec.latent_size(size), ImageCodec.hyper_size(size)
-        level = self.level(quality)
-        # details are known from what a synthesis of the rest has lost, which has seen two cells around each
-        reach = 4 if self.codec.details else 2
-        down = strips.Network(lambda x, _: self.codec.analysis(x, level), *self._cells(size, 16, 1, reach=reach))
-        hyper_down = strips.Network(lambda y, _: self.codec.hyper_analysis(y), *self._cells(size, 4, 1, 64))
-        for_hyper, for_symbols = strips.fork(strips.run(down, residual, size[0], latent))
-        z: list[Tensor] = []
-
-        def hyper_latents() -> Iterator[Tensor]:
-            for strip in strips.run(hyper_down, for_hyper, latent[0], hyper_latent):
-                z.append(strip.round().clamp(-entropy.SYMBOL_LIMIT, entropy.SYMBOL_LIMIT))
-                yield z[-1]
-
-        def latents() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            y = strips.Rows(for_symbols)
-            for index, means in self.parameters(hyper_latents(), size):
-                centred = y.take(means.shape[2]) - means
-                yield self.quantise(centred, index), index, means
-
-        return Analysis(z, latents())
-
-    def quantise(self, centred: Tensor, index: Tensor) -> Tensor:
-        """Symbols of y, less its means, from what they cost by their scale indices (uint8)."""
-        magnitude = centred.abs()
-        below = magnitude.floor()
-        column = below.clamp(max=MAGNITUDES - 1).to(torch.uint8)
-        # indexed by what fits a byte: 64 scale indices of 4 magnitudes
-        least = self.thresholds[(index * MAGNITUDES + column).int()]
-        symbols = below.add_(magnitude.sub_(below) > least).copysign_(centred)
-        return symbols.clamp_(-LATENT_LIMIT, LATENT_LIMIT)
-
-    def parameters(self, z: Iterable[Tensor], size: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Strips of z to strips of the scale indices (uint8) and means (float32) of y, for a layer of ``size``.
-
-        Integer arithmetic throughout: the same on every device, whatever computes the pixels.
-        """
-        m = self.codec.m
-
-        def both(part: Tensor, part_size: tuple[int, int]) -> Tensor:
-            index, means = self.hyper(part, part_size)
-            return torch.cat([index.to(means), means], 1)
-
-        network = strips.Network(both, *self._cells(size, 1, 4, 64))
-        for strip in strips.run(network, z, ImageCodec.hyper_size(size)[0], ImageCodec.latent_size(size)):
-            yield strip[:, :m].to(torch.uint8), strip[:, m:]
-
-    def decode(
-        self,
-        data: bytes,
-        size: tuple[int, int],
-        prediction: Iterable[Tensor],
-        quality: float,
-        strength: int = FULL_STRENGTH,
-    ) -> np.ndarray:
-        """Bytes, and what is known of the layer, to the layer: uint8 [height, width, 3] of ``size``. ``strength`` of
-        restoration in sixteenths."""
-        _, y, _, means = self.parse(data, size)
-        return self.rebuild(y, means, prediction, quality, size, strength)
-
-    def rebuild(
-        self,
-        y: np.ndarray,
-        means: Tensor,
-        prediction: Iterable[Tensor],
-        quality: float,
-        size: tuple[int, int],
-        strength: int = FULL_STRENGTH,
-    ) -> np.ndarray:
-        """Symbols of y [M, h, w], their means [1, M, h, w] and strips of the prediction to the layer."""
-        cells = strips.strip_spans(size, self.device, 16)
-        y_hat = (to_device(y[None, :, a:b], self.device) + means[:, :, a:b] for a, b in cells)
-        return self.reconstruct(y_hat, prediction, quality, size, strength)
-
-    def parse(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
-        """Bytes of a layer of ``size`` (height, width) to the symbols of z [N, h, w] and of y [M, h, w], int32, and
-        the scale indices [M, h, w], uint8, and means [1, M, h, w] of y."""
-        z_size, y_size, m = ImageCodec.hyper_size(size), ImageCodec.latent_size(size), self.codec.m
-        decoder = entropy.Decoder(data, self.tables, z_size[0] * z_size[1], m * y_size[0] * y_size[1])
-        z = decoder.z(self.codec.n, *z_size)
-        index, means = np.empty((m, *y_size), np.uint8), []
-        heights = strips.spans(z_size[0], strips.STRIP[self.device.type] // 64)
-        row = 0
-        for part, mean in self.parameters((to_device(z[None, :, a:b], self.device) for a, b in heights), size):
-            rows = slice(row, row := row + part.shape[2])
-            index[:, rows] = to_host(part[0])
-            means.append(mean)
-        return z, decoder.y(index), index, means[0] if len(means) == 1 else torch.cat(means, 2)
-
-    def reconstruct(
-        self,
-        y_hat: Iterable[Tensor],
-        prediction: Iterable[Tensor],
-        quality: float,
-        size: tuple[int, int],
-        strength: int = FULL_STRENGTH,
-        match: Match | None = None,
-    ) -> np.ndarray:
-        """Strips of the quantised latent and of the prediction to the layer, uint8 [height, width, 3]; in floating
-        point. Encoder and decoder both come here."""
-        level, known = self.level(quality), strips.Rows(prediction)
-        up = strips.Network(lambda y, part: self.codec.synthesis(y, level, part), *self._cells(size, 1, 16))
-        sums = (
-            (strip.add_(below := known.take(strip.shape[2])), below)
-            for strip in strips.run(up, y_hat, ImageCodec.latent_size(size)[0], size)
-        )
-        done, row = np.empty((*size, 3), np.uint8), 0
-        for strip, added in self.restored(sums, level, size, strength):
-            rows = slice(row, row := row + strip.shape[2])
-            if added is not None:
-                if match is not None:
-                    match.add(rows, strip, added)
-                strip = added.mul_(strength / FULL_STRENGTH).add_(strip)
-            done[rows] = to_bytes(strip)
-        return done
-
-    def restored(
-        self, sums: Iterable[tuple[Tensor, Tensor]], level: Tensor, size: tuple[int, int], strength: int
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Strips of a layer without restoration, and of what that adds to it, if anything, from strips of the layer
-        and of its prediction."""
-        if (restorer := self.restorer) is None or not strength:
-            return ((strip, None) for strip, _ in sums)
-        cells = self._cells(size, BLOCK, BLOCK, reach=-(-restorer.reach // BLOCK))
-        network = strips.Network(lambda x, _: torch.cat([x[:, :3], restorer(x[:, :3], x[:, 3:], level)], 1), *cells)
-        pairs = (torch.cat(pair, 1) if restorer.predicted else pair[0] for pair in sums)
-        return ((both[:, :3], both[:, 3:]) for both in strips.run(network, pairs, size[0], size))
-
-    def _cells(
-        self, size: tuple[int, int], cell_in: int, cell_out: int, pixels: int = 16, reach: int = 2
-    ) -> tuple[int, ...]:
-        """Geometry of a network whose cells are ``pixels`` wide in a layer of ``size``, and that sees ``reach`` cells
-        around."""
-        return cell_in, cell_out, reach, self.tile // pixels, strips.strip_rows(size[1], self.device) // pixels
-
-    def level(self, quality: float) -> Tensor:
-        return level_of(quality_to_lambda(quality))[None].to(self.device, non_blocking=True)
-
-
-def thresholds(tables: entropy.Tables) -> np.ndarray:
-    """For each scale index and magnitude m, float32 [LEVELS * MAGNITUDES]: what a latent must be beyond m to become
-    m + 1. The last magnitude stands for larger ones; what has no frequency of its own costs an escape at least."""
-    found = np.full((len(tables.y), MAGNITUDES), 0.5, np.float32)
-    for row, table in zip(found, tables.y, strict=True):
-        more = np.diff(-np.log2(table.freq[table.width :][: MAGNITUDES + 1].astype(float)))
-        row += np.clip(BEYOND * np.pad(more, (0, MAGNITUDES - len(more)), "edge"), 0, MOST_BEYOND)
-    return found.ravel()
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """A layer's symbols as they become known: strips of (symbols, scale indices, means) of y; ``z`` fills meanwhile."""
-
-    z: list[Tensor]
-    latents: Iterator[tuple[Tensor, Tensor, Tensor]]
-
-
-class Match:
-    """How well what restoration adds to a layer meets ``picture``, uint8 [height, width, 3], gathered from strips."""
-
-    def __init__(self, picture: np.ndarray) -> None:
-        self.picture = picture
-        self.product = self.energy = 0.0  # of what it adds, with what was missing and with itself; samples in 0..255
-
-    def add(self, rows: slice, strip: Tensor, added: Tensor) -> None:
-        missing = to_tensor(self.picture[rows], strip.device).float().sub_(255 * strip)
-        self.product += 255 * float(missing.mul_(added).sum())
-        self.energy += 255**2 * float(added.square().sum())
-
-    @property
-    def strength(self) -> int:
-        """The strength of least squared error, in sixteenths."""
-        part = self.product / self.energy if self.energy else 1.0
-        return min(max(0, round(FULL_STRENGTH * part)), MAX_STRENGTH)
-
-    @property
-    def saved(self) -> float:
-        """By how much the squared error is lower with it than with the full one, but for rounding."""
-        part = self.strength / FULL_STRENGTH
-        return (1 - part**2) * self.energy - 2 * (1 - part) * self.product
-
-
-def residual_strips(picture: np.ndarray, prediction: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Strips of ``picture``, uint8 [height, width, 3], less those of its prediction [1, 3, rows, width], in 0..1."""
-    row = 0
-    for strip in prediction:
-        rows = slice(row, row := row + strip.shape[2])
-        yield to_tensor(picture[rows], device).float().div_(255).sub_(strip)
 
 
 def best_gain(picture: np.ndarray, interpolated: Tensor, added: Tensor) -> float:

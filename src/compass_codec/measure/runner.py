@@ -45,6 +45,7 @@ CODEC = (
     "entropy",
     "filters",
     "hyper",
+    "layer",
     "liff",
     "networks",
     "pictures",

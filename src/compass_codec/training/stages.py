@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from compass_codec.codec import BEYOND, MOST_BEYOND
+from compass_codec.layer import BEYOND, MOST_BEYOND
 from compass_codec.liff import LIFF, SIZES, bicubic
 from compass_codec.networks import LAMBDAS, ImageCodec, level_of, lower_bound
 from compass_codec.restoration import FOLD, Restoration
@@ -41,7 +41,7 @@ def gaussian_bits(y: Tensor, scales: Tensor, means: Tensor) -> Tensor:
 
 
 def encoded(y: Tensor, scales: Tensor) -> Tensor:
-    """The symbols the encoder makes of y, less its means: what costs more bits must be nearer (codec.thresholds, here
+    """The symbols the encoder makes of y, less its means: what costs more bits must be nearer (layer.thresholds, here
     with the bits of the normal distribution)."""
     below, zero = y.abs().floor(), torch.zeros_like(y)
     more = gaussian_bits(below + 1, scales, zero) - gaussian_bits(below, scales, zero)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from compass_codec import contexts
-from compass_codec.codec import Codec, LayerCodec, choose_device
+from compass_codec.codec import Codec, choose_device
 from compass_codec.entropy import LEVELS, Table, Tables, encode, frequencies, groups, walk
 from compass_codec.errors import CompassError
+from compass_codec.layer import LayerCodec
 from compass_codec.training.data import Pictures, resize
 
 PRIOR = 20.0  # symbols that the ideal table counts for, next to those that were seen
