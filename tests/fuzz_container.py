@@ -9,6 +9,8 @@ import zlib
 
 import atheris
 
+from compass_codec.side import FULL_GAIN, MAX_FILTER
+
 with atheris.instrument_imports():
     from compass_codec import container
     from compass_codec.errors import CompassError
@@ -28,8 +30,8 @@ def check(data: bytes) -> None:
     count = len(header.layers)
     assert 1 <= count <= container.MAX_LAYERS
     assert all(e.width * e.height <= container.MAX_PIXELS for e in header.layers)
-    assert all((e.length == 0) == e.side.empty and 0 <= e.side.gain <= container.FULL_GAIN for e in header.layers)
-    assert all(len(e.side.filter) <= container.MAX_FILTER for e in header.layers)
+    assert all((e.length == 0) == e.side.empty and 0 <= e.side.gain <= FULL_GAIN for e in header.layers)
+    assert all(len(e.side.filter) <= MAX_FILTER for e in header.layers)
     assert all(0 < s.length <= container.KINDS[s.kind].limit and s.layer < count for s in header.sections)
     # one piece after the other, from the header to the end
     pieces = sorted([(e.start, e.length) for e in header.layers] + [(s.start, s.length) for s in header.sections])

@@ -20,6 +20,7 @@ from PIL import Image
 from compass_codec import container, pictures
 from compass_codec.codec import Codec
 from compass_codec.errors import CompassError
+from compass_codec.side import FULL_GAIN, FULL_STRENGTH, MAX_FILTER, MAX_STRENGTH, Side
 
 MAX_PIXELS = 4096  # forged sizes above this are refused; those below cost little to decode
 SLOWEST = 10.0  # seconds of processor time a case may take
@@ -36,8 +37,8 @@ def sign(header: container.Header, data: bytes, fields: dict[int, dict[str, Any]
         scales.append(entry.scale)
         qualities.append(entry.quality)
         filtered = changed.get("filter", entry.side.filter)
-        strength = changed.get("strength", entry.side.strength) if parts[k] else container.FULL_STRENGTH
-        sides.append(container.Side(changed.get("gain", entry.side.gain), not parts[k], filtered, strength))
+        strength = changed.get("strength", entry.side.strength) if parts[k] else FULL_STRENGTH
+        sides.append(Side(changed.get("gain", entry.side.gain), not parts[k], filtered, strength))
     found = container.sections(header, bytes(data))
     return container.write(header.model, sizes, scales, qualities, parts, found, sides)
 
@@ -98,9 +99,9 @@ def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
             part = bytearray([pictures.alpha_to_bytes(alpha), rng.bytes(50)][rng.integers(2)])
         data = bytearray(container.attach(bytes(data), container.Sections(alpha={k: bytes(part)})))
     elif kind == 13:  # other gains and strengths, and a layer without bytes
-        gains = {i: {"gain": int(rng.integers(container.FULL_GAIN + 1))} for i in range(1, len(parts))}
+        gains = {i: {"gain": int(rng.integers(FULL_GAIN + 1))} for i in range(1, len(parts))}
         for i in range(len(parts)):
-            gains.setdefault(i, {})["strength"] = int(rng.integers(container.MAX_STRENGTH + 1))
+            gains.setdefault(i, {})["strength"] = int(rng.integers(MAX_STRENGTH + 1))
         if rng.integers(2):
             parts[k] = b""
         data = bytearray(sign(header, data, gains, parts))
@@ -108,7 +109,7 @@ def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
         part = bytearray(header.layers[k].side.filter or rng.bytes(30))
         for i in rng.integers(0, 8 * len(part), rng.integers(1, 5)):
             part[i // 8] ^= 1 << int(i % 8)
-        changed = [bytes(part), rng.bytes(int(rng.integers(0, container.MAX_FILTER + 1)))][rng.integers(2)]
+        changed = [bytes(part), rng.bytes(int(rng.integers(0, MAX_FILTER + 1)))][rng.integers(2)]
         data = bytearray(sign(header, data, {k: {"filter": changed}}, parts))
     else:  # noise for metadata
         noise = container.Sections(*(rng.bytes(int(rng.integers(1, 300))) for _ in range(3)))

@@ -21,6 +21,7 @@ from compass_codec.errors import (
     WeightsError,
 )
 from compass_codec.layer import MAGNITUDES, MOST_BEYOND
+from compass_codec.side import FULL_GAIN, Side
 
 
 def test_sizes_follow_the_rule():
@@ -124,7 +125,7 @@ def test_sixteen_layers_and_equal_factors(codec):
 GREY = Image.new("RGB", (40, 30), (128, 128, 128))  # what the base layer's prediction already is
 
 
-def sides(data: bytes) -> list[container.Side]:
+def sides(data: bytes) -> list[Side]:
     return [entry.side for entry in container.read_header(data).layers]
 
 
@@ -136,7 +137,7 @@ def seen_again(codec, encoded) -> bool:
 
 def test_nothing_to_add(codec):
     data = codec.encode(GREY, [1, 1], 60).data
-    assert sides(data)[0] == container.Side(empty=True) and container.read_header(data).layers[0].length == 0
+    assert sides(data)[0] == Side(empty=True) and container.read_header(data).layers[0].length == 0
     assert codec.decode(data, 0).getextrema() == ((128, 128),) * 3
     # a photograph's first layers are never worth leaving out
     assert not any(side.empty for side in sides(codec.encode(crop(64, 48), [1, 2], 60).data)[:1])
@@ -153,7 +154,7 @@ def test_an_empty_layer_costs_less_and_a_better_one_is_never_empty(codec):
             del codec.adaptive
     chosen, plain = both
     assert sides(chosen.data)[1].empty and len(chosen.data) < len(plain.data) and seen_again(codec, chosen)
-    assert [replace(side, filter=b"") for side in sides(plain.data)] == [container.Side()] * 2
+    assert [replace(side, filter=b"") for side in sides(plain.data)] == [Side()] * 2
     header = container.read_header(chosen.data)
     assert header.layers[1].end == header.layers[0].end
     # the same quality once more may be empty, a higher one may not
@@ -174,11 +175,11 @@ def test_a_prediction_that_harms_is_left_out():
     """Where a size repeats that costs no trying; else an effort finds it."""
     codec, layers = spoiled(-6), [np.array(crop(64, 48))] * 2
     repeated = codec.encode_layers(layers, [1, 1], [20, 60])
-    assert replace(sides(repeated.data)[1], filter=b"") == container.Side(gain=0) and seen_again(codec, repeated)
+    assert replace(sides(repeated.data)[1], filter=b"") == Side(gain=0) and seen_again(codec, repeated)
     layers = [np.array(crop(64, 48).resize(size)) for size in ((32, 24), (64, 48))]
     plain, tried = (codec.encode_layers(layers, [1, 2], 60, effort) for effort in (0, 1))
-    assert sides(plain.data)[1].gain == container.FULL_GAIN
-    assert sides(tried.data)[1].gain < container.FULL_GAIN and seen_again(codec, tried)
+    assert sides(plain.data)[1].gain == FULL_GAIN
+    assert sides(tried.data)[1].gain < FULL_GAIN and seen_again(codec, tried)
     assert len(tried.data) < len(plain.data)
 
 
@@ -209,8 +210,8 @@ def test_side_information_of_every_kind_decodes(codec, small_file):
         "scales": [e.scale for e in header.layers],
         "qualities": [e.quality for e in header.layers],
     }
-    for side in (container.Side(0), container.Side(15), container.Side(7, True), container.Side(strength=0)):
-        forged = [container.Side(), side, container.Side()]
+    for side in (Side(0), Side(15), Side(7, True), Side(strength=0)):
+        forged = [Side(), side, Side()]
         payloads = [parts[0], b"" if side.empty else parts[1], parts[2]]
         data = container.write(codec.model, payloads=payloads, sides=forged, **rest)
         found = [np.asarray(codec.decode(data, k)) for k in range(3)]
@@ -224,7 +225,7 @@ def test_interpolation_alone(codec, monkeypatch):
     small = np.array(image.resize((20, 11)))
     encoded = codec.encode_layers([small], [1], 60)
     (part,) = (container.payload(container.read_header(encoded.data), encoded.data, 0),)
-    sides = [container.Side(), container.Side(0, True), container.Side(0, True)]
+    sides = [Side(), Side(0, True), Side(0, True)]
     sizes = [(20, 11), (20, 11), (37, 23)]
     data = container.write(codec.model, sizes, [1, 1, 2], [60] * 3, [part, b"", b""], sides=sides)
     monkeypatch.setattr(codec.liff, "_query", None)

@@ -6,7 +6,6 @@ import zlib
 import pytest
 
 from compass_codec import container
-from compass_codec.container import Side
 from compass_codec.errors import (
     CompassError,
     DamagedError,
@@ -16,6 +15,7 @@ from compass_codec.errors import (
     OptionError,
     TruncatedError,
 )
+from compass_codec.side import Side
 
 MODEL = "0123456789ab"
 SIZES = [(20, 15), (40, 30), (64, 48)]

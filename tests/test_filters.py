@@ -13,6 +13,7 @@ from compass_codec.errors import FormatError
 from compass_codec.filters import BITS, BOUNDS, TAPS, WIDER, Filter
 from compass_codec.networks import quality_to_lambda
 from compass_codec.pictures import squared_error
+from compass_codec.side import MAX_FILTER, Side
 
 
 def drawn(mask: int, taps: int, colour: bool, seed: int = 0, largest: int = 200) -> Filter:
@@ -188,11 +189,11 @@ def test_in_a_file(codec):
     picture = layers[1]
     encoded = codec.encode_layers(layers, [1, 2], 60)
     header = container.read_header(encoded.data)
-    assert all(0 < len(entry.side.filter) <= container.MAX_FILTER for entry in header.layers)
+    assert all(0 < len(entry.side.filter) <= MAX_FILTER for entry in header.layers)
     decoded = list(codec.decode_layers(encoded.data, header, 1))
     assert all(np.array_equal(a, b) for a, b in zip(decoded, encoded.layers, strict=True))
     # the same file without the filter of its last layer
-    sides = [header.layers[0].side, container.Side()]
+    sides = [header.layers[0].side, Side()]
     parts = [container.payload(header, encoded.data, k) for k in range(2)]
     bare = container.write(codec.model, [(150, 150), (300, 300)], [1, 2], [60, 60], parts, sides=sides)
     *_, plain = codec.decode_layers(bare, container.read_header(bare), 1)
@@ -210,14 +211,14 @@ def test_cost_is_that_of_the_file(codec):
     assert coded.cost == pytest.approx(8 * len(coded.data) + coded.side.bits + error)
     file, plain = (
         container.write(codec.model, [(160, 128)], [1], [80], [coded.data], sides=[side])
-        for side in (coded.side, container.Side())
+        for side in (coded.side, Side())
     )
     assert 8 * (len(file) - len(plain)) == coded.side.bits + 16
 
 
 def test_a_filter_that_makes_no_sense_is_one_error(codec):
     coded = codec.encode_layer(np.array(crop(64, 64)), None, 60)
-    side = container.Side(filter=b"\x20\x00")
+    side = Side(filter=b"\x20\x00")
     file = container.write(codec.model, [(64, 64)], [1], [60], [coded.data], sides=[side])
     with pytest.raises(FormatError, match="filter makes no sense"):
         codec.decode(file)

@@ -20,6 +20,7 @@ from test_pictures import exif_bytes, mask
 from compass_codec import container, pictures
 from compass_codec.container import Sections
 from compass_codec.errors import CompassError, DamagedError, FormatError, LayerError, LimitError, TruncatedError
+from compass_codec.side import PLAIN, SIDE_VERSION, Side
 
 FULL = Sections(b"profile", b"II*\0 exif", b"<x:xmpmeta/>", {0: b"a0", 1: b"alpha 1", 2: b"alpha of 2"})
 ICC, EXIF, XMP, ALPHA = 1, 2, 3, 4
@@ -494,7 +495,7 @@ def test_info_shows_side_information(repeated, tmp_path):
     # a gain, and a layer of interpolation alone
     header = container.read_header(example())
     rest = [[getattr(e, name) for e in header.layers] for name in ("scale", "quality")]
-    sides = [container.Side(), container.Side(4), container.Side(0, True)]
+    sides = [Side(), Side(4), Side(0, True)]
     (tmp_path / "x.cmps").write_bytes(container.write(MODEL, SIZES, *rest, [*PAYLOADS[:2], b""], sides=sides))
     lines = compass("info", tmp_path / "x.cmps").out.splitlines()
     assert lines[-2:] == [
@@ -551,10 +552,10 @@ def test_what_is_wrong_with_side_information_is_one_line(repeated, tmp_path, cha
     parts = [container.payload(header, repeated.read_bytes(), k) for k in range(3)]
     sizes = [(e.width, e.height) for e in header.layers]
     rest = [[getattr(e, name) for e in header.layers] for name in ("scale", "quality")]
-    sides = [container.PLAIN, container.PLAIN, container.Side(empty=True)]
+    sides = [PLAIN, PLAIN, Side(empty=True)]
     data = bytearray(container.write(header.model, sizes, *rest, parts, sides=sides))
     header = container.read_header(bytes(data))
-    table = data.index(bytes([container.SIDE_VERSION, 1, 2]), 13)
+    table = data.index(bytes([SIDE_VERSION, 1, 2]), 13)
     at = {"flags": 5, "version": table, "layer": table + 2, "bits": table + 3}
     for name, value in change.items():
         if name != "sign":

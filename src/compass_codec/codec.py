@@ -18,12 +18,12 @@ from torch import Tensor
 
 from compass_codec import container, filters, pictures, strips
 from compass_codec.arrays import to_bytes, to_tensor
-from compass_codec.container import FULL_GAIN, Side
 from compass_codec.errors import LimitError, OptionError, WeightsError
 from compass_codec.layer import LayerCodec
 from compass_codec.liff import combine
 from compass_codec.networks import quality_to_lambda
 from compass_codec.pictures import squared_error
+from compass_codec.side import FULL_GAIN, Side
 from compass_codec.weights import Weights
 from compass_codec.weights import load as load_weights
 

@@ -17,6 +17,8 @@ from itertools import pairwise
 from typing import Any
 
 from compass_codec.errors import DamagedError, FormatError, LayerError, LimitError, OptionError, TruncatedError
+from compass_codec.side import PLAIN, SIDE_VERSION, Side
+from compass_codec.side import read as read_side
 
 MAGIC = b"CMPS"
 VERSION = 1
@@ -27,15 +29,8 @@ MAX_PIXELS = 178_956_970  # of the largest layer; where Pillow too refuses a pic
 SCALE_DIGITS = 8  # significant digits kept of a scale factor
 MAX_EXPONENT = 6
 
-
 WITH_SECTIONS = 1  # flag: a table of sections follows the layer entries
 WITH_SIDE = 2  # flag: side information follows the layer entries, before the table of sections
-SIDE_VERSION = 1
-# bits: the layer has no bytes; a gain follows; a filter follows; a strength of restoration follows
-SIDE_EMPTY, SIDE_GAIN, SIDE_FILTER, SIDE_STRENGTH = 1, 2, 4, 8
-MAX_FILTER = 127  # bytes
-FULL_GAIN = 16  # of LIFF: in sixteenths of what it adds to interpolation
-FULL_STRENGTH, MAX_STRENGTH = 16, 32  # of restoration: in sixteenths of what it adds to the layer
 
 
 class Place(Enum):
@@ -101,31 +96,6 @@ class Sections:
 
 
 @dataclass(frozen=True)
-class Side:
-    """Side information: what a decoder must know of a layer beside its bytes and its quality.
-
-    ``gain``: how much of what LIFF adds to interpolation is in the prediction, 0..16 sixteenths; 0 is interpolation
-    alone. ``empty``: nothing is added to the prediction, and the layer has no bytes. ``filter``: up to MAX_FILTER
-    bytes, those of filters.py, or none. ``strength``: how much of what restoration adds is in the layer, 0..32
-    sixteenths; 0 is none of it.
-    """
-
-    gain: int = FULL_GAIN
-    empty: bool = False
-    filter: bytes = b""
-    strength: int = FULL_STRENGTH
-
-    @property
-    def bits(self) -> int:
-        """What it takes in the file; the first layer of which something is said takes two bytes more."""
-        given = (self.gain != FULL_GAIN) + (self.strength != FULL_STRENGTH) + bool(self.filter) + len(self.filter)
-        return 0 if self == PLAIN else 8 * (2 + given)
-
-
-PLAIN = Side()
-
-
-@dataclass(frozen=True)
 class Layer:
     """One layer's place in the file. ``end`` is also the length of the shortest file that decodes it with all that
     belongs to it."""
@@ -168,7 +138,7 @@ def _varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
-class _Reader:
+class Reader:
     """Reads the header's fields in turn."""
 
     def __init__(self, data: bytes) -> None:
@@ -255,11 +225,7 @@ def write(
     if told:
         head += bytes([SIDE_VERSION, len(told)])
     for k, side in told.items():
-        gains, weaker = side.gain != FULL_GAIN, side.strength != FULL_STRENGTH
-        bits = (SIDE_EMPTY, side.empty), (SIDE_GAIN, gains), (SIDE_FILTER, bool(side.filter)), (SIDE_STRENGTH, weaker)
-        head += bytes([k, sum(bit for bit, there in bits if there)])
-        head += bytes([side.gain] if gains else []) + bytes([side.strength] if weaker else [])
-        head += bytes([len(side.filter)] if side.filter else []) + side.filter
+        head += bytes([k]) + side.to_bytes()
     if extras:
         head += bytes([len(extras)])
     for kind, layer, data in extras:
@@ -328,7 +294,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
 
     Raises FormatError, DamagedError, TruncatedError or LimitError. Nothing of the layers is read.
     """
-    reader = _Reader(data)
+    reader = Reader(data)
     if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
         raise FormatError("not a .cmps file" if data else "the file is empty")
     reader.take(len(MAGIC))
@@ -384,7 +350,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
     return Header(model, tuple(layers), reader.at, tuple(extras))
 
 
-def _read_sides(reader: _Reader, layers: int) -> dict[int, Side]:
+def _read_sides(reader: Reader, layers: int) -> dict[int, Side]:
     """The side information of those layers that have some."""
     version, count = reader.byte(), reader.byte()
     if version != SIDE_VERSION:
@@ -393,32 +359,14 @@ def _read_sides(reader: _Reader, layers: int) -> dict[int, Side]:
         raise FormatError("the header's side information is empty")
     sides: dict[int, Side] = {}
     for _ in range(count):
-        layer, bits = reader.byte(), reader.byte()
+        layer = reader.byte()
         if not max(sides, default=-1) < layer < layers:
             raise FormatError(f"the header has side information of layer {layer} where it cannot be")
-        if not 0 < bits <= SIDE_EMPTY | SIDE_GAIN | SIDE_FILTER | SIDE_STRENGTH:
-            raise FormatError(f"the header's side information of layer {layer} is out of range")
-        gain = reader.byte() if bits & SIDE_GAIN else None
-        # the base layer is not predicted by LIFF, and the full gain is said by saying nothing
-        if gain is not None and (layer == 0 or gain >= FULL_GAIN):
-            raise FormatError(f"the header's gain of layer {layer} is out of range")
-        strength = reader.byte() if bits & SIDE_STRENGTH else None
-        # an empty layer is not restored, and the full strength is said by saying nothing
-        if strength is not None and (bits & SIDE_EMPTY or strength == FULL_STRENGTH or strength > MAX_STRENGTH):
-            raise FormatError(f"the header's strength of restoration of layer {layer} is out of range")
-        length = reader.byte() if bits & SIDE_FILTER else 0
-        if bits & SIDE_FILTER and not 0 < length <= MAX_FILTER:
-            raise FormatError(f"the header's filter of layer {layer} has {length} bytes; it may have 1 to {MAX_FILTER}")
-        sides[layer] = Side(
-            FULL_GAIN if gain is None else gain,
-            bool(bits & SIDE_EMPTY),
-            reader.take(length),
-            FULL_STRENGTH if strength is None else strength,
-        )
+        sides[layer] = read_side(reader, layer)
     return sides
 
 
-def _read_table(reader: _Reader, layers: int) -> list[tuple[int, int, int, int]]:
+def _read_table(reader: Reader, layers: int) -> list[tuple[int, int, int, int]]:
     """The table of sections: kind, layer, length and checksum of each, in the order in which they lie."""
     table: list[tuple[int, int, int, int]] = []
     count = reader.byte()

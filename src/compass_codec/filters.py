@@ -16,8 +16,8 @@ from itertools import product
 
 import numpy as np
 
-from compass_codec.container import MAX_FILTER
 from compass_codec.errors import FormatError
+from compass_codec.side import MAX_FILTER
 
 # Rows and columns away. The samples on both sides have one weight. The first few lie nearest.
 TAPS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0), (1, 2), (2, 1), (1, -2), (2, -1), (2, 2), (2, -2))

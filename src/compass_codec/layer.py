@@ -11,8 +11,8 @@ from torch import Tensor
 
 from compass_codec import entropy, strips
 from compass_codec.arrays import to_bytes, to_device, to_host, to_tensor
-from compass_codec.container import FULL_STRENGTH, MAX_STRENGTH
 from compass_codec.networks import BLOCK, ImageCodec, level_of, quality_to_lambda
+from compass_codec.side import FULL_STRENGTH, MAX_STRENGTH
 from compass_codec.weights import CodecWeights
 
 # Between two integers a latent becomes the larger, by magnitude, only beyond the middle: so much beyond it for each bit

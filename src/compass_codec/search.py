@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from compass_codec import contexts, entropy, filters, strips
 from compass_codec.arrays import to_tensor
 from compass_codec.codec import CodedLayer, rounded, squared_error
-from compass_codec.container import FULL_STRENGTH
 from compass_codec.layer import LATENT_LIMIT
 from compass_codec.networks import ImageCodec, quality_to_lambda
+from compass_codec.side import FULL_STRENGTH
 
 if TYPE_CHECKING:
     from compass_codec.codec import Codec
-    from compass_codec.container import Side
     from compass_codec.layer import LayerCodec
+    from compass_codec.side import Side
 
 # Steps of annealing of each layer, and then of moves, that an effort adds to those below it. It goes on from where the
 # effort below has ended.

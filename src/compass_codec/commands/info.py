@@ -10,6 +10,7 @@ import click
 
 from compass_codec import container
 from compass_codec.commands.common import STDIO, Source, blame, table
+from compass_codec.side import FULL_GAIN, FULL_STRENGTH, PLAIN, Side
 
 
 @click.command()
@@ -38,10 +39,10 @@ def info(file: Path | str, as_json: bool) -> None:
                 "start": e.start,
                 "length": e.length,
                 "end": e.end,
-                "gain": e.side.gain / container.FULL_GAIN,
+                "gain": e.side.gain / FULL_GAIN,
                 "empty": e.side.empty,
                 "filter": len(e.side.filter),
-                "restoration": e.side.strength / container.FULL_STRENGTH,
+                "restoration": e.side.strength / FULL_STRENGTH,
                 "range": f"bytes=0-{e.end - 1}",
                 "state": states[k],
             }
@@ -69,7 +70,7 @@ def info(file: Path | str, as_json: bool) -> None:
         rows.append([*row, f"bytes=0-{e.end - 1}", shown(states[k])])
     show(rows)
     for k, e in enumerate(header.layers):
-        if e.side != container.PLAIN:
+        if e.side != PLAIN:
             click.echo(f"layer {k}: {described(e.side)}")
     if header.sections:
         rows = [["section", "bytes", "start", "end", ""]]
@@ -90,15 +91,15 @@ def fetch(url: str) -> tuple[container.Header, int | None, list[str]]:
     return header, remote.size, states
 
 
-def described(side: container.Side) -> str:
+def described(side: Side) -> str:
     """Side information in words."""
     facts = []
-    if side.gain != container.FULL_GAIN:
-        facts.append(f"LIFF's part of the prediction x {side.gain / container.FULL_GAIN:g}" if side.gain else "no LIFF")
+    if side.gain != FULL_GAIN:
+        facts.append(f"LIFF's part of the prediction x {side.gain / FULL_GAIN:g}" if side.gain else "no LIFF")
     if side.empty:
         facts.append("nothing is added to the prediction")
-    if side.strength != container.FULL_STRENGTH:
-        strength = side.strength / container.FULL_STRENGTH
+    if side.strength != FULL_STRENGTH:
+        strength = side.strength / FULL_STRENGTH
         facts.append(f"restoration x {strength:g}" if side.strength else "no restoration")
     if side.filter:
         facts.append(f"a filter of {len(side.filter)} bytes")

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from compass_codec import container
 from compass_codec.arrays import to_tensor
 from compass_codec.codec import Codec, CodedLayer
-from compass_codec.container import FULL_GAIN
 from compass_codec.measure.peers import PEERS, resolutions
 from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, UNFILTERED, UNRESTORED, Scales
+from compass_codec.side import FULL_GAIN
 from compass_codec.weights import Weights
 
 Coded = list[tuple[int, np.ndarray]]

@@ -50,6 +50,7 @@ CODEC = (
     "networks",
     "pictures",
     "restoration",
+    "side",
     "strips",
     "weights",
 )
