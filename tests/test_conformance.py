@@ -165,7 +165,7 @@ def test_integers_cost_next_to_nothing_in_rate(codec, monkeypatch):
             for layer in (codec.base, codec.residual):
 
                 def floating(z, size, layer=layer, exact=layer.hyper):
-                    scales, means = layer.codec.hyper_synthesis(z, size)
+                    scales, means = layer.codec.hyper_synthesis(z.float(), size)
                     bounds = exact.get_buffer("bounds") * 2.0**-12
                     return torch.bucketize(scales.double().contiguous(), bounds), means
 
