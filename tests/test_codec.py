@@ -21,6 +21,7 @@ from compass_codec.errors import (
     WeightsError,
 )
 from compass_codec.layer import MAGNITUDES, MOST_BEYOND
+from compass_codec.pictures import squared_error
 from compass_codec.side import FULL_GAIN, FULL_STRENGTH, Side
 
 
@@ -160,6 +161,10 @@ def test_an_empty_layer_costs_less_and_a_better_one_is_never_empty(codec):
     # the same quality once more may be empty, a higher one may not
     raised = codec.encode_layers(layers, [1, 1], [60, 62])
     assert not sides(raised.data)[1].empty and seen_again(codec, raised)
+    # unless it is no worse for it: its prediction may then be nearer than what little could be coded
+    raised = codec.encode_layers(layers, [1, 1], [60, 60.5])
+    lower, upper = (squared_error(layers[0], seen) for seen in raised.layers)
+    assert upper < lower and seen_again(codec, raised)
 
 
 def spoiled(factor: float) -> Codec:
