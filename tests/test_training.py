@@ -598,6 +598,8 @@ class TestTables:
         args = [str(tmp_path), "--data", str(folder), "--crops", "64", "--side", "96"]
         result = CliRunner().invoke(main, args, catch_exceptions=False)
         assert result.exit_code == 0, result.output
+        entry = json.loads((tmp_path / "history.json").read_text())[-1]
+        assert entry["stage"] == "tables" and entry["crops"] == 64 and {"device", "minutes", "date"} <= entry.keys()
         codec = Codec.load("cpu", tmp_path)
         after = codec.encode(image, [1, 2], 95)
         assert len(after.data) < len(before.data)

@@ -152,16 +152,12 @@ def detail_crops(stage: Stage, part: str, pictures: Pictures, seed: int, level: 
 
 def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...], start: str) -> list[Path]:
     """Export the EMA weights to ``out``, next to copies of the parts that this stage did not train."""
-    import datetime
     from dataclasses import asdict
 
-    import torch
-
-    from compass_codec.training.export import export
+    from compass_codec.training.export import device_name, export
     from compass_codec.weights import PARTS, RESTORATION, folder_or_default
 
-    plan, device = asdict(run.plan), run.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    plan, name = asdict(run.plan), device_name(run.device)
     entry = {
         "stage": plan.pop("stage"),
         "minutes": round(run.seconds / 60, 1),
@@ -171,7 +167,6 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
         "pictures": {"count": len(run.pictures), "sources": [source.name for source in sources]},
         "start": start,
         "settings": plan | {"precision": "bf16" if run.bf16 else "fp32"},
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     run.put(run.ema)
     out.mkdir(parents=True, exist_ok=True)

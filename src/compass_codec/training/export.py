@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,23 @@ def export(stage: Stage, folder: Path, card_entry: dict[str, Any] | None = None)
         temporary.replace(path)
         written.append(path)
     if card_entry is not None:
-        history = folder / "history.json"
-        entries = json.loads(history.read_text()) if history.exists() else []
-        history.write_text(json.dumps([*entries, card_entry], indent=1) + "\n")
+        remember(folder, card_entry)
     return written
+
+
+def device_name(device: torch.device) -> str:
+    """A device as history.json names it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def remember(folder: Path, entry: dict[str, Any]) -> None:
+    """Append ``entry``, how weights were made, and today's date to ``folder``/history.json."""
+    history = folder / "history.json"
+    entries = json.loads(history.read_text()) if history.exists() else []
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    history.write_text(json.dumps([*entries, entry | {"date": date}], indent=1) + "\n")
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ a few crops with the tables that are there, then all with those.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from compass_codec.entropy import LEVELS, Table, Tables, encode, frequencies, gr
 from compass_codec.errors import CompassError
 from compass_codec.layer import LayerCodec
 from compass_codec.training.data import Pictures, resize
+from compass_codec.training.export import device_name, remember
 
 PRIOR = 20.0  # symbols that the ideal table counts for, next to those that were seen
 WITH_CONTEXTS = 44  # scale indices that have contexts; tables of those above would be long, and their symbols are few
@@ -166,6 +168,7 @@ def rewrite(file: Path, tables: dict[str, np.ndarray]) -> None:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 def main(weights: Path, data: tuple[Path, ...], crops: int, side: int, device: str) -> None:
     """Fit the probability tables in the folder WEIGHTS to pictures."""
+    start = time.monotonic()
     try:
         pictures = Pictures(list(data), choose_device(device))
         for share in (FIRST, 1):
@@ -175,6 +178,9 @@ def main(weights: Path, data: tuple[Path, ...], crops: int, side: int, device: s
                 rewrite(weights / f"{part}.safetensors", tables)
                 if share == 1 and found.held_out:
                     click.echo(f"{part}: {found.check(tables)}")
+        minutes = round((time.monotonic() - start) / 60, 1)
+        chosen = device_name(pictures.device)
+        remember(weights, {"stage": "tables", "crops": crops, "side": side, "device": chosen, "minutes": minutes})
     except (CompassError, ValueError, OSError) as error:
         raise click.ClickException(" ".join(str(error).split())) from error
 
