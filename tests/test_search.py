@@ -233,15 +233,17 @@ def test_softening():
 
 
 def test_scales_are_those_of_the_integer_decoder(codec):
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randint(-2, 3, (1, 128, 2, 2), generator=generator).float()
     with torch.inference_mode():
+        x = torch.from_numpy(np.array(crop(128, 128))).permute(2, 0, 1)[None] / 255
+        z = codec.base.codec.hyper_analysis(codec.base.codec.analysis(x, torch.tensor([0.0]))).round()
         scales, means = codec.base.codec.hyper_synthesis(z, (8, 8))
         index, exact = codec.base.hyper(z, (8, 8))
     # only what lies between two scales may fall to either
     apart = (search.level_position(scales) - index).abs()
-    assert apart.max() < 0.65 and (apart > 0.5).float().mean() < 0.025
-    assert (means - exact).abs().max() < 0.035 * means.std()  # both round, the one to floats, the other to 2**-12
+    assert apart.max() < 0.75 and (apart > 0.5).float().mean() < 0.04
+    # both round, the one to floats, the other to 2**-12; the bits this costs a Gaussian symbol
+    lost = ((means - exact) / scales.clamp_min(entropy.SCALE_RANGE[0])).square() / (2 * math.log(2))
+    assert lost.mean() < 5e-6 and lost.max() < 1e-3
     levels = torch.from_numpy(entropy.scale_levels())
     assert torch.allclose(search.level_position(levels), torch.arange(64.0).double(), atol=1e-6)
 
@@ -320,8 +322,8 @@ def test_command(tmp_path):
 
 def test_the_table_of_efforts(tmp_path):
     """Each layer of a file has its own BD-rate, and lower layers gain too."""
-    crop(32, 32).save(tmp_path / "a.png")
-    arguments = ["--images", str(tmp_path), "--side", "32", "--layers", "3", "--effort", "1"]
+    crop(48, 48).save(tmp_path / "a.png")
+    arguments = ["--images", str(tmp_path), "--side", "48", "--layers", "3", "--effort", "1"]
     result = CliRunner().invoke(efforts.main, arguments)
     *_, none, first = result.output.strip().splitlines()
     assert none.startswith("| 3 | 0 | 0 |") and first.endswith(" MiB |")
