@@ -17,6 +17,7 @@ from torch import Tensor
 from compass_codec.entropy import frequencies, gaussian_tables
 from compass_codec.liff import LIFF, SIZES
 from compass_codec.networks import ImageCodec
+from compass_codec.pictures import write_file
 from compass_codec.restoration import Restoration
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.stages import RatedCodec, Stage
@@ -81,7 +82,7 @@ def remember(folder: Path, entry: dict[str, Any]) -> None:
     history = folder / "history.json"
     entries = json.loads(history.read_text()) if history.exists() else []
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    history.write_text(json.dumps([*entries, entry | {"date": date}], indent=1) + "\n")
+    write_file(history, (json.dumps([*entries, entry | {"date": date}], indent=1) + "\n").encode())
 
 
 def _read(path: Path) -> dict[str, Tensor]:
