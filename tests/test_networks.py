@@ -147,7 +147,7 @@ class TestHyperDecoder:
         lost = ((means - float_means) / scales.clamp_min(SCALE_RANGE[0])).square() / (2 * math.log(2))
         assert lost.mean() < 5e-6 and lost.max() < 1e-3
         expected = torch.bucketize(scales.double().contiguous(), real.hyper.bounds / 2**12)
-        assert (expected != index).double().mean() < 0.04
+        assert (expected != index).double().mean() < 0.035
         assert (expected - index).abs().max() <= 1
 
     def test_threads_batch_and_layout_change_nothing(self, real):
