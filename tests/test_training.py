@@ -640,3 +640,48 @@ class TestTables:
 
         result = CliRunner().invoke(main, [str(tmp_path), "--data", str(folder)])
         assert result.exit_code == 1 and str(tmp_path) in result.output
+
+
+class TestAverage:
+    def sets(self, tmp_path) -> tuple[Path, Path]:
+        """Two sets of LIFF and restoration, that of "new" twice as large as that of "old" wherever it is not zero."""
+        from compass_codec.weights import folder_or_default
+
+        for name, times in (("old", 1), ("new", 2)):
+            (tmp_path / name).mkdir()
+            for part in ("liff", "restoration"):
+                tensors = load_file(folder_or_default(None) / f"{part}.safetensors")
+                tensors = {k: v * times for k, v in tensors.items()} | {"tables": torch.tensor([times])}
+                save_file(tensors, tmp_path / name / f"{part}.safetensors")
+        return tmp_path / "old", tmp_path / "new"
+
+    def run(self, *args) -> str:
+        from compass_codec.training.average import main
+
+        return CliRunner().invoke(main, [*map(str, args)], catch_exceptions=False).output
+
+    def test_mean_of_the_parts_that_are_named(self, tmp_path):
+        old, new = self.sets(tmp_path)
+        before, other = load_file(new / "liff.safetensors"), (new / "restoration.safetensors").read_bytes()
+        assert self.run(old, new, "--part", "liff", "--share", "0.25") == ""
+        after = load_file(new / "liff.safetensors")
+        assert after.keys() == before.keys()
+        for name, value in after.items():
+            if name == "tables":
+                assert value.item() == 2
+            else:
+                assert value.dtype == torch.float16
+                torch.testing.assert_close(value.double(), before[name].double() * 0.875, rtol=1e-3, atol=1e-7)
+        assert (new / "restoration.safetensors").read_bytes() == other
+        entry = json.loads((new / "history.json").read_text())[-1]
+        assert entry["stage"] == "average" and entry["parts"] == ["liff"] and entry["share_of_old"] == 0.25
+
+    def test_other_architectures_are_refused_and_nothing_changes(self, tmp_path):
+        old, new = self.sets(tmp_path)
+        shutil.copy(old / "restoration.safetensors", old / "liff.safetensors")
+        before = {path.name: path.read_bytes() for path in new.iterdir()}
+        output = self.run(old, new, "--part", "restoration", "--part", "liff")
+        assert output.startswith(f"Error: {old / 'liff.safetensors'}: no ") and output.count("\n") == 1
+        (old / "liff.safetensors").write_bytes(b"nothing")
+        assert "cannot be read" in self.run(old, new, "--part", "liff")
+        assert {path.name: path.read_bytes() for path in new.iterdir()} == before

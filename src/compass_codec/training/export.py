@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from compass_codec.entropy import frequencies, gaussian_tables
@@ -60,10 +60,7 @@ def export(stage: Stage, folder: Path, card_entry: dict[str, Any] | None = None)
     written = []
     for part in stage.trains:
         path = folder / f"{part}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors_of(getattr(stage, part)), temporary)
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        temporary.replace(path)
+        write_file(path, save(tensors_of(getattr(stage, part))))
         written.append(path)
     if card_entry is not None:
         remember(folder, card_entry)
@@ -85,7 +82,8 @@ def remember(folder: Path, entry: dict[str, Any]) -> None:
     write_file(history, (json.dumps([*entries, entry | {"date": date}], indent=1) + "\n").encode())
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A weights file. Raises ValueError naming it if it cannot be read."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -118,7 +116,7 @@ def load_parts(stage: Stage, folder: Path, size: str | None = None) -> set[str]:
     found = {part for part in (*PARTS, RESTORATION) if (folder / f"{part}.safetensors").exists()}
     for part in sorted(found):
         path = folder / f"{part}.safetensors"
-        tensors, module = _read(path), getattr(stage, part)
+        tensors, module = read_tensors(path), getattr(stage, part)
         if isinstance(module, RatedCodec):
             _fill(module.codec, tensors, path)
             _fill(module.bottleneck, _below(tensors, "bottleneck."), path)
@@ -155,7 +153,7 @@ def import_start(stage: Stage, path: Path) -> None:
 
     Pictures are centred on zero here: the offset of 1/2 moves into the first and the last bias.
     """
-    tensors = _read(path)
+    tensors = read_tensors(path)
     _fill(stage.base.codec, tensors, path)
     _fill(stage.base.bottleneck, _below(tensors, "entropy_bottleneck."), path)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from compass_codec import contexts
@@ -21,8 +22,9 @@ from compass_codec.codec import Codec, choose_device
 from compass_codec.entropy import LEVELS, Table, Tables, encode, frequencies, groups, walk
 from compass_codec.errors import CompassError
 from compass_codec.layer import LayerCodec
+from compass_codec.pictures import write_file
 from compass_codec.training.data import Pictures, resize
-from compass_codec.training.export import device_name, remember
+from compass_codec.training.export import device_name, read_tensors, remember
 
 PRIOR = 20.0  # symbols that the ideal table counts for, next to those that were seen
 WITH_CONTEXTS = 44  # scale indices that have contexts; tables of those above would be long, and their symbols are few
@@ -150,14 +152,8 @@ def count(codec: Codec, pictures: Pictures, crops: int, side: int, seed: int = 1
 
 def rewrite(file: Path, tables: dict[str, np.ndarray]) -> None:
     """Put new tables into a weights file."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(file)
-    tensors |= {f"tables.{name}": torch.from_numpy(table) for name, table in tables.items()}
-    temporary = file.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    temporary.chmod(0o644)
-    temporary.replace(file)
+    found = {f"tables.{name}": torch.from_numpy(table) for name, table in tables.items()}
+    write_file(file, save(read_tensors(file) | found))
 
 
 @click.command()

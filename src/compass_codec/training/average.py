@@ -1,0 +1,59 @@
+"""The mean of two sets of weights that came one from the other.
+
+``python -m compass_codec.training.average OLD NEW`` puts it into NEW. Where runs of one schedule after another end
+scatters around what they look for, and the mean of two ends lies nearer to it (Izmailov et al. 2018, "Averaging weights
+leads to wider optima and better generalization").
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from safetensors.torch import save
+from torch import Tensor
+
+from compass_codec.pictures import write_file
+from compass_codec.training.export import read_tensors, remember
+from compass_codec.weights import PARTS, RESTORATION
+
+
+def average(old: dict[str, Tensor], new: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """``share`` of ``old`` and the rest of ``new``, name by name, in the types of ``new``; what are not floats, the
+    tables, are those of ``new``. Raises ValueError if they are not of one architecture."""
+    mean = {}
+    for name, value in new.items():
+        if not value.is_floating_point():
+            mean[name] = value
+        elif name not in old or old[name].shape != value.shape:
+            raise ValueError(f"no {name} of shape {tuple(value.shape)}")
+        else:
+            mean[name] = old[name].double().lerp(value.double(), 1 - share).to(value.dtype)
+    return mean
+
+
+@click.command()
+@click.argument("old", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("new", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--part", "parts", type=click.Choice([*PARTS, RESTORATION]), multiple=True, required=True)
+@click.option("--share", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Of OLD in the mean.")
+def main(old: Path, new: Path, parts: tuple[str, ...], share: float) -> None:
+    """Average parts of the weights in the folder NEW with those in the folder OLD. Count the tables of codecs again
+    after it."""
+    try:
+        means = {}
+        for part in dict.fromkeys(parts):
+            before, file = old / f"{part}.safetensors", new / f"{part}.safetensors"
+            try:
+                means[file] = average(read_tensors(before), read_tensors(file), share)
+            except ValueError as error:
+                raise ValueError(f"{before}: {error}") from error
+        for file, tensors in means.items():
+            write_file(file, save(tensors))
+        remember(new, {"stage": "average", "parts": list(dict.fromkeys(parts)), "share_of_old": share})
+    except (ValueError, OSError) as error:
+        raise click.ClickException(" ".join(str(error).split())) from error
+
+
+if __name__ == "__main__":
+    main()
