@@ -53,21 +53,24 @@ def rows(head: list[str], body: list[list[str]]) -> str:
 
 @contextmanager
 def timed(codec: Any) -> Iterator[dict[str, float]]:
-    """Processor seconds spent in each part of ``codec`` while this is open."""
-    from compass_codec import entropy
+    """Processor seconds spent in each part of ``codec``, less those in parts of it, while this is open."""
+    from compass_codec import entropy, filters
 
     spent: dict[str, float] = defaultdict(float)
-    replaced = []
+    replaced, inside = [], 0.0
 
     def watch(owner: Any, name: str, label: str) -> None:
         original = getattr(owner, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            start = time.process_time()
+            nonlocal inside
+            start, before, inside = time.process_time(), inside, 0.0
             try:
                 return original(*args, **kwargs)
             finally:
-                spent[label] += time.process_time() - start
+                took = time.process_time() - start
+                spent[label] += took - inside
+                inside = before + took
 
         replaced.append((owner, name, original))
         setattr(owner, name, wrapped)
@@ -82,6 +85,8 @@ def timed(codec: Any) -> Iterator[dict[str, float]]:
         if layer.restorer is not None:
             watch(layer.restorer, "forward", "restoration")
         watch(layer.hyper, "forward", "integer hyper-decoder")
+    watch(filters, "find", "filters: finding them")
+    watch(filters, "apply", "filters: applying them")
     watch(entropy, "encode", "entropy coding")
     watch(entropy.Decoder, "z", "entropy coding")
     watch(entropy.Decoder, "y", "entropy coding")
