@@ -272,9 +272,9 @@ def plot(parts: dict[str, dict[str, float]], path: Path) -> None:
 
     names = [name for name in parts["encode"] if name != "everything"]
     figure, axis = plt.subplots(figsize=(8, 2.6), layout="constrained")
-    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     left = dict.fromkeys(parts, 0.0)
-    for name, colour in zip(names, colours, strict=False):
+    for name, colour in zip(names, colours[: len(names)], strict=True):
         shares = [100 * parts[way].get(name, 0.0) / parts[way]["everything"] for way in parts]
         axis.barh(list(parts), shares, left=list(left.values()), color=colour, label=name)
         left = {way: left[way] + share for way, share in zip(parts, shares, strict=True)}
