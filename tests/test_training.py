@@ -681,7 +681,13 @@ class TestAverage:
         shutil.copy(old / "restoration.safetensors", old / "liff.safetensors")
         before = {path.name: path.read_bytes() for path in new.iterdir()}
         output = self.run(old, new, "--part", "restoration", "--part", "liff")
-        assert output.startswith(f"Error: {old / 'liff.safetensors'}: no ") and output.count("\n") == 1
+        assert (
+            output.startswith(f"Error: {old / 'liff.safetensors'}: not weights of the same") and output.count("\n") == 1
+        )
+        more = load_file(new / "liff.safetensors") | {"more": torch.ones(1)}
+        save_file(more, old / "liff.safetensors")
+        assert "(more differs)" in self.run(old, new, "--part", "liff")
         (old / "liff.safetensors").write_bytes(b"nothing")
-        assert "cannot be read" in self.run(old, new, "--part", "liff")
+        assert self.run(old, new, "--part", "liff").startswith(f"Error: {old / 'liff.safetensors'}: cannot be read")
+        assert self.run(new, old, "--part", "liff").startswith(f"Error: {old / 'liff.safetensors'}: cannot be read")
         assert {path.name: path.read_bytes() for path in new.iterdir()} == before

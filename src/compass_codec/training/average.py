@@ -1,8 +1,8 @@
 """The mean of two sets of weights that came one from the other.
 
-``python -m compass_codec.training.average OLD NEW`` puts it into NEW. Where runs of one schedule after another end
-scatters around what they look for, and the mean of two ends lies nearer to it (Izmailov et al. 2018, "Averaging weights
-leads to wider optima and better generalization").
+``python -m compass_codec.training.average OLD NEW --part base`` puts that of a part into NEW. Where runs of one
+schedule after another end scatters around what they look for, and the mean of two ends can lie nearer to it
+(Izmailov et al. 2018, "Averaging weights leads to wider optima and better generalization").
 """
 
 from __future__ import annotations
@@ -21,15 +21,10 @@ from compass_codec.weights import PARTS, RESTORATION
 def average(old: dict[str, Tensor], new: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     """``share`` of ``old`` and the rest of ``new``, name by name, in the types of ``new``; what are not floats, the
     tables, are those of ``new``. Raises ValueError if they are not of one architecture."""
-    mean = {}
-    for name, value in new.items():
-        if not value.is_floating_point():
-            mean[name] = value
-        elif name not in old or old[name].shape != value.shape:
-            raise ValueError(f"no {name} of shape {tuple(value.shape)}")
-        else:
-            mean[name] = old[name].double().lerp(value.double(), 1 - share).to(value.dtype)
-    return mean
+    shapes, others = ({k: tuple(v.shape) for k, v in t.items() if v.is_floating_point()} for t in (old, new))
+    if differ := sorted(dict(shapes.items() ^ others.items())):
+        raise ValueError(f"not weights of the same architecture ({differ[0]} differs)")
+    return new | {name: old[name].double().lerp(new[name].double(), 1 - share).to(new[name].dtype) for name in others}
 
 
 @click.command()
@@ -44,8 +39,9 @@ def main(old: Path, new: Path, parts: tuple[str, ...], share: float) -> None:
         means = {}
         for part in dict.fromkeys(parts):
             before, file = old / f"{part}.safetensors", new / f"{part}.safetensors"
+            both = read_tensors(before), read_tensors(file)
             try:
-                means[file] = average(read_tensors(before), read_tensors(file), share)
+                means[file] = average(*both, share)
             except ValueError as error:
                 raise ValueError(f"{before}: {error}") from error
         for file, tensors in means.items():
