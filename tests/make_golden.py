@@ -125,7 +125,7 @@ def example_with_sections(data: bytes) -> str:
 def main() -> None:
     from conftest import crop
 
-    codec = Codec.load("cpu")
+    codec = Codec.load("cpu", precision="float32")
     FOLDER.mkdir(exist_ok=True)
     facts = {"model": codec.model, "symbols": {}}
     for name, (size, scales, quality) in KINDS.items():

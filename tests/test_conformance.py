@@ -13,7 +13,7 @@ from make_golden import FOLDER, KINDS, symbol_hashes
 from PIL import Image
 
 from compass_codec import container, networks
-from compass_codec.codec import Codec
+from compass_codec.codec import Codec, fast_in_half  # as it is before conftest.py says no to it
 from compass_codec.pictures import psnr, pyramid
 
 GOLDEN = json.loads((FOLDER / "golden.json").read_text())
@@ -100,6 +100,23 @@ def test_every_path_decodes_the_same(variant):
 @pytest.fixture(scope="module")
 def half() -> Codec:
     return Codec.load("cpu", precision="float16")
+
+
+@pytest.mark.parametrize("asked", ["auto", "float32", "float16"])
+@pytest.mark.parametrize("amx", [True, False])
+def test_half_precision_is_taken_where_it_is_faster(monkeypatch, asked, amx):
+    monkeypatch.setattr("compass_codec.codec.fast_in_half", fast_in_half)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": True, "amx_fp16": amx}, raising=False)
+    codec = Codec.load("cpu", precision=asked)
+    expected = torch.float16 if asked == "float16" or (asked == "auto" and amx) else torch.float32
+    assert codec.residual.codec.pixel_type == codec.liff.mlp_last.weight.dtype == expected
+    assert codec.residual.restorer.first.weight.dtype == expected
+    assert codec.base.codec.pixel_type == codec.base.restorer.first.weight.dtype == torch.float32
+
+
+def test_older_pytorch_does_not_say_what_is_faster(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not fast_in_half(torch.device("cpu")) and fast_in_half(torch.device("cuda"))
 
 
 def test_half_precision_decodes_the_golden_files(half):

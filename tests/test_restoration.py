@@ -1,5 +1,6 @@
 """Restoration: what it is before and after training, how far it sees, and weights with and without it."""
 
+import copy
 import shutil
 
 import numpy as np
@@ -36,6 +37,18 @@ def test_untrained_networks_change_nothing(size, predicted):
     assert changed.shape == x.shape and changed.any()
     assert not torch.equal(changed, restorer(x, known, LEVEL + 0.5))
     assert torch.equal(changed, restorer(x, known + 0.1, LEVEL)) != predicted
+
+
+@pytest.mark.parametrize("predicted", [False, True])
+def test_half_precision_is_that_of_the_convolutions_alone(predicted):
+    torch.manual_seed(0)
+    restorer, (x, known) = noisy(Restorer(8, 2, predicted)), torch.rand(2, 2, 3, 13, 20)
+    half = copy.deepcopy(restorer)
+    half.half_pixels()
+    for name, weight in half.state_dict().items():
+        assert weight.dtype == (torch.float32 if name == "log_gain" else torch.float16), name
+    found, expected = (network(x, known, LEVEL) for network in (half, restorer))
+    assert found.dtype == torch.float32 and 0 < (found - expected).abs().max() < 5e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4])

@@ -102,6 +102,8 @@ def load(folder: Path | None, device: torch.device, half: bool = False) -> Weigh
             if half:
                 liff.half()
                 residual.codec.half_pixels()
+                if residual.restorer is not None:
+                    residual.restorer.half_pixels()
     except (SafetensorError, RuntimeError, KeyError, ValueError) as e:
         reason = str(e).splitlines()[0]
         raise WeightsError(f"{folder}: these weights cannot be used ({reason})") from e

@@ -172,7 +172,7 @@ precision_option = click.option(
     type=click.Choice(["auto", "float32", "float16"]),
     default="auto",
     show_default=True,
-    help="Of what computes pixels; auto is float16 on a GPU. Files are decoded with either.",
+    help="Of what computes pixels; auto is float16 where that is faster. Files are decoded with either.",
 )
 force_option = click.option("-f", "--force", is_flag=True, help="Overwrite outputs that exist.")
 strip_option = click.option("--strip", is_flag=True, help="Drop ICC profile, EXIF and XMP; they are kept otherwise.")

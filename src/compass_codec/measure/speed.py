@@ -107,7 +107,7 @@ def factored() -> str:
 
     body = []
     with torch.inference_mode():
-        network = Codec.load("cpu").liff
+        network = Codec.load("cpu", precision="float32").liff
         for factor in (1.2, 2.0, 4.0):
             low = torch.rand(1, 3, round(256 / factor), round(384 / factor))
             a = seconds(lambda low=low: naive.liff(network, low, (256, 384)))  # type: ignore[misc]
@@ -124,11 +124,11 @@ def whole() -> tuple[str, dict[str, dict[str, float]]]:
     import torch
 
     from compass_codec import pictures
-    from compass_codec.codec import Codec, layer_sizes
+    from compass_codec.codec import Codec, fast_in_half, layer_sizes
     from compass_codec.measure import naive
 
     layers = pictures.pyramid(photograph(*SIZE), layer_sizes(SIZE, SCALES))
-    codec, parts = Codec.load("cpu"), {}
+    codec, parts = Codec.load("cpu", precision="float32"), {}
     data = codec.encode_layers(layers, SCALES, 60).data
     totals = {
         "encode": seconds(lambda: codec.encode_layers(layers, SCALES, 60)),
@@ -144,12 +144,21 @@ def whole() -> tuple[str, dict[str, dict[str, float]]]:
         inside = sum(value for key, value in spent.items() if key != "everything")
         parts[name] = {**spent, "the rest": spent["everything"] - inside}
     with torch.inference_mode():
-        usual = Codec.load("cpu")
+        usual = Codec.load("cpu", precision="float32")
         restorers = [layer.restorer for layer in (usual.base, usual.residual) if layer.restorer is not None]
         for network in (usual.base.codec, usual.residual.codec, usual.liff, *restorers):
             network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         level = codec.base.level(60)
         ratio = (totals["encode"] + totals["decode"]) / seconds(lambda: naive.code(usual, layers, level), 1)
+    in_half = "`--precision auto` computes in it on this processor too"
+    if fast_in_half(codec.device):
+        half = Codec.load("cpu", precision="float16")
+        encoding = seconds(lambda: half.encode_layers(layers, SCALES, 60)) / totals["encode"]
+        decoding = seconds(lambda: half.decode(data)) / totals["decode"]
+        in_half = (
+            f"in float16, which `--precision auto` takes on this processor, encoding takes {100 * encoding:.0f} % "
+            f"of it and decoding {100 * decoding:.0f} %"
+        )
     layer_times = [seconds(lambda k=k: codec.decode(data, k)) for k in range(3)]  # type: ignore[misc]
     pixels = SIZE[0] * SIZE[1] / 1e6
     text = [
@@ -160,6 +169,7 @@ def whole() -> tuple[str, dict[str, dict[str, float]]]:
         "- Decoding layer 0, 1 and 2 takes "
         + ", ".join(f"{100 * t / layer_times[-1]:.0f} %" for t in layer_times)
         + " of decoding everything.",
+        f"- All of this page is in float32; {in_half}.",
     ]
     return "\n".join(text), parts
 
@@ -180,7 +190,7 @@ def encode_here(file: str, sizes: list[Size]) -> list[float]:
     from compass_codec.codec import Codec
     from compass_codec.measure.cost import peak_mb
 
-    codec = Codec.load("cpu")
+    codec = Codec.load("cpu", precision="float32")
     layers = pictures.pyramid(photograph(*sizes[-1]), sizes)
     start = time.process_time()
     encoded = codec.encode_layers(layers, [width / sizes[0][0] for width, _ in sizes], 60)
@@ -195,7 +205,7 @@ def decode_here(file: str, layer: int) -> list[float]:
     from compass_codec.codec import Codec
     from compass_codec.measure.cost import peak_mb
 
-    codec = Codec.load("cpu")
+    codec = Codec.load("cpu", precision="float32")
     start = time.process_time()
     data, header, last = jobs.read_prefix(Path(file), layer, 10**9)
     for _ in codec.decode_layers(data, header, last):
@@ -252,7 +262,7 @@ def cold() -> str:
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "small.cmps"
-        file.write_bytes(Codec.load("cpu").encode(photograph(64, 48), [1, 2], 60).data)
+        file.write_bytes(Codec.load("cpu", precision="float32").encode(photograph(64, 48), [1, 2], 60).data)
         empty = run("-c", "import click; click.command()(lambda: None)([], standalone_mode=False)")
         info = run("-m", "compass_codec", "info", str(file))
         torch = run("-c", "import torch")
