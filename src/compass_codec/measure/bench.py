@@ -181,12 +181,13 @@ def _analyse(
 
 def _facts(runner: Runner, results: Results, peers: Sequence[str], curves: Sequence[Path]) -> dict[str, Any]:
     from compass_codec import __version__
-    from compass_codec.measure.runner import cores
+    from compass_codec.measure.runner import cores, precision
     from compass_codec.weights import identity
 
     return {
         "version": __version__,
         "weights": identity(runner.settings.weights),
+        "precision": precision(runner.settings.device),
         "pictures": [source.path.name for source in results.sources],
         "qualities": list(results.qualities),
         "peers": {peer: PEERS[peer].identity() for peer in peers if peer not in runner.gaps},

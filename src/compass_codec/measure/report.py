@@ -65,8 +65,9 @@ class Report:
         count = len(f["pictures"])
         yield "# Results"
         yield (
-            f"Made by `compass bench` (`make tables`), version {f['version']}, weights {f['weights']}, on "
-            f"{count} picture{'s' * (count != 1)} at qualities {', '.join(f'{q:g}' for q in f['qualities'])}. "
+            f"Made by `compass bench` (`make tables`), version {f['version']}, weights {f['weights']}, layers "
+            f"above the first in {f['precision']}, on {count} picture{'s' * (count != 1)} at qualities "
+            f"{', '.join(f'{q:g}' for q in f['qualities'])}. "
             "BD-rates are those of COMPASS against the codec of the row, at the final layer, over the PSNRs that both "
             "reach: **below zero COMPASS needs fewer bits**. Bits are accumulated, headers included; PSNR is that of "
             "8-bit RGB; both are means over the pictures. In brackets is the 95 % interval when the pictures are drawn "

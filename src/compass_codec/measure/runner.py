@@ -117,8 +117,15 @@ def load(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def identity(method: str, weights: Path | None) -> str:
-    """Which code and weights decide what ``method`` gives. Raises Gap when it is not installed."""
+def precision(device: str) -> str:
+    """What the layers above the first are computed in there."""
+    from compass_codec.codec import choose_device, fast_in_half
+
+    return "float16" if fast_in_half(choose_device(device)) else "float32"
+
+
+def identity(method: str, settings: Settings) -> str:
+    """Which code, weights and precision decide what ``method`` gives. Raises Gap when it is not installed."""
     if method not in SECONDS:
         return f"{method}: {PEERS[J2K if method == LEVELS else method].identity()}"
     from compass_codec.weights import identity as weights_identity
@@ -126,7 +133,9 @@ def identity(method: str, weights: Path | None) -> str:
     digest = hashlib.sha256()
     for name in CODEC:
         digest.update(Path(compass_codec.__file__).with_name(f"{name}.py").read_bytes())
-    return f"{method} {compass_codec.__version__}, weights {weights_identity(weights)}, code {digest.hexdigest()[:12]}"
+    weights = weights_identity(settings.weights)
+    code = f"code {digest.hexdigest()[:12]}, {precision(settings.device)}"
+    return f"{method} {compass_codec.__version__}, weights {weights}, {code}"
 
 
 class Cache:
@@ -216,7 +225,7 @@ class Runner:
         found = {}
         for method in methods:
             try:
-                found[method] = identity(method, self.settings.weights)
+                found[method] = identity(method, self.settings)
             except Gap as e:
                 self.gaps[method] = str(e)
         return found
