@@ -217,6 +217,11 @@ class Codec:
         weight = quality_to_lambda(quality) / 3  # bits for each unit of squared error
         error = squared_error(picture, seen)
         side, bare = Side(gain), Side(gain, empty=True)
+        if needed and below is not None and below.shape == picture.shape:
+            # the prediction may be a little worse than the layer below, which is what is left with a gain of 0
+            again = squared_error(picture, below)
+            if again < without:
+                bare, without = Side(0, empty=True), again
         cost, bare_cost = 8 * len(data) + side.bits + weight * error, bare.bits + weight * without
         coded = self.filtered(CodedLayer(data, seen, side, cost), picture, quality)
         if self.adaptive and weight * match.saved > WORTH * cost:
@@ -226,7 +231,7 @@ class Codec:
             other = self.filtered(CodedLayer(data, seen, side, restored), picture, quality)
             coded = min(coded, other, key=lambda layer: layer.cost)
         if self.adaptive and bare_cost < cost and (without <= error or not needed):
-            empty = CodedLayer(b"", rounded(self.predict(below, size, gain), size), bare, bare_cost)
+            empty = CodedLayer(b"", rounded(self.predict(below, size, bare.gain), size), bare, bare_cost)
             return min(self.filtered(empty, picture, quality), coded, key=lambda layer: layer.cost)
         return coded
 
