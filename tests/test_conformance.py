@@ -15,6 +15,7 @@ from PIL import Image
 from compass_codec import container, networks
 from compass_codec.codec import Codec, fast_in_half  # as it is before conftest.py says no to it
 from compass_codec.pictures import psnr, pyramid
+from compass_codec.search import Search
 
 GOLDEN = json.loads((FOLDER / "golden.json").read_text())
 
@@ -144,6 +145,10 @@ def test_precision_may_differ_between_encoder_and_decoder(codec, half, writer, q
 
 
 def test_a_search_takes_gradients_in_float32(half):
+    search = Search(half.residual)
+    networks = (half.residual.restorer, search.restorer, search.codec)
+    types = [{p.dtype for p in network.parameters()} for network in networks]
+    assert torch.float16 in types[0] and types[1:] == [{torch.float32}] * 2
     encoded = half.encode(crop(40, 30), [1, 2], 60, effort=1)
     assert np.array_equal(half.decode(encoded.data), encoded.layers[-1])
 

@@ -246,7 +246,7 @@ class Search:
                 self.codec = ImageCodec.like(tensors)
             self.codec.load_state_dict(tensors, assign=True)
             self.codec.requires_grad_(False).eval()
-            self.restorer = copy.deepcopy(layer.restorer)
+            self.restorer = None if layer.restorer is None else copy.deepcopy(layer.restorer).float()
             self.y_bits, self.z_bits = (table_bits(t).to(layer.device) for t in (layer.tables.all_y, layer.tables.z))
             self.numbers = table_numbers(layer.tables).to(layer.device)
             self.channels = torch.arange(layer.codec.n, device=layer.device)[None, :, None, None]
