@@ -189,6 +189,14 @@ def test_a_prediction_that_harms_is_left_out():
     assert len(tried.data) < len(plain.data)
 
 
+def test_an_empty_layer_of_a_higher_quality_is_no_worse_than_the_one_below():
+    """However cheap it would be to leave in it what LIFF adds."""
+    codec, picture = spoiled(0.2), np.array(crop(64, 48))
+    wanted, unwanted = (codec.encode_layer(picture, picture, 1, needed, FULL_GAIN) for needed in (True, False))
+    assert wanted.side == Side(0, empty=True) and np.array_equal(wanted.seen, picture)
+    assert unwanted.side.empty and unwanted.side.gain == FULL_GAIN and not np.array_equal(unwanted.seen, picture)
+
+
 @pytest.mark.parametrize("factor", [-6, 1])
 def test_gains_of_pictures_of_several_strips(monkeypatch, factor):
     """The first strip, from which the gain is chosen, is the one that the decoder predicts."""
