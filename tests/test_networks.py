@@ -102,11 +102,36 @@ def test_gdn_is_compressais(inverse):
         ours.gamma.copy_(torch.rand(6, 6) - 0.2)
         theirs.beta.copy_(ours.beta)
         theirs.gamma.copy_(ours.gamma)
-    x = torch.randn(2, 6, 5, 4)
-    torch.testing.assert_close(ours(x), theirs(x))
-    ours(x).square().sum().backward()
-    theirs(x).square().sum().backward()
-    torch.testing.assert_close(ours.gamma.grad, theirs.gamma.grad)
+    x, y = (torch.randn(2, 6, 5, 4, generator=torch.Generator().manual_seed(3)).requires_grad_() for _ in range(2))
+    torch.testing.assert_close(ours(x), theirs(y))
+    ours(x).pow(3).sum().backward()
+    theirs(y).pow(3).sum().backward()
+    for found, expected in (ours.gamma.grad, theirs.gamma.grad), (ours.beta.grad, theirs.beta.grad), (x.grad, y.grad):
+        torch.testing.assert_close(found, expected)
+    expected, x.grad = x.grad, None
+    ours.requires_grad_(False)(x).pow(3).sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(y))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_transposed_convolutions_and_their_gradients_are_pytorchs(autocast):
+    ours = networks._up(6, 5)
+    theirs = torch.nn.ConvTranspose2d(6, 5, 5, stride=2, padding=2, output_padding=1)
+    theirs.load_state_dict(ours.state_dict())
+    found = []
+    for layer in ours, theirs:
+        x = torch.randn(2, 6, 7, 4, generator=torch.Generator().manual_seed(4)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, autocast):
+            out = layer(x)
+        assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
+        out.float().pow(3).sum().backward()
+        assert layer.weight.grad.dtype == torch.float32
+        found.append([out, x.grad, layer.weight.grad, layer.bias.grad])
+    close = {"rtol": 2e-2, "atol": 0.1} if autocast else {"rtol": 1e-4, "atol": 1e-4}
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **close)
 
 
 def test_levels_and_qualities():

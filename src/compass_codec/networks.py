@@ -88,9 +88,41 @@ class GDN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         beta = lower_bound(self.beta, (1e-6 + self.PEDESTAL) ** 0.5) ** 2 - self.PEDESTAL
         gamma = lower_bound(self.gamma, self.PEDESTAL**0.5) ** 2 - self.PEDESTAL
-        norm = F.conv2d(x * x, gamma[:, :, None, None].to(x.dtype), beta.to(x.dtype))
-        root = norm.sqrt_() if self.inverse else norm.rsqrt_()
-        return x * root if root.requires_grad else root.mul_(x)
+        gamma, beta = gamma[:, :, None, None].to(x.dtype), beta.to(x.dtype)
+        if torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad):
+            return _Normalised.apply(x, gamma, beta, self.inverse)
+        return _divisor(x, gamma, beta, self.inverse).mul_(x)
+
+
+def _divisor(x: Tensor, gamma: Tensor, beta: Tensor, inverse: bool) -> Tensor:
+    """What GDN multiplies x by: one over the root of beta + gamma x^2, or the root itself."""
+    norm = F.conv2d(x * x, gamma, beta)
+    return norm.sqrt_() if inverse else norm.rsqrt_()
+
+
+class _Normalised(torch.autograd.Function):
+    """GDN with a gradient of its own: what autograd makes of it goes through memory nearly twice as often."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, inverse: bool) -> Tensor:  # type: ignore[override]
+        root = _divisor(x, gamma, beta, inverse)
+        ctx.save_for_backward(x, gamma, root)
+        ctx.inverse = inverse
+        return x * root
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[override]
+        x, gamma, root = ctx.saved_tensors
+        # with y = x n^p: dL/dn = p dL/dy x n^(p-1), of which p waits
+        power, by_norm = (0.5, grad * x / root) if ctx.inverse else (-0.5, grad * x * root * root * root)
+        sides, weights = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        by_square, by_gamma, by_beta = torch.ops.aten.convolution_backward(
+            by_norm, x * x, gamma, [len(gamma)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [sides, weights, weights]
+        )
+        if weights:
+            by_gamma, by_beta = by_gamma * power, by_beta * power
+        by_x = (grad * root).addcmul_(by_square, x, value=2 * power) if sides else None
+        return by_x, by_gamma, by_beta, None
 
 
 def _down(cin: int, cout: int) -> nn.Conv2d:
@@ -98,7 +130,37 @@ def _down(cin: int, cout: int) -> nn.Conv2d:
 
 
 def _up(cin: int, cout: int) -> nn.ConvTranspose2d:
-    return nn.ConvTranspose2d(cin, cout, 5, stride=2, padding=2, output_padding=1)
+    return _Up(cin, cout, 5, stride=2, padding=2, output_padding=1)
+
+
+class _Up(nn.ConvTranspose2d):
+    """A transposed convolution that CPUs train faster: its weights' gradient is that of the convolution it transposes,
+    for which oneDNN takes, in bfloat16, half the time or less."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if x.is_cuda or not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return super().forward(x, output_size)
+        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        assert self.bias is not None
+        return _Raised.apply(x.to(kind), self.weight.to(kind), self.bias.to(kind))
+
+
+class _Raised(torch.autograd.Function):
+    """The transposed convolution of :class:`_Up`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return F.conv_transpose2d(x, weight, bias, 2, 2, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        by_weight = torch.ops.aten.convolution_backward(
+            x, grad, weight, None, [2, 2], [2, 2], [1, 1], False, [0, 0], 1, [False, True, False]
+        )[1]
+        by_x = F.conv2d(grad, weight, None, 2, 2) if ctx.needs_input_grad[0] else None
+        return by_x, by_weight, grad.sum((0, 2, 3))
 
 
 def descend(layers: nn.Sequential, x: Tensor) -> Tensor:

@@ -93,10 +93,9 @@ def make_optimiser(plan: Plan, trained: dict[str, nn.Parameter]) -> torch.optim.
     groups = [{"params": [trained[n] for n in names], "factor": factor} for names, factor in split if names]
     if plan.optimiser == "muon":
         return Muon(groups, lr=plan.lr)
-    fused = next(iter(trained.values())).is_cuda
     if plan.optimiser == "adamw":
-        return torch.optim.AdamW(groups, lr=plan.lr, weight_decay=0.01, fused=fused)
-    return torch.optim.Adam(groups, lr=plan.lr, fused=fused)
+        return torch.optim.AdamW(groups, lr=plan.lr, weight_decay=0.01, fused=True)
+    return torch.optim.Adam(groups, lr=plan.lr, fused=True)
 
 
 class Run:
@@ -150,10 +149,11 @@ class Run:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.plan.clip)
-        # a non-finite gradient must not reach the weights; where() does it without waiting for the device
-        for p in self.trained.values():
-            if p.grad is not None:
-                p.grad = torch.where(norm.isfinite(), p.grad, torch.zeros((), device=p.device))
+        # a non-finite gradient must not reach the weights; where() does it without waiting for a GPU
+        if norm.is_cuda or not norm.isfinite():
+            for p in self.trained.values():
+                if p.grad is not None:
+                    p.grad = torch.where(norm.isfinite(), p.grad, torch.zeros((), device=p.device))
         self.optimiser.step()
         self.step += 1
         self.patches += batch * self.world
@@ -250,9 +250,9 @@ class Run:
             if p is None or (value.ndim and value.shape != p.shape):
                 continue
             found.add(n)
-            # a matrix keeps the weights' memory layout; Adam's step counter lives where Adam wants it
-            fused = p.is_cuda and self.plan.optimiser != "muon"
-            state = torch.empty_like(p).copy_(value) if value.ndim else value.to(p.device if fused else "cpu")
+            # a matrix keeps the weights' memory layout; the step counter lives where fused Adam wants it
+            counter = "cpu" if self.plan.optimiser == "muon" else p.device
+            state = torch.empty_like(p).copy_(value) if value.ndim else value.to(counter)
             self.optimiser.state[p][key] = state
         return len(found)
 
