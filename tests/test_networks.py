@@ -32,17 +32,18 @@ def test_any_size_survives(image_codec, size):
     assert tuple(image_codec.synthesis(y, level, size).shape) == (1, 3, *size)
 
 
-def test_half_precision_is_that_of_the_pixels_alone(image_codec):
-    half, level, x = copy.deepcopy(image_codec), torch.tensor([2.5]), torch.rand(1, 3, 33, 20) - 0.5
-    half.half_pixels()
-    for name, weight in half.state_dict().items():
+@pytest.mark.parametrize(("kind", "apart"), [(torch.float16, 1), (torch.bfloat16, 8)])
+def test_fewer_digits_are_those_of_the_pixels_alone(image_codec, kind, apart):
+    short, level, x = copy.deepcopy(image_codec), torch.tensor([2.5]), torch.rand(1, 3, 33, 20) - 0.5
+    short.pixels_in(kind)
+    for name, weight in short.state_dict().items():
         pixels = name.startswith(("g_a", "g_s", "d_a", "d_s")) and not name.endswith(("beta", "gamma"))
-        assert weight.dtype == (torch.float16 if pixels else torch.float32), name
-    y, expected = (codec.analysis(x, level) for codec in (half, image_codec))
-    assert y.dtype == torch.float32 and 0 < (y - expected).abs().max() < 2e-3 * expected.abs().max()
-    out, expected = (codec.synthesis(y, level, (33, 20)) for codec in (half, image_codec))
-    assert out.dtype == torch.float32 and 0 < (out - expected).abs().max() < 5e-3 * expected.abs().max()
-    assert torch.equal(half.hyper_analysis(y), image_codec.hyper_analysis(y))
+        assert weight.dtype == (kind if pixels else torch.float32), name
+    y, expected = (codec.analysis(x, level) for codec in (short, image_codec))
+    assert y.dtype == torch.float32 and 0 < (y - expected).abs().max() < apart * 2e-3 * expected.abs().max()
+    out, expected = (codec.synthesis(y, level, (33, 20)) for codec in (short, image_codec))
+    assert out.dtype == torch.float32 and 0 < (out - expected).abs().max() < apart * 5e-3 * expected.abs().max()
+    assert torch.equal(short.hyper_analysis(y), image_codec.hyper_analysis(y))
 
 
 def test_details_give_back_what_the_rest_loses():

@@ -39,16 +39,17 @@ def test_untrained_networks_change_nothing(size, predicted):
     assert torch.equal(changed, restorer(x, known + 0.1, LEVEL)) != predicted
 
 
+@pytest.mark.parametrize(("kind", "apart"), [(torch.float16, 1), (torch.bfloat16, 8)])
 @pytest.mark.parametrize("predicted", [False, True])
-def test_half_precision_is_that_of_the_convolutions_alone(predicted):
+def test_fewer_digits_are_those_of_the_convolutions_alone(predicted, kind, apart):
     torch.manual_seed(0)
     restorer, (x, known) = noisy(Restorer(8, 2, predicted)), torch.rand(2, 2, 3, 13, 20)
-    half = copy.deepcopy(restorer)
-    half.half_pixels()
-    for name, weight in half.state_dict().items():
-        assert weight.dtype == (torch.float32 if name == "log_gain" else torch.float16), name
-    found, expected = (network(x, known, LEVEL) for network in (half, restorer))
-    assert found.dtype == torch.float32 and 0 < (found - expected).abs().max() < 5e-3 * expected.abs().max()
+    short = copy.deepcopy(restorer)
+    short.pixels_in(kind)
+    for name, weight in short.state_dict().items():
+        assert weight.dtype == (torch.float32 if name == "log_gain" else kind), name
+    found, expected = (network(x, known, LEVEL) for network in (short, restorer))
+    assert found.dtype == torch.float32 and 0 < (found - expected).abs().max() < apart * 5e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4])

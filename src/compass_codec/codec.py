@@ -115,11 +115,10 @@ class Codec:
     def load(cls, device: str = "auto", weights: Path | None = None, precision: str = "auto") -> Codec:
         """Load the weights in folder ``weights`` (default: those installed) to "cpu", "cuda" or, with "auto", to
         the GPU if there is one. ``precision`` of what computes the pixels above the base layer: "float32", "float16",
-        or "auto", which is float16 where that is faster: on a GPU, and on a CPU that multiplies matrices of it (AMX).
+        "bfloat16", or "auto", which is :func:`fastest`.
         Raises WeightsError, and OptionError for a device that is not there."""
         chosen = choose_device(device)
-        half = precision == "float16" or (precision == "auto" and fast_in_half(chosen))
-        return cls(load_weights(weights, chosen, half), chosen)
+        return cls(load_weights(weights, chosen, fastest(chosen) if precision == "auto" else precision), chosen)
 
     def encode(
         self, image: Image.Image, scales: Sequence[float], quality: float = DEFAULT_QUALITY, effort: int = 0
@@ -323,13 +322,15 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def fast_in_half(device: torch.device) -> bool:
-    """Whether float16 is faster there than float32: on a GPU, and on a CPU with matrix units that take it (AMX-FP16).
-    Other CPUs at best compute both alike, and without AVX512-FP16 take twenty times as long."""
+def fastest(device: torch.device) -> str:
+    """The precision that is fastest there: "float16" on a GPU and on a CPU with matrix units that take it (AMX-FP16),
+    "bfloat16" on one whose matrix units take only that (AMX-BF16), otherwise "float32". Without such units a CPU is
+    no faster with 16 bits, and may take twenty times as long."""
     if device.type != "cpu":
-        return True
+        return "float16"
     ask = getattr(torch.cpu, "get_capabilities", None)  # which older PyTorch does not have
-    return ask is not None and bool(ask().get("amx_fp16"))
+    here = ask() if ask else {}
+    return "float16" if here.get("amx_fp16") else "bfloat16" if here.get("amx_bf16") else "float32"
 
 
 @lru_cache(maxsize=4)

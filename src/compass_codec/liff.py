@@ -47,7 +47,7 @@ class FeatureExtractor(nn.Module):
         self.reach = 3 + blocks * convs  # pixels that a feature sees to every side
 
     def forward(self, x: Tensor) -> Tensor:
-        shallow = self.first(x - 0.5)
+        shallow = self.first((x - 0.5).to(self.first.weight.dtype))
         x, features = self.second(shallow), []
         for block in self.blocks:
             x = block(x)
@@ -196,9 +196,8 @@ class LIFF(nn.Module):
         interpolated = weights[0] @ part @ weights[1].T
         if not network:
             return interpolated, torch.zeros(())
-        dtype = self.mlp_first.weight.dtype
         # with zeros around the picture, as a convolution has them
-        features = F.pad(self.extractor(part.to(dtype)), (1, 1, 1, 1))
+        features = F.pad(self.extractor(part), (1, 1, 1, 1))
         features = features[..., top - y0 : bottom - y0 + 2, left - x0 : right - x0 + 2]
         cell = torch.tensor([2 * low.shape[-2] / size[0], 2 * low.shape[-1] / size[1]]).to(features, non_blocking=True)
         maps = self._maps(features, cell)

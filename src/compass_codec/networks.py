@@ -223,13 +223,13 @@ class ImageCodec(nn.Module):
         details = len(tensors["d_a.weight"]) if "d_a.weight" in tensors else 0
         return cls(len(tensors["g_a.0.bias"]), len(tensors["g_a.6.bias"]), details)
 
-    def half_pixels(self) -> None:
-        """Let analysis and synthesis compute in float16. What they take and give stays float32, and so do the gains
-        and all that z goes through."""
-        self.pixel_type = torch.float16
+    def pixels_in(self, kind: torch.dtype) -> None:
+        """Let analysis and synthesis compute in float16 or bfloat16. What they take and give stays float32, and so do
+        the gains and all that z goes through."""
+        self.pixel_type = kind
         for layer in (*self.g_a, *self.g_s, *((self.d_a, self.d_s) if self.details else ())):
             if not isinstance(layer, GDN):
-                layer.half()
+                layer.to(kind)
 
     def analysis(self, x: Tensor, level: Tensor) -> Tensor:
         """Picture [B, 3, H, W] to latent y [B, M, ceil(H/16), ceil(W/16)], gain of ``level`` [B] applied."""

@@ -52,7 +52,7 @@ class Restorer(nn.Module):
         """Picture [B, 3, H, W] in 0..1, not clipped, what of it was predicted, of the same shape, and the rate's level
         [B], to what restoration adds to the picture."""
         h, w = x.shape[-2:]
-        dtype = self.first.weight.dtype  # float16 where the layer may be; what comes in and goes out is not
+        dtype = self.first.weight.dtype  # 16 bits where the layer may be; what comes in and goes out is not
         seen = torch.cat([IN * (x - 0.5), MORE * (x - known)], 1) if self.predicted else IN * (x - 0.5)
         seen = F.pixel_unshuffle(F.pad(seen.to(dtype), (0, -w % FOLD, 0, -h % FOLD), mode="replicate"), FOLD)
         rate = (level / (len(LAMBDAS) - 1) - 0.5).to(dtype)[:, None, None, None]
@@ -63,10 +63,10 @@ class Restorer(nn.Module):
         out = self.last(F.leaky_relu(features, LEAK) * last_gain)
         return OUT * F.pixel_shuffle(out, FOLD)[..., :h, :w].to(x.dtype)
 
-    def half_pixels(self) -> None:
-        """Let the convolutions compute in float16; gains stay float32."""
+    def pixels_in(self, kind: torch.dtype) -> None:
+        """Let the convolutions compute in float16 or bfloat16; gains stay float32."""
         for layer in (self.first, self.blocks, self.last):
-            layer.half()
+            layer.to(kind)
 
 
 class Restoration(nn.Module):

@@ -74,9 +74,10 @@ def identity(folder: Path | None = None) -> str:
     return _identity(_read(folder_or_default(folder)))
 
 
-def load(folder: Path | None, device: torch.device, half: bool = False) -> Weights:
-    """Load the parts to ``device``. With ``half``, what computes the pixels of enhancement layers does so in
-    float16; the base layer, small as it is, stays in float32, as all others build on it and its errors are the largest.
+def load(folder: Path | None, device: torch.device, precision: str = "float32") -> Weights:
+    """Load the parts to ``device``. What computes the pixels of enhancement layers does so in ``precision``, "float32",
+    "float16" or "bfloat16"; the base layer, small as it is, stays in float32, as all others build on it and its errors
+    are the largest.
     Raises WeightsError if one is missing or does not fit."""
     import torch
     from safetensors import SafetensorError
@@ -99,11 +100,11 @@ def load(folder: Path | None, device: torch.device, half: bool = False) -> Weigh
                 restoration = _fill(lambda: Restoration(**Restoration.dimensions(found)), found, device)
                 restorers = {"base": restoration.base, "residual": restoration.residual}
             base, residual = (_codec(tensors[part], restorers.get(part), device) for part in ("base", "residual"))
-            if half:
-                liff.half()
-                residual.codec.half_pixels()
+            if (kind := getattr(torch, precision)) != torch.float32:
+                liff.to(kind)
+                residual.codec.pixels_in(kind)
                 if residual.restorer is not None:
-                    residual.restorer.half_pixels()
+                    residual.restorer.pixels_in(kind)
     except (SafetensorError, RuntimeError, KeyError, ValueError) as e:
         reason = str(e).splitlines()[0]
         raise WeightsError(f"{folder}: these weights cannot be used ({reason})") from e

@@ -119,9 +119,9 @@ def load(path: Path) -> Image.Image:
 
 def precision(device: str) -> str:
     """What the layers above the first are computed in there."""
-    from compass_codec.codec import choose_device, fast_in_half
+    from compass_codec.codec import choose_device, fastest
 
-    return "float16" if fast_in_half(choose_device(device)) else "float32"
+    return fastest(choose_device(device))
 
 
 def identity(method: str, settings: Settings) -> str:

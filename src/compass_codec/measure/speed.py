@@ -124,7 +124,7 @@ def whole() -> tuple[str, dict[str, dict[str, float]]]:
     import torch
 
     from compass_codec import pictures
-    from compass_codec.codec import Codec, fast_in_half, layer_sizes
+    from compass_codec.codec import Codec, fastest, layer_sizes
     from compass_codec.measure import naive
 
     layers = pictures.pyramid(photograph(*SIZE), layer_sizes(SIZE, SCALES))
@@ -150,13 +150,13 @@ def whole() -> tuple[str, dict[str, dict[str, float]]]:
             network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         level = codec.base.level(60)
         ratio = (totals["encode"] + totals["decode"]) / seconds(lambda: naive.code(usual, layers, level), 1)
-    in_half = "`--precision auto` computes in it on this processor too"
-    if fast_in_half(codec.device):
-        half = Codec.load("cpu", precision="float16")
-        encoding = seconds(lambda: half.encode_layers(layers, SCALES, 60)) / totals["encode"]
-        decoding = seconds(lambda: half.decode(data)) / totals["decode"]
-        in_half = (
-            f"in float16, which `--precision auto` takes on this processor, encoding takes {100 * encoding:.0f} % "
+    in_short = "`--precision auto` computes in it on this processor too"
+    if (precision := fastest(codec.device)) != "float32":
+        short = Codec.load("cpu", precision=precision)
+        encoding = seconds(lambda: short.encode_layers(layers, SCALES, 60)) / totals["encode"]
+        decoding = seconds(lambda: short.decode(data)) / totals["decode"]
+        in_short = (
+            f"in {precision}, which `--precision auto` takes on this processor, encoding takes {100 * encoding:.0f} % "
             f"of it and decoding {100 * decoding:.0f} %"
         )
     layer_times = [seconds(lambda k=k: codec.decode(data, k)) for k in range(3)]  # type: ignore[misc]
@@ -169,7 +169,7 @@ def whole() -> tuple[str, dict[str, dict[str, float]]]:
         "- Decoding layer 0, 1 and 2 takes "
         + ", ".join(f"{100 * t / layer_times[-1]:.0f} %" for t in layer_times)
         + " of decoding everything.",
-        f"- All of this page is in float32; {in_half}.",
+        f"- All of this page is in float32; {in_short}.",
     ]
     return "\n".join(text), parts
 
