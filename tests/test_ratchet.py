@@ -128,6 +128,16 @@ class TestVerdict:
         weights = str(folder_or_default(None))
         assert CliRunner().invoke(main, [weights, weights, "--images", str(kodak)]).exit_code == code
 
+    @pytest.mark.parametrize("quick", [0, 1])
+    def test_published_curve_is_of_all_pictures(self, kodak, monkeypatch, tmp_path, quick):
+        monkeypatch.setattr(Measurement, "curve", lambda self, scales: Curve(RATE, PSNR))
+        monkeypatch.setattr(Codec, "load", lambda device, folder: SimpleNamespace(model="none"))
+        curves, weights = tmp_path / "curves.json", str(folder_or_default(None))
+        curves.write_text(json.dumps({"curves": {"mine": {"bpp": RATE, "psnr_rgb": PSNR}}}))
+        arguments = [weights, weights, "--images", str(kodak), "--curves", str(curves), "--key", "mine"]
+        output = CliRunner().invoke(main, [*arguments, "--quick", str(quick)]).output
+        assert ("against mine" in output) == (quick == 0)
+
     def test_what_cannot_be_compared_is_neither(self, kodak, tmp_path):
         weights = str(folder_or_default(None))
         for arguments in (

@@ -109,7 +109,7 @@ class Incomparable(click.ClickException):
 @click.option("--qualities", type=Numbers(), default=QUALITIES, show_default=True)
 @click.option("--scales", type=Numbers(), multiple=True, help="Measure these layers too, to inform, not to decide.")
 @click.option("--simulcast", is_flag=True, help="Also against a separate file for each layer, with the new weights.")
-@click.option("--curves", type=click.Path(path_type=Path), help="JSON of published single-layer curves.")
+@click.option("--curves", type=click.Path(path_type=Path), help="JSON of published curves; unused with --quick.")
 @click.option("--key", default=PUBLISHED, show_default=True, help="Which of them.")
 @click.option("--cache", type=click.Path(path_type=Path), help="JSON of encodes made before; this code's, unchanged.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -139,7 +139,8 @@ def main(
         if len(qualities) < FEWEST:
             raise ValueError(f"a rate-distortion curve needs at least {FEWEST} qualities")
         pictures = pictures_in(images, quick)
-        anchor = (key, published(curves, key)) if curves else None
+        # A published curve is the mean over all pictures: it says nothing about some of them.
+        anchor = (key, published(curves, key)) if curves and not quick else None
         known: dict[str, Any] = json.loads(cache.read_text()) if cache and cache.exists() else {}
         sets = {
             name: Measurement(Codec.load(device, path), pictures, qualities, known, cache)
