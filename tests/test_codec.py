@@ -201,8 +201,8 @@ def test_an_empty_layer_of_a_higher_quality_is_no_worse_than_the_one_below():
 def test_gains_of_pictures_of_several_strips(monkeypatch, factor):
     """The first strip, from which the gain is chosen, is the one that the decoder predicts."""
     monkeypatch.setitem(strips.STRIP, "cpu", 64)
-    layers = [np.array(crop(40, 150))] * 2
-    encoded = spoiled(factor).encode_layers(layers, [1, 1], [20, 60])
+    layers = [np.array(crop(64, 150))] * 2
+    encoded = spoiled(factor).encode_layers(layers, [1, 1], [5, 30])
     assert (sides(encoded.data)[1].gain == 0) == (factor < 0) and seen_again(spoiled(factor), encoded)
 
 
