@@ -135,8 +135,9 @@ class TestVerdict:
         curves, weights = tmp_path / "curves.json", str(folder_or_default(None))
         curves.write_text(json.dumps({"curves": {"mine": {"bpp": RATE, "psnr_rgb": PSNR}}}))
         arguments = [weights, weights, "--images", str(kodak), "--curves", str(curves), "--key", "mine"]
-        output = CliRunner().invoke(main, [*arguments, "--quick", str(quick)]).output
-        assert ("against mine" in output) == (quick == 0)
+        result = CliRunner().invoke(main, [*arguments, "--quick", str(quick)])
+        assert result.exit_code == 1 and "single layer: new against old | +0.00 %" in result.output
+        assert ("single layer: new against mine" in result.output) == (quick == 0)
 
     def test_what_cannot_be_compared_is_neither(self, kodak, tmp_path):
         weights = str(folder_or_default(None))
