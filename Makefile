@@ -55,17 +55,18 @@ layers: install  ## what several qualities of one size cost
 weights-check: install  ## make weights-check NEW=runs/a/weights: may these replace the weights in models/?
 	$(BIN)/python -m compass_codec.measure.ratchet $(OLD) $(NEW) --images $(KODAK) --curves $(CURVES) $(QUICK)
 
-# Every stage in turn, within half an hour of one GPU. DATA: tars or folders of photographs.
+# Stages in turn, within half an hour of one GPU, from the installed weights (or START='--weights ...'). DATA: tars or folders.
+PHOTOS = $(DATA:%=--data %)
+GOES_ON = --resume $(RUN) --weights $(RUN)/weights
+
 train: install
-	$(BIN)/compass train base $(DATA:%=--data %) --minutes 10 --batch 64,32 --side 128,256 --lr 5e-4 --resume $(RUN) $(START)
-	$(BIN)/compass train liff $(DATA:%=--data %) --minutes 3 --batch 64 --side 128 --lr 1e-3 --resume $(RUN) --weights $(RUN)/weights
-	rm -f $(RUN)/weights/residual.safetensors
-	$(BIN)/compass train residual $(DATA:%=--data %) --minutes 6 --batch 64 --side 128 --lr 4e-4 --resume $(RUN) --weights $(RUN)/weights
-	$(BIN)/compass train joint $(DATA:%=--data %) --minutes 5 --batch 32 --side 192 --lr 1e-4 --resume $(RUN) --weights $(RUN)/weights
-	$(BIN)/compass train detail $(DATA:%=--data %) --minutes 1 --batch 32 --side 128 --lr 3e-4 --resume $(RUN) --weights $(RUN)/weights
-	$(BIN)/compass train hyper $(DATA:%=--data %) --minutes 2 --batch 16 --side 256 --lr 3e-4 --hyper-lr 1 --resume $(RUN) --weights $(RUN)/weights
-	$(BIN)/compass train restore $(DATA:%=--data %) --minutes 1 --batch 64 --side 128 --lr 2e-3 --resume $(RUN) --weights $(RUN)/weights
-	$(BIN)/python -m compass_codec.training.tables $(RUN)/weights $(DATA:%=--data %)
+	$(BIN)/compass train base $(PHOTOS) --minutes 10 --batch 64,32 --side 128,256 --lr 4e-4 --resume $(RUN) $(START)
+	$(BIN)/compass train liff $(PHOTOS) --minutes 3 --batch 64 --side 128 --lr 6e-4 $(GOES_ON)
+	$(BIN)/compass train residual $(PHOTOS) --minutes 7 --batch 64,32 --side 128,256 --lr 4e-4 $(GOES_ON)
+	$(BIN)/compass train joint $(PHOTOS) --minutes 3 --batch 32 --side 192 --lr 1e-4 $(GOES_ON)
+	$(BIN)/compass train detail $(PHOTOS) --minutes 1 --batch 32 --side 128 --lr 3e-4 $(GOES_ON)
+	$(BIN)/compass train restore $(PHOTOS) --minutes 4 --batch 32 --side 192 --lr 3e-4 --ema 0.998 $(GOES_ON)
+	$(BIN)/python -m compass_codec.training.tables $(RUN)/weights $(PHOTOS)
 
 fuzz: install  ## 100,000 broken files, then the coverage-guided fuzzer on the container
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0

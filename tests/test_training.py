@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -40,6 +41,7 @@ from compass_codec.training.trainer import Plan, Run, at, learning_rate, make_st
 from compass_codec.weights import PARTS
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 def shrink_networks() -> None:
@@ -575,6 +577,36 @@ class TestCommand:
     def test_bad_options(self, folder, tmp_path):
         for option in (["--side", "0"], ["--batch", "a"], ["--minutes", "0"], ["--lr", "-1"], ["--restoration", "48"]):
             assert "Invalid value" in self.run("base", "--data", folder, "--resume", tmp_path, *option)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_train_runs_its_stages_in_turn(folder, tmp_path):
+    """The recipe as it is, but for how long and on how much: every stage goes on from what those before it left."""
+    from compass_codec.training.tables import main as tables
+    from compass_codec.weights import folder_or_default
+
+    variables = [f"RUN={tmp_path}", f"DATA={folder}", "BIN=bin", "START="]
+    env = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}  # as if not run by make
+    recipe = subprocess.run(["make", "-n", "train", *variables], cwd=ROOT, env=env, capture_output=True, text=True)
+    lines = [shlex.split(line) for line in recipe.stdout.splitlines() if " train " in line or ".training." in line]
+    assert [line[2] for line in lines[:-1]] == ["base", "liff", "residual", "joint", "detail", "restore"]
+    assert sum(int(line[line.index("--minutes") + 1]) for line in lines[:-1]) == 28
+    for line in lines[:-1]:
+        for option, value in ("--minutes", "9"), ("--batch", "1"), ("--side", "64"):
+            line[line.index(option) + 1] = value
+        result = CliRunner().invoke(train, [*line[2:], "--steps", "1", "--device", "cpu"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert "from weights" in result.output and "from base" not in result.output, result.output
+    assert lines[-1][:3] == ["bin/python", "-m", "compass_codec.training.tables"]
+    options = ["--crops", "4", "--side", "64", "--device", "cpu"]
+    result = CliRunner().invoke(tables, [*lines[-1][3:], *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    history = json.loads((tmp_path / "weights/history.json").read_text())
+    assert [entry["stage"] for entry in history[-7:]] == [*(line[2] for line in lines[:-1]), "tables"]
+    for part in (*PARTS, "restoration"):
+        before, after = (load_file(f / f"{part}.safetensors") for f in (folder_or_default(None), tmp_path / "weights"))
+        assert any(not torch.equal(after[name], value) for name, value in before.items()), part
+    assert Codec.load("cpu", tmp_path / "weights").encode(Image.new("RGB", (64, 64)), [1, 2], 50).layers
 
 
 class TestTables:
