@@ -382,10 +382,39 @@ class TestResume:
         stage.freeze()
         monkeypatch.setattr(stage, "lower", lambda x, level: levels.append(level) or x.detach() * 0.9)
         lam = torch.tensor([0.0067, 0.0483])
-        for factors in ((2.0, 1.0), (1.0, 2.0)):
+        for factors in ((2.0, 1.5), (1.0, 2.0)):
             stage(torch.rand(2, 3, 64, 64), lam, stages.level_of(lam).float(), factors)
         assert torch.equal(levels[0], stages.level_of(lam).float())
         assert ((levels[1] > 0) & (levels[1] < levels[0])).all()
+
+    @pytest.mark.parametrize("factors", [(1.5, 1.2), (1.0, 1.2)])
+    def test_half_of_the_layers_below_are_enhancement_layers(self, small, monkeypatch, factors):
+        """Coded by the codec that is being trained, which gets its gradients all the same, in bfloat16 too."""
+        stage, codes = started("residual"), []
+        stage.freeze()
+        code = stage.code
+        monkeypatch.setattr(stage, "code", lambda *args: codes.append((args[0], *args[1].shape[-2:])) or code(*args))
+        lam = torch.tensor([0.0067, 0.0483])
+        deeper = 0
+        for seed in range(12):
+            torch.manual_seed(seed)
+            codes.clear()
+            stage.zero_grad(set_to_none=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                stage(torch.rand(2, 3, 48, 48), lam, level_of(lam).float(), factors)[0].backward()
+            assert not [n for n, p in stage.named_parameters() if p.requires_grad and p.grad is None]
+            below, lowest = round(48 / factors[0]), round(48 / factors[0] / 1.2)
+            top = ("residual", 48, 48)
+            if len(codes) == 3:
+                deeper += 1
+                assert codes == [("base", lowest, lowest), ("residual", below, below), top]
+            else:
+                assert codes == [("base", below, below), top]
+        assert 2 < deeper < 10
+        stage.eval()
+        codes.clear()
+        stage(torch.rand(2, 3, 48, 48), lam, level_of(lam).float(), factors)
+        assert len(codes) == 2  # held-out losses depend on no chance
 
     def test_changed_settings_are_named(self, small, pictures, tmp_path):
         Run(Plan("base", lr=1e-3), started("base"), pictures, tmp_path, CPU).save()

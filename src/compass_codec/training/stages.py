@@ -156,6 +156,23 @@ class Stage(nn.Module):
         self.base.train(mode)
         return rec
 
+    @torch.no_grad()
+    def below(self, x: Tensor, lam: Tensor, level: Tensor, factors: Sequence[float]) -> Tensor:
+        """What the decoder shows of the layer below ``x``, a step of the first of ``factors`` down.
+
+        It is the base layer or, in training half of the time, an enhancement layer that is a further step above that,
+        as the layers above the second of a file have it.
+        """
+        deeper = self.training and bool(torch.rand(()) < 0.5)
+        _, *layers = pyramid(x, lam, level, factors[: 1 + deeper])
+        bottom, _, level = layers.pop()
+        rec = self.lower(bottom, level)
+        for target, _, level in reversed(layers):
+            prediction = self.predict(rec, (target.shape[-2], target.shape[-1]))
+            rec = to_8bit(self.code("residual", target, prediction, level)[0])
+        torch.clear_autocast_cache()  # before 2.10 weights cast here would have no gradient afterwards
+        return rec
+
     def enhance(self, x: Tensor, below: Tensor, level: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One enhancement layer: (reconstruction, loss, parts)."""
         prediction = self.predict(below, (x.shape[-2], x.shape[-1]))
@@ -174,6 +191,21 @@ def shrink(x: Tensor, factor: float) -> Tensor:
     return resize(x, (max(1, round(x.shape[-2] / factor)), max(1, round(x.shape[-1] / factor))))
 
 
+def pyramid(x: Tensor, lam: Tensor, level: Tensor, factors: Sequence[float]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Crops, lambda and level of the layers from ``x`` down, ``factors`` being the steps between them.
+
+    What is below a step of 1 is coded with a lambda drawn from the lowest to that above it: the same size again at a
+    better quality.
+    """
+    layers, total = [(x, lam, level)], 1.0
+    for factor in factors:
+        total *= factor
+        if factor == 1:
+            lam, level = lower_rates(lam)
+        layers.append((shrink(x, total), lam, level))
+    return layers
+
+
 class BaseStage(Stage):
     """The image codec alone, at every rate at once."""
 
@@ -188,16 +220,15 @@ class BaseStage(Stage):
 
 
 class LiffStage(Stage):
-    """Prediction alone, from real reconstructions of the base layer and (one sample in four) clean pictures."""
+    """Prediction alone, from real reconstructions of the layer below and (one sample in four) clean pictures."""
 
     trains = ("liff",)
 
     def forward(
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        clean = shrink(x, factors[0])
-        below = self.lower(clean, level)
-        below[::4] = clean[::4]
+        below = self.below(x, lam, level, factors)
+        below[::4] = shrink(x, factors[0])[::4]
         prediction = self.liff(below, (x.shape[-2], x.shape[-1])).float()
         # a low rate's larger error must not drown a high rate's smaller one: weigh as the joint cost does
         mse = (x - prediction).square().mean((1, 2, 3))
@@ -207,17 +238,15 @@ class LiffStage(Stage):
 
 
 class ResidualStage(Stage):
-    """The residual codec above a frozen base layer, of the first of ``factors``, and a frozen LIFF."""
+    """The residual codec above layers as they are, predicted by a frozen LIFF."""
 
     trains = ("residual",)
 
     def forward(
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        under = lower_rates(lam)[1] if factors[0] == 1 else level
-        below = self.lower(shrink(x, factors[0]), under)
         with torch.no_grad():
-            prediction = self.predict(below, (x.shape[-2], x.shape[-1]))
+            prediction = self.predict(self.below(x, lam, level, factors), (x.shape[-2], x.shape[-1]))
         return cost(x, *self.code("residual", x, prediction, level), lam)
 
 
@@ -225,8 +254,7 @@ class JointStage(Stage):
     """LIFF and residual codec through recursive enhancement layers, base frozen (paper, equation 5).
 
     ``factors`` are the steps between layers from the top down; the loss sums over the enhancement layers, each
-    per pixel of the top layer as in the paper. What is below a step of 1 is coded with a lambda drawn from the lowest
-    to that above it: the same size again at a better quality.
+    per pixel of the top layer as in the paper.
     """
 
     trains = ("residual", "liff")
@@ -234,18 +262,12 @@ class JointStage(Stage):
     def forward(
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        pyramid, total = [(x, lam, level)], 1.0
-        for factor in factors:
-            total *= factor
-            if factor == 1:
-                lam, level = lower_rates(lam)
-            pyramid.append((shrink(x, total), lam, level))
-        target, _, level = pyramid.pop()
+        layers = pyramid(x, lam, level, factors)
+        target, _, level = layers.pop()
         rec = self.lower(target, level)
         loss = x.new_zeros(())
         parts: dict[str, Tensor] = {}
-        while pyramid:
-            target, lam, level = pyramid.pop()
+        for target, lam, level in reversed(layers):
             share = target.shape[-1] * target.shape[-2] / (x.shape[-1] * x.shape[-2])
             rec, part, parts = self.enhance(target, rec, level, lam)
             loss = loss + share * part
@@ -278,7 +300,7 @@ class HyperStage(Stage):
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            prediction = self.predict(self.lower(shrink(x, factors[0]), level), (x.shape[-2], x.shape[-1]))
+            prediction = self.predict(self.below(x, lam, level, factors), (x.shape[-2], x.shape[-1]))
             codecs = self.base.codec, self.residual.codec
             latents = [c.analysis(part, level) for c, part in zip(codecs, (x - 0.5, x - prediction), strict=True)]
         shares = (lam / 0.013).rsqrt()  # as in cost()
@@ -307,9 +329,8 @@ class DetailStage(Stage):
     def forward(
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        under = lower_rates(lam)[1] if factors[0] == 1 else level
         with torch.no_grad():
-            prediction = self.predict(self.lower(shrink(x, factors[0]), under), (x.shape[-2], x.shape[-1]))
+            prediction = self.predict(self.below(x, lam, level, factors), (x.shape[-2], x.shape[-1]))
         base, parts = cost(x, *self.code_base(x, level), lam)
         residual, above = cost(x, *self.code("residual", x, prediction, level), lam)
         return base + residual, {name: (parts[name] + above[name]) / 2 for name in parts}
@@ -336,13 +357,11 @@ class RestoreStage(Stage):
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.training:
-            return self.learn(self.coded(x, lam, level, factors[0]), lam, level)
+            return self.learn(self.coded(x, lam, level, factors), lam, level)
         if self.calls % self.NEW == 0:
             if self.kept and self.kept[0][0].shape[1:] != x.shape[2:]:
                 self.kept.clear()  # crops are now of another size
-            self.kept.extend(
-                zip(self.coded(x, lam, level, factors[0]).half(), torch.stack((lam, level), 1), strict=True)
-            )
+            self.kept.extend(zip(self.coded(x, lam, level, factors).half(), torch.stack((lam, level), 1), strict=True))
         self.calls += 1
         drawn = [self.kept[i] for i in torch.randint(len(self.kept), (self.DRAWN,)).tolist()]
         planes, rates = (stacked(part) for part in zip(*drawn, strict=True))
@@ -351,10 +370,9 @@ class RestoreStage(Stage):
         return self.learn(planes, rates[:, 0], rates[:, 1], min(self.EDGE, min(planes.shape[2:]) // 4))
 
     @torch.no_grad()
-    def coded(self, x: Tensor, lam: Tensor, level: Tensor, factor: float) -> Tensor:
+    def coded(self, x: Tensor, lam: Tensor, level: Tensor, factors: Sequence[float]) -> Tensor:
         """Crops, what the base codec and the residual codec make of them, and their predictions: [B, 12, H, W]."""
-        under = lower_rates(lam)[1] if factor == 1 else level
-        known = self.predict(self.lower(shrink(x, factor), under), (x.shape[-2], x.shape[-1]))
+        known = self.predict(self.below(x, lam, level, factors), (x.shape[-2], x.shape[-1]))
         mode = self.training
         self.eval()
         made = self.base(x - 0.5, level)[0] + 0.5, self.residual(x - known, level)[0] + known
