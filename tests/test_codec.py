@@ -238,8 +238,9 @@ def test_interpolation_alone(codec, monkeypatch):
     image = crop(37, 23)
     small = np.array(image.resize((20, 11)))
     encoded = codec.encode_layers([small], [1], 60)
-    (part,) = (container.payload(container.read_header(encoded.data), encoded.data, 0),)
-    sides = [Side(), Side(0, True), Side(0, True)]
+    header = container.read_header(encoded.data)
+    (part,) = (container.payload(header, encoded.data, 0),)
+    sides = [header.layers[0].side, Side(0, True), Side(0, True)]
     sizes = [(20, 11), (20, 11), (37, 23)]
     data = container.write(codec.model, sizes, [1, 1, 2], [60] * 3, [part, b"", b""], sides=sides)
     monkeypatch.setattr(codec.liff, "_query", None)
