@@ -23,6 +23,7 @@ from compass_codec.errors import (
 from compass_codec.layer import MAGNITUDES, MOST_BEYOND
 from compass_codec.pictures import squared_error
 from compass_codec.side import FULL_GAIN, FULL_STRENGTH, Side
+from compass_codec.training.export import describe
 
 
 def test_sizes_follow_the_rule():
@@ -289,6 +290,9 @@ def test_bad_options(codec):
 
 
 def test_weights_folder_problems(tmp_path):
+    with pytest.raises(WeightsError, match=r"model\.json"):
+        Codec.load("cpu", tmp_path)
+    describe(tmp_path)
     with pytest.raises(WeightsError, match=r"base\.safetensors"):
         Codec.load("cpu", tmp_path)
     for part in ("base", "residual", "liff"):

@@ -13,9 +13,11 @@ from compass_codec import container, strips
 from compass_codec.codec import Codec
 from compass_codec.errors import WeightsError
 from compass_codec.layer import Match
+from compass_codec.mean_scale import RESTORATION
 from compass_codec.pictures import psnr
 from compass_codec.restoration import FOLD, Restoration, Restorer
-from compass_codec.weights import RESTORATION, folder_or_default, identity
+from compass_codec.training.export import describe
+from compass_codec.weights import folder_or_default, identity
 
 LEVEL = torch.tensor([1.5, 4.0])
 
@@ -78,6 +80,8 @@ def sets(tmp_path_factory):
     for restorer in restoration.children():
         noisy(restorer)
     save_file({k: v.half() for k, v in restoration.state_dict().items()}, with_it / f"{RESTORATION}.safetensors")
+    for folder in (with_it, without):
+        describe(folder)
     return with_it, without
 
 
@@ -93,7 +97,7 @@ def test_weights_with_and_without(sets):
             assert np.array_equal(np.asarray(codec.decode(encoded.data, layer=k)), layer)
         seen[name] = encoded
     assert not np.array_equal(seen["with"].layers[0], seen["without"].layers[0])
-    with pytest.raises(WeightsError, match="made with weights"):
+    with pytest.raises(WeightsError, match=f"weights {with_it.model} are not here.*looked at: paper"):
         without.decode(seen["with"].data)
 
 

@@ -28,6 +28,7 @@ from compass_codec import contexts
 from compass_codec.codec import Codec
 from compass_codec.entropy import PRECISION, scale_levels
 from compass_codec.liff import LIFF, SIZES, bicubic
+from compass_codec.mean_scale import PARTS
 from compass_codec.networks import LAMBDAS, ImageCodec, level_of
 from compass_codec.restoration import Restoration
 from compass_codec.training import stages
@@ -38,7 +39,6 @@ from compass_codec.training.export import REACH, export, import_start, load_part
 from compass_codec.training.stages import draw_lambdas
 from compass_codec.training.start import block_transform, grown, noise_pictures
 from compass_codec.training.trainer import Plan, Run, at, learning_rate, make_stage
-from compass_codec.weights import PARTS
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -644,11 +644,13 @@ class TestTables:
         # else the encoder would choose other symbols with other tables
         monkeypatch.setattr("compass_codec.layer.BEYOND", 0)
         from compass_codec.entropy import gaussian_tables
+        from compass_codec.training.export import describe
         from compass_codec.training.tables import WITH_CONTEXTS, main
         from compass_codec.weights import folder_or_default
 
         for part in PARTS:
             shutil.copy(folder_or_default(None) / f"{part}.safetensors", tmp_path)
+        describe(tmp_path)
         ideal, lengths = gaussian_tables()
         for part in ("base", "residual"):
             file = tmp_path / f"{part}.safetensors"

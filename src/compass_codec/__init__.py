@@ -21,24 +21,31 @@ __version__ = "0.1.0"
 __all__ = ["CompassError", "decode", "encode"]
 
 
-def encode(image: Image.Image, scales: Sequence[float], quality: float = 60, device: str = "auto") -> bytes:
+def encode(
+    image: Image.Image,
+    scales: Sequence[float],
+    quality: float = 60,
+    device: str = "auto",
+    model: str | None = None,
+) -> bytes:
     """Encode a Pillow image as one layered file.
 
     ``scales``: 1 to 16 positive factors that do not fall, relative to each other; the last layer is the image
     itself and layer k has size round(side * s_k / s_K), at least 1. ``quality``: 1..100, the same for all layers.
+    ``model``: the profile or the identity of a set of weights; None is the default profile.
     Returns the bytes of a .cmps file. Raises a subclass of CompassError.
     """
     from compass_codec import codec
 
-    return codec.shared(device).encode(image, scales, quality).data
+    return codec.shared(device, model=model).encode(image, scales, quality).data
 
 
 def decode(data: bytes, layer: int | None = None, device: str = "auto") -> Image.Image:
     """Decode one layer of a .cmps file to an 8-bit Pillow image: RGB, or RGBA if it has alpha.
 
     ``data`` may be cut off anywhere after the layer's end; ``layer`` defaults to the highest that is all there.
-    Raises a subclass of CompassError.
+    The weights are those the file was made with, if they are found. Raises a subclass of CompassError.
     """
-    from compass_codec import codec
+    from compass_codec import codec, container
 
-    return codec.shared(device).decode(data, layer)
+    return codec.shared(device, model=container.read_header(data).model).decode(data, layer)

@@ -91,7 +91,7 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
     When the caller stops, so do they. Raises WeightsError and OptionError, also when a process dies.
     """
     if any(job.options.batch for job in work):
-        jobs.identity(work[0].options.weights)  # what is wrong for every file is said once
+        jobs.identity(work[0].options)  # what is wrong for every file is said once
         workers = workers or _default_workers(work[0].options.device)
     workers = min(workers or 1, len(work))
     if workers <= 1:

@@ -19,6 +19,7 @@ COMMANDS = {
     "info": "compass_codec.commands.info",
     "bench": "compass_codec.measure.bench",
     "extract": "compass_codec.commands.extract",
+    "models": "compass_codec.commands.models",
     "view": "compass_codec.commands.view",
     "serve": "compass_codec.commands.serve",
     "train": "compass_codec.training.command",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -18,13 +19,13 @@ from torch import Tensor
 
 from compass_codec import container, filters, pictures, strips
 from compass_codec.arrays import to_bytes, to_tensor
-from compass_codec.errors import LimitError, OptionError, WeightsError
+from compass_codec.errors import LimitError, OptionError
 from compass_codec.layer import LayerCodec
 from compass_codec.liff import combine
 from compass_codec.networks import quality_to_lambda
 from compass_codec.pictures import squared_error
 from compass_codec.side import FULL_GAIN, Side
-from compass_codec.weights import Weights
+from compass_codec.weights import ModelSet, Weights, choose
 from compass_codec.weights import load as load_weights
 
 if TYPE_CHECKING:
@@ -107,18 +108,26 @@ class Codec:
     adaptive = True  # choose side information; what is measured against the codec may not
 
     def __init__(self, loaded: Weights, device: torch.device) -> None:
-        self.device, self.model = device, loaded.identity
+        self.device, self.model, self.precision = device, loaded.identity, loaded.precision
         self.base, self.residual = LayerCodec(loaded.base, device), LayerCodec(loaded.residual, device)
         self.liff = loaded.liff
 
     @classmethod
-    def load(cls, device: str = "auto", weights: Path | None = None, precision: str = "auto") -> Codec:
-        """Load the weights in folder ``weights`` (default: those installed) to "cpu", "cuda" or, with "auto", to
-        the GPU if there is one. ``precision`` of what computes the pixels above the base layer: "float32", "float16",
+    def load(
+        cls, device: str = "auto", weights: Path | None = None, precision: str = "auto", model: str | None = None
+    ) -> Codec:
+        """Load the set of weights in folder ``weights``, or the one whose profile or identity is ``model`` (default:
+        the installed set of the default profile; see weights.choose) to "cpu", "cuda" or, with "auto", to the GPU if
+        there is one. ``precision`` of what computes the pixels above the base layer: "float32", "float16",
         "bfloat16", or "auto", which is :func:`fastest`.
         Raises WeightsError, and OptionError for a device that is not there."""
         chosen = choose_device(device)
-        return cls(load_weights(weights, chosen, fastest(chosen) if precision == "auto" else precision), chosen)
+        return cls(load_weights(choose(weights, model), chosen, choose_precision(precision, chosen)), chosen)
+
+    def of(self, model: str) -> Codec:
+        """The codec of the set with the identity ``model``, on the same device and in the same precision: this one, or
+        one found as ``shared`` does. Raises WeightsError."""
+        return self if model == self.model else shared(self.device.type, None, self.precision, model)
 
     def encode(
         self, image: Image.Image, scales: Sequence[float], quality: float = DEFAULT_QUALITY, effort: int = 0
@@ -264,7 +273,8 @@ class Codec:
         return coded
 
     def decode(self, data: bytes, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:
-        """Decode one layer (default: the highest that ``data`` holds whole) as an RGB picture, RGBA if it has alpha."""
+        """Decode one layer (default: the highest that ``data`` holds whole) as an RGB picture, RGBA if it has alpha.
+        The file may be of another set of weights than this codec, if that is found; see ``of``."""
         header = container.read_header(data, max_pixels)
         last = container.pick(header, len(data), layer)
         coded = container.sections(header, data, last).alpha.get(last)
@@ -275,9 +285,10 @@ class Codec:
 
     def decode_layers(self, data: bytes, header: container.Header, last: int) -> Iterator[np.ndarray]:
         """Decode layers 0 to ``last`` in turn, each as uint8 [height, width, 3]. Raises DamagedError on the way,
-        TruncatedError, FormatError, and WeightsError if the file was made with other weights."""
+        TruncatedError, FormatError, and WeightsError if the weights that the file was made with are not found."""
         if header.model != self.model:
-            raise WeightsError(f"made with weights {header.model}; the weights here are {self.model}")
+            yield from self.of(header.model).decode_layers(data, header, last)
+            return
         below: np.ndarray | None = None
         for k, entry in enumerate(header.layers[: last + 1]):
             size = (entry.height, entry.width)
@@ -322,6 +333,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def choose_precision(name: str, device: torch.device) -> str:
+    """What "auto" stands for there, or ``name`` itself."""
+    return fastest(device) if name == "auto" else name
+
+
 def fastest(device: torch.device) -> str:
     """The precision that is fastest there: "float16" on a GPU and on a CPU with matrix units that take it (AMX-FP16),
     "bfloat16" on one whose matrix units take only that (AMX-BF16), otherwise "float32". Without such units a CPU is
@@ -333,7 +349,29 @@ def fastest(device: torch.device) -> str:
     return "float16" if here.get("amx_fp16") else "bfloat16" if here.get("amx_bf16") else "float32"
 
 
+def shared(
+    device: str = "auto", folder: Path | None = None, precision: str = "auto", model: str | None = None
+) -> Codec:
+    """A codec that is loaded once in a process, of the set that weights.choose takes. The few used last are kept."""
+    chosen, found = choose_device(device), choose(folder, model)
+    with _loading:  # else two threads would load the same
+        return _loaded(Kept(found, found.identity, chosen.type, choose_precision(precision, chosen)))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What tells loaded codecs apart: a set by its identity, wherever it lies."""
+
+    found: ModelSet = field(compare=False)
+    identity: str
+    device: str
+    precision: str
+
+
+_loading = threading.Lock()
+
+
 @lru_cache(maxsize=4)
-def shared(device: str = "auto", folder: Path | None = None, precision: str = "auto") -> Codec:
-    """A codec that is loaded once in a process."""
-    return Codec.load(device, folder, precision)
+def _loaded(wanted: Kept) -> Codec:
+    device = torch.device(wanted.device)
+    return Codec(load_weights(wanted.found, device, wanted.precision), device)

@@ -18,7 +18,7 @@ class DamagedError(CompassError):
 
 
 class WeightsError(CompassError):
-    """The file was made with other weights, or the weights on this machine cannot be used."""
+    """The weights that a file was made with or a name stands for are not here, or cannot be used."""
 
 
 class LayerError(CompassError):

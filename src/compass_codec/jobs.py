@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ ORIENTATION, ROTATED = 0x0112, {5, 6, 7, 8}  # the EXIF tag, and its values that
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What both directions need. ``batch`` makes missing folders, leaves alone what is up to date, and computes with
-    one thread; ``strip`` drops ICC profile, EXIF and XMP."""
+    one thread; ``strip`` drops ICC profile, EXIF and XMP; ``weights`` and ``model`` are those of weights.choose."""
 
     force: bool = False
     batch: bool = False
@@ -41,6 +40,7 @@ class Options:
     device: str = "auto"
     precision: str = "auto"
     weights: Path | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +277,7 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
         for k, coded in sections.alpha.items()
         if k in wanted
     }
-    decoded = load(options).decode_layers(data, header, last)
+    decoded = load(options, header.model).decode_layers(data, header, last)
     size = 0
     for k, picture in [(k, picture) for k, picture in enumerate(decoded) if k in wanted]:
         image, output = pictures.with_alpha(picture, alphas.get(k)), wanted[k]
@@ -288,16 +288,17 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
     return Report(source, "decoded", outputs, tuple(_layer_report(header, k) for k in wanted), size, notes=notes)
 
 
-def load(options: Options) -> Codec:
-    """The codec, loaded once in a process. A batch computes with one thread: how many there are shows in the last bits
-    of sums, and so in the bytes of a file, which must not depend on the number of workers."""
+def load(options: Options, model: str | None = None) -> Codec:
+    """The codec of the set ``model``, or of that in the options, loaded once in a process. A batch computes with one
+    thread: how many there are shows in the last bits of sums, and so in the bytes of a file, which must not depend on
+    the number of workers."""
     import torch
 
     from compass_codec import codec
 
     if options.batch:
         torch.set_num_threads(1)
-    return codec.shared(options.device, options.weights, options.precision)
+    return codec.shared(options.device, options.weights, options.precision, model or options.model)
 
 
 def plan_layers(size: tuple[int, int], options: EncodeOptions) -> Plan:
@@ -386,12 +387,11 @@ def _metadata(path: Path, header: container.Header) -> bytes:
         return file.read(header.end - behind)
 
 
-@lru_cache(maxsize=4)
-def identity(folder: Path | None) -> str:
-    """The identity of the weights in ``folder``, read once. Raises WeightsError."""
+def identity(options: Options) -> str:
+    """The identity of the weights that ``options`` encode with. Raises WeightsError."""
     from compass_codec import weights
 
-    return weights.identity(folder)
+    return weights.identity(options.weights, options.model)
 
 
 def _layer_report(header: container.Header, k: int, psnr: float | None = None) -> LayerReport:
@@ -436,7 +436,7 @@ def _encoded_alike(source: Path, target: Path, options: EncodeOptions) -> bool:
         plan = plan_layers(size, options)
         sizes, scales, qualities = plan.sizes, plan.scales, plan.qualities
     if (
-        header.model != identity(options.weights)
+        header.model != identity(options)
         or [(e.width, e.height) for e in entries][-len(sizes) :] != sizes
         or [e.scale for e in entries] != scales
         or target.stat().st_size != header.end

@@ -30,7 +30,7 @@ class CompassImageFile(ImageFile.ImageFile):
 
     ``n_frames`` counts the layers that the file holds whole. Unlike other formats it opens at the last of them, the
     largest picture. Opening reads the header alone; ``load`` reads and decodes what the layer needs, and raises
-    OSError if that is damaged, cut off or made with other weights.
+    OSError if that is damaged, cut off or made with weights that are not found.
     """
 
     format = "CMPS"
@@ -106,7 +106,7 @@ class CompassImageFile(ImageFile.ImageFile):
 
         try:
             data = self._read(0, self._header.layers[self._frame].end)
-            return codec.shared().decode(data, self._frame, container.MAX_SIDE**2).tobytes()
+            return codec.shared(model=self._header.model).decode(data, self._frame, container.MAX_SIDE**2).tobytes()
         except CompassError as e:
             raise OSError(str(e)) from e
 
@@ -132,7 +132,8 @@ class CompassImageFile(ImageFile.ImageFile):
 
 def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
     """``scales``: 1 to 16 factors that do not fall (default 1, 2, 4); ``quality``: 1..100 (default 60), one for all
-    layers or one for each; ``icc_profile`` (default: the picture's own), ``exif`` and ``xmp``. Alpha is kept."""
+    layers or one for each; ``model``: a profile of weights; ``icc_profile`` (default: the picture's own), ``exif`` and
+    ``xmp``. Alpha is kept."""
     from compass_codec import codec, pictures
 
     options: dict[str, Any] = im.encoderinfo
@@ -150,7 +151,7 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
         xmp=options.get("xmp"),
         alpha={k: pictures.alpha_to_bytes(plane) for k, plane in enumerate(alphas)},
     )
-    encoded = codec.shared().encode_layers(layers, scales, options.get("quality", QUALITY))
+    encoded = codec.shared(model=options.get("model")).encode_layers(layers, scales, options.get("quality", QUALITY))
     fp.write(container.attach(encoded.data, sections))
 
 

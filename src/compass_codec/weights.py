@@ -1,21 +1,27 @@
-"""The weights on disk: safetensors files, and the identity that ties a .cmps file to them."""
+"""Sets of weights on disk: what each is, where they are looked for, and the identity that ties a .cmps file to one.
+
+A set is a folder: model.json says its profile, its backbone and its parts, each a safetensors file beside it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
+import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from compass_codec.container import MODEL_BYTES
 from compass_codec.errors import WeightsError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
 
     from compass_codec.entropy import Tables
     from compass_codec.hyper import HyperDecoder
@@ -23,9 +29,15 @@ if TYPE_CHECKING:
     from compass_codec.networks import ImageCodec
     from compass_codec.restoration import Restorer
 
-N = TypeVar("N", bound="nn.Module")
-PARTS = ("base", "residual", "liff")
-RESTORATION = "restoration"  # a part that older sets are without
+DEFAULT = "paper"  # the profile that encodes when none is named
+# Name of a backbone: the module whose build(spec, tensors, device, precision) makes the networks of a set, as
+# mean_scale.build does.
+BACKBONES = {"mean_scale": "compass_codec.mean_scale"}
+PATH = "COMPASS_MODELS"  # environment variable: folders of sets, or sets, separated as in PATH
+CARD = "model.json"
+FORMAT = 1  # of model.json
+NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+IDENTITY = re.compile(rf"[0-9a-f]{{{2 * MODEL_BYTES}}}")
 
 
 @dataclass(frozen=True)
@@ -41,94 +53,219 @@ class CodecWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """Everything a file is decoded with. ``identity`` is the start of the SHA-256 over the files, in hex."""
+    """Everything a file is decoded with. ``identity`` is the start of the SHA-256 over the files, in hex;
+    ``precision`` is that of ``load``."""
 
     base: CodecWeights
     residual: CodecWeights
     liff: LIFF
     identity: str
+    precision: str
 
 
-def folder_or_default(folder: Path | None) -> Path:
-    """``folder``, or the weights installed with the package."""
-    return folder if folder is not None else Path(str(resources.files("compass_codec.models")))
+@dataclass(frozen=True)
+class ModelSet:
+    """A set of weights on disk that has not been loaded. ``spec`` is all of its model.json."""
+
+    folder: Path
+    spec: dict[str, Any]
+
+    @property
+    def profile(self) -> str:
+        return str(self.spec["profile"])
+
+    @property
+    def backbone(self) -> str:
+        return str(self.spec["backbone"])
+
+    @property
+    def purpose(self) -> str:
+        return str(self.spec["purpose"])
+
+    @property
+    def files(self) -> list[Path]:
+        """What the identity is taken over, in this order."""
+        return [self.folder / CARD, *(self.folder / f"{part}.safetensors" for part in self.spec["parts"])]
+
+    @property
+    def identity(self) -> str:
+        """Of the files as they are now, which are read again only when they have changed. Raises WeightsError."""
+        return _identity_of(tuple((path, *_state(path)) for path in self.files))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files. Raises WeightsError."""
+        return sum(_state(path)[0] for path in self.files)
 
 
-def _read(folder: Path) -> dict[str, bytes]:
+def _unreadable(path: Path, e: OSError) -> WeightsError:
+    return WeightsError(f"{path}: cannot read the weights ({e.strerror})")
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Size and time of change."""
     try:
-        parts = [*PARTS, *([RESTORATION] if (folder / f"{RESTORATION}.safetensors").exists() else [])]
-        return {part: (folder / f"{part}.safetensors").read_bytes() for part in parts}
+        status = path.stat()
     except OSError as e:
-        raise WeightsError(f"{e.filename or folder}: cannot read the weights ({e.strerror})") from e
+        raise _unreadable(path, e) from e
+    return status.st_size, status.st_mtime_ns
 
 
-def _identity(files: dict[str, bytes]) -> str:
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise _unreadable(path, e) from e
+
+
+def _start_of_hash(files: list[bytes]) -> str:
     digest = hashlib.sha256()
-    for data in files.values():
+    for data in files:
         digest.update(data)
     return digest.digest()[:MODEL_BYTES].hex()
 
 
-def identity(folder: Path | None = None) -> str:
-    """The identity of the weights in ``folder`` without loading them."""
-    return _identity(_read(folder_or_default(folder)))
+@lru_cache(maxsize=64)
+def _identity_of(states: tuple[tuple[Path, int, int], ...]) -> str:
+    return _start_of_hash([_read(path) for path, *_ in states])
 
 
-def load(folder: Path | None, device: torch.device, precision: str = "float32") -> Weights:
-    """Load the parts to ``device``. What computes the pixels of enhancement layers does so in ``precision``, "float32",
+def read_set(folder: Path) -> ModelSet:
+    """The set in ``folder``, of which only model.json is read. Raises WeightsError naming what is wrong with that."""
+    card = folder / CARD
+    data = _read(card)
+    try:
+        spec = json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise WeightsError(f"{card}: not JSON ({' '.join(str(e).split())})") from e
+    if not isinstance(spec, dict):
+        raise WeightsError(f"{card}: not a JSON object")
+    if spec.get("format") != FORMAT:
+        raise WeightsError(f"{card}: format {spec.get('format')!r}; this version of compass_codec reads {FORMAT}")
+    parts = spec.get("parts")
+    for key, good in (
+        # a name that reads as an identity would be taken for one
+        ("profile", _name(spec.get("profile")) and not IDENTITY.fullmatch(spec["profile"])),
+        ("backbone", _name(spec.get("backbone"))),
+        ("purpose", isinstance(spec.get("purpose"), str) and spec["purpose"].isprintable()),
+        ("parts", isinstance(parts, list) and parts and all(map(_name, parts)) and len({*parts}) == len(parts)),
+    ):
+        if not good:
+            raise WeightsError(f"{card}: {key} {spec[key]!r} cannot be used" if key in spec else f"{card}: no {key}")
+    return ModelSet(folder, spec)
+
+
+def _name(value: object) -> bool:
+    return isinstance(value, str) and NAME.fullmatch(value) is not None
+
+
+def places() -> list[Path]:
+    """Where sets are looked for: the package, then the folders that COMPASS_MODELS names."""
+    named = os.environ.get(PATH, "").split(os.pathsep)
+    return [Path(str(resources.files("compass_codec.models"))), *(Path(name) for name in named if name)]
+
+
+def sets() -> Iterator[ModelSet | WeightsError]:
+    """All sets that are installed or found, each once, and what is wrong with a broken one in its place."""
+    seen = set()
+    for place in places():
+        if (place / CARD).exists():
+            folders = [place]
+        elif place.is_dir():
+            folders = sorted(card.parent for card in place.glob(f"*/{CARD}"))
+        else:
+            yield WeightsError(f"{place}: no such folder")
+            continue
+        for folder in folders:
+            if (real := folder.resolve()) not in seen:
+                seen.add(real)
+                try:
+                    yield read_set(folder)
+                except WeightsError as e:
+                    yield e
+
+
+def choose(folder: Path | None = None, model: str | None = None) -> ModelSet:
+    """The one look-up of sets, by ``model``, a profile's name or an identity. The set in ``folder``, if one is given,
+    comes first, then those installed, then those of COMPASS_MODELS. Without ``model`` it is the set in ``folder``, or
+    the installed set of the default profile.
+    Raises WeightsError if it is not there, or if ``folder`` holds no set."""
+    given = read_set(folder) if folder is not None else None
+    if model is None:
+        if given is not None:
+            return given
+        model = DEFAULT
+    by_identity = IDENTITY.fullmatch(model) is not None
+    candidates = [*([given] if given else []), *sets()]
+    for each in candidates:
+        if isinstance(each, WeightsError):
+            continue
+        try:
+            if model == (each.identity if by_identity else each.profile):
+                return each
+        except WeightsError:  # a part is missing, which is said below
+            continue
+    wanted = f"weights {model} are not here" if by_identity else f"no set of weights is named {model!r}"
+    looked = ", ".join(map(_described, candidates))
+    where = f"the project's page has sets, and the environment variable {PATH} names folders to look in"
+    raise WeightsError(f"{wanted}; looked at: {looked or 'none'}; {where}")
+
+
+def _described(found: ModelSet | WeightsError) -> str:
+    try:
+        return str(found) if isinstance(found, WeightsError) else f"{found.profile} {found.identity} in {found.folder}"
+    except WeightsError as e:
+        return str(e)
+
+
+def profile_of(identity: str) -> str | None:
+    """The profile of a set that is here, by its identity; None if there is none."""
+    try:
+        return choose(model=identity).profile
+    except WeightsError:
+        return None
+
+
+def folder_or_default(folder: Path | None) -> Path:
+    """``folder``, or the installed weights of the default profile."""
+    return folder if folder is not None else choose().folder
+
+
+def identity(folder: Path | None = None, model: str | None = None) -> str:
+    """The identity of the set that ``choose`` takes, without loading it."""
+    return choose(folder, model).identity
+
+
+def load(found: ModelSet, device: torch.device, precision: str = "float32") -> Weights:
+    """Load a set to ``device``. What computes the pixels of enhancement layers does so in ``precision``, "float32",
     "float16" or "bfloat16"; the base layer, small as it is, stays in float32, as all others build on it and its errors
     are the largest.
-    Raises WeightsError if one is missing or does not fit."""
+    Raises WeightsError if a part is missing or does not fit, or this version has no such backbone."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
 
-    from compass_codec.liff import LIFF
-    from compass_codec.restoration import Restoration
-
     # PyTorch hears of this with its first tensor. Large arrays come from the system anew each time; in pages of 4 KB
     # that alone takes a tenth of a picture's time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    folder = folder_or_default(folder)
-    files = _read(folder)
+    module = BACKBONES.get(found.backbone)
+    if module is None:
+        known = ", ".join(BACKBONES)
+        raise WeightsError(f"{found.folder / CARD}: backbone {found.backbone}; this version has {known}")
+    files = [_read(path) for path in found.files]
+    tensors = {}
+    for path, data in zip(found.files[1:], files[1:], strict=True):
+        try:
+            tensors[path.stem] = parse(data)
+        except (SafetensorError, ValueError, KeyError) as e:
+            raise WeightsError(f"{path}: these weights cannot be used ({_line(e)})") from e
     try:
-        tensors = {part: parse(data) for part, data in files.items()}
         with torch.inference_mode():
-            liff = _fill(lambda: LIFF(**LIFF.dimensions(tensors["liff"])), tensors["liff"], device)
-            restorers: dict[str, Restorer] = {}
-            if found := tensors.get(RESTORATION):
-                restoration = _fill(lambda: Restoration(**Restoration.dimensions(found)), found, device)
-                restorers = {"base": restoration.base, "residual": restoration.residual}
-            base, residual = (_codec(tensors[part], restorers.get(part), device) for part in ("base", "residual"))
-            if (kind := getattr(torch, precision)) != torch.float32:
-                liff.to(kind)
-                residual.codec.pixels_in(kind)
-                if residual.restorer is not None:
-                    residual.restorer.pixels_in(kind)
-    except (SafetensorError, RuntimeError, KeyError, ValueError) as e:
-        reason = str(e).splitlines()[0]
-        raise WeightsError(f"{folder}: these weights cannot be used ({reason})") from e
-    return Weights(base, residual, liff, _identity(files))
+            base, residual, liff = importlib.import_module(module).build(found.spec, tensors, device, precision)
+    except (RuntimeError, KeyError, ValueError, IndexError) as e:
+        raise WeightsError(f"{found.folder}: these weights cannot be used ({_line(e)})") from e
+    return Weights(base, residual, liff, _start_of_hash(files), precision)
 
 
-def _fill(make: Callable[[], N], tensors: dict[str, Tensor], device: torch.device) -> N:
-    """The network that ``make`` makes, holding ``tensors``, without ever drawing random weights."""
-    import torch
-
-    with torch.device("meta"):
-        network = make()
-    network.load_state_dict({k: tensors[k].float() for k in network.state_dict()}, assign=True)
-    network.requires_grad_(False).eval()
-    return network.to(device).to(memory_format=torch.channels_last)
-
-
-def _codec(tensors: dict[str, Tensor], restorer: Restorer | None, device: torch.device) -> CodecWeights:
-    from compass_codec.entropy import Tables
-    from compass_codec.hyper import HyperDecoder
-    from compass_codec.networks import ImageCodec
-
-    codec = _fill(lambda: ImageCodec.like(tensors), tensors, device)
-    # contexts come with counted tables
-    counted = ("y_contexts", "y_weights") if "tables.y_contexts" in tensors else ()
-    tables = Tables(*(tensors[f"tables.{k}"].numpy() for k in ("z", "y", "y_lengths", *counted)))
-    return CodecWeights(codec, HyperDecoder(codec).to(device), tables, restorer)
+def _line(e: Exception) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0]

@@ -185,7 +185,9 @@ pixels_option = click.option(
     help="Refuse files whose largest layer has more pixels.",
 )
 weights_option = click.option(
-    "--weights", type=click.Path(path_type=Path, file_okay=False), help="Folder of other weights than the installed."
+    "--weights",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of a set of weights besides those installed.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each file.")
 BATCH = (

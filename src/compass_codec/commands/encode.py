@@ -24,6 +24,7 @@ from compass_codec.commands.common import (
 )
 from compass_codec.jobs import STDIO, EncodeOptions, Report
 from compass_codec.rate import Target
+from compass_codec.weights import DEFAULT
 
 
 @click.command()
@@ -72,6 +73,7 @@ from compass_codec.rate import Target
 @device_option
 @precision_option
 @weights_option
+@click.option("--model", help=f"Profile of weights (compass models lists them); default: {DEFAULT}.")
 @json_option
 @quiet_option
 def encode(
@@ -98,6 +100,7 @@ def encode(
     device: str,
     precision: str,
     weights: Path | None,
+    model: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -172,6 +175,7 @@ def encode(
         device=device,
         precision=precision,
         weights=weights,
+        model=model,
     )
     from compass_codec.batch import picture_suffixes
 

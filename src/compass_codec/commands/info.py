@@ -11,6 +11,7 @@ import click
 from compass_codec import container
 from compass_codec.commands.common import STDIO, Source, blame, table
 from compass_codec.side import FULL_GAIN, FULL_STRENGTH, PLAIN, Side
+from compass_codec.weights import profile_of
 
 
 @click.command()
@@ -28,6 +29,7 @@ def info(file: Path | str, as_json: bool) -> None:
             data = sys.stdin.buffer.read() if file == STDIO else file.read_bytes()
             header = container.read_header(data, max_pixels=container.MAX_SIDE**2)
             size, states = len(data), container.states(header, data)
+    profile = profile_of(header.model)
     if as_json:
         layers = [
             {
@@ -59,11 +61,18 @@ def info(file: Path | str, as_json: bool) -> None:
             }
             for s, state in zip(header.sections, states[len(layers) :], strict=True)
         ]
-        facts = {"file": str(file), "size": size, "version": container.VERSION, "model": header.model}
+        facts = {
+            "file": str(file),
+            "size": size,
+            "version": container.VERSION,
+            "model": header.model,
+            "profile": profile,
+        }
         click.echo(json.dumps(facts | {"header": header.length, "layers": layers, "sections": sections}, indent=2))
         return
+    named = f" ({profile})" if profile else ""
     length = "unknown" if size is None else size
-    click.echo(f"{file}: compass version {container.VERSION}, {length} bytes, weights {header.model}")
+    click.echo(f"{file}: compass version {container.VERSION}, {length} bytes, weights {header.model}{named}")
     rows = [["layer", "size", "scale", "quality", "bytes", "first N bytes", "HTTP range", ""]]
     for k, e in enumerate(header.layers):
         row = [str(k), f"{e.width} x {e.height}", f"{e.scale:g}", f"{e.quality:g}", str(e.length), str(e.end)]

@@ -71,7 +71,7 @@ def view(
     with blame(file):
         from compass_codec import codec
 
-        decoded = list(codec.shared(device, weights, precision).decode_layers(data, header, last))
+        decoded = list(codec.shared(device, weights, precision, header.model).decode_layers(data, header, last))
         alpha = container.sections(header, data, last).alpha
         sizes = [(entry.width, entry.height) for entry in layers]
         shown = [

@@ -47,6 +47,7 @@ CODEC = (
     "hyper",
     "layer",
     "liff",
+    "mean_scale",
     "networks",
     "pictures",
     "restoration",

@@ -13,9 +13,9 @@ import click
 from safetensors.torch import save
 from torch import Tensor
 
+from compass_codec.mean_scale import PARTS, RESTORATION
 from compass_codec.pictures import write_file
 from compass_codec.training.export import read_tensors, remember
-from compass_codec.weights import PARTS, RESTORATION
 
 
 def average(old: dict[str, Tensor], new: dict[str, Tensor], share: float) -> dict[str, Tensor]:

@@ -82,9 +82,10 @@ def fill(
     """
     import torch
 
+    from compass_codec.mean_scale import PARTS, RESTORATION
     from compass_codec.training.export import import_start, load_parts
     from compass_codec.training.start import block_transform, grown
-    from compass_codec.weights import PARTS, RESTORATION, folder_or_default
+    from compass_codec.weights import folder_or_default
 
     if weights is not None and weights.is_file():
         import_start(stage, weights)
@@ -154,8 +155,9 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     """Export the EMA weights to ``out``, next to copies of the parts that this stage did not train."""
     from dataclasses import asdict
 
+    from compass_codec.mean_scale import PARTS, RESTORATION
     from compass_codec.training.export import device_name, export
-    from compass_codec.weights import PARTS, RESTORATION, folder_or_default
+    from compass_codec.weights import CARD, folder_or_default
 
     plan, name = asdict(run.plan), device_name(run.device)
     entry = {
@@ -173,7 +175,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     folder = folder_or_default(weights)
     if folder.is_dir():
         others = [f"{part}.safetensors" for part in (*PARTS, RESTORATION) if part not in run.stage.trains]
-        for file in [*others, "history.json"]:
+        for file in [*others, CARD, "history.json"]:
             if (folder / file).exists() and not (out / file).exists():
                 shutil.copyfile(folder / file, out / file)
     return export(run.stage, out, entry)

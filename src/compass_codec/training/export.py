@@ -16,12 +16,13 @@ from torch import Tensor
 
 from compass_codec.entropy import frequencies, gaussian_tables
 from compass_codec.liff import LIFF, SIZES
+from compass_codec.mean_scale import PARTS, RESTORATION
 from compass_codec.networks import ImageCodec
 from compass_codec.pictures import write_file
 from compass_codec.restoration import Restoration
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.stages import RatedCodec, Stage
-from compass_codec.weights import PARTS, RESTORATION
+from compass_codec.weights import CARD, FORMAT, read_set
 
 DETAIL = ("d_a.", "d_s.", "h_d.")  # the networks of details
 REACH = 32  # hyper-latent symbols -REACH..REACH have a frequency of their own; beyond them, an escape
@@ -52,9 +53,9 @@ def tensors_of(part: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def export(stage: Stage, folder: Path, card_entry: dict[str, Any] | None = None) -> list[Path]:
-    """Write the parts that ``stage`` trains to ``folder``; returns the files.
-
-    ``card_entry`` says how they were trained and is appended to ``folder``/history.json.
+    """Write the parts that ``stage`` trains to ``folder``; returns the files. model.json there then names the
+    parts that the set has; it is made if it is not there. ``card_entry`` says how they were trained and is appended to
+    ``folder``/history.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -62,9 +63,22 @@ def export(stage: Stage, folder: Path, card_entry: dict[str, Any] | None = None)
         path = folder / f"{part}.safetensors"
         write_file(path, save(tensors_of(getattr(stage, part))))
         written.append(path)
+    describe(folder)
     if card_entry is not None:
         remember(folder, card_entry)
     return written
+
+
+def describe(folder: Path) -> None:
+    """Bring ``folder``/model.json up to date with the parts that are there. Raises WeightsError for a broken one."""
+    if (folder / CARD).exists():
+        spec = read_set(folder).spec
+    else:
+        spec = {"profile": "new", "backbone": "mean_scale", "purpose": "made by compass train", "format": FORMAT}
+    restored = (folder / f"{RESTORATION}.safetensors").exists()
+    parts = [*PARTS, *([RESTORATION] if restored else [])]
+    if spec.get("parts") != parts:
+        write_file(folder / CARD, (json.dumps(spec | {"parts": parts}, indent=1) + "\n").encode())
 
 
 def device_name(device: torch.device) -> str:
