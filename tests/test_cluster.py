@@ -1,13 +1,14 @@
 """The Ray engine on two workers of this machine."""
 
 import builtins
+import json
 import logging
 
 import pytest
 from conftest import compass, crop
 from PIL import Image
 
-from compass_codec import cluster
+from compass_codec import cluster, container, weights
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,26 @@ def test_the_same_bytes_as_here(two_workers, tmp_path, monkeypatch):
     back = compass("decode", "there", "--out-dir", "back", "--layer", 0, "--engine", "ray", "--device", "cpu")
     assert back.code == 0, back.err
     assert Image.open(tmp_path / "back" / "far" / "b.layer0.png").size == (8, 16)
+
+
+def test_sets_of_weights_that_only_this_process_knows(two_workers, tmp_path, monkeypatch):
+    """COMPASS_MODELS and --weights are those of the command, and relative to where it runs."""
+    monkeypatch.chdir(tmp_path)
+    installed, mine = weights.choose(), tmp_path / "sets" / "mine"
+    mine.mkdir(parents=True)
+    for path in installed.files[1:]:
+        (mine / path.name).symlink_to(path)
+    (mine / "model.json").write_text(json.dumps(installed.spec | {"profile": "mine"}))
+    monkeypatch.setenv("COMPASS_MODELS", "sets")
+    crop(9, 8).save("a.png")
+    args = ("--engine", "ray", "-j", 1, "--device", "cpu", "--out-dir", "out")
+    result = compass("encode", "a.png", "--scales", "1", "--model", "mine", *args)
+    assert result.code == 0, result.err
+    header = container.read_header((tmp_path / "out" / "a.cmps").read_bytes())
+    assert header.model == weights.identity(mine) != installed.identity
+    monkeypatch.delenv("COMPASS_MODELS")
+    result = compass("decode", "out/a.cmps", "--weights", "sets/mine", *args)
+    assert result.code == 0, result.err
 
 
 def test_what_is_wrong_for_all_is_one_line(two_workers, tmp_path):

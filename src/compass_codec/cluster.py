@@ -12,12 +12,15 @@ from typing import Any
 from compass_codec import jobs
 from compass_codec.errors import OptionError
 from compass_codec.jobs import STDIO, Job, Report
+from compass_codec.weights import PATH, places
 
 
 class Worker:
-    """Does jobs in a process of the cluster, with one codec that is loaded when it starts."""
+    """Does jobs in a process of the cluster, with one codec that is loaded when it starts. ``models`` is what
+    COMPASS_MODELS is there."""
 
-    def __init__(self, work: Sequence[Job]) -> None:
+    def __init__(self, work: Sequence[Job], models: str) -> None:
+        os.environ[PATH] = models
         jobs.load(work[0].options)  # jobs.run() will find it
         self.work = work
 
@@ -53,8 +56,11 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
         rows = ray.data.from_items([{"job": k} for k in range(len(work))], override_num_blocks=len(work))
         done = rows.map_batches(
             Worker,
-            # a worker may have another current directory
-            fn_constructor_args=[[replace(j, source=_absolute(j.source), target=_absolute(j.target)) for j in work]],
+            # a worker may have another current directory and another environment
+            fn_constructor_args=[
+                [_anywhere(job) for job in work],
+                os.pathsep.join(str(_absolute(place)) for place in places()[1:]),
+            ],
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=count),
             **place,
@@ -75,6 +81,14 @@ def _places(nodes: list[dict[str, Any]], workers: int | None, most: int) -> tupl
     kind = "GPU" if any(node["Resources"].get("GPU") for node in nodes) else "CPU"
     places = int(sum(node["Resources"].get(kind, 0) for node in nodes if node["Alive"]))
     return min(workers or places, places, most), {f"num_{kind.lower()}s": 1}
+
+
+def _anywhere(job: Job) -> Job:
+    """The same job for another current directory."""
+    options = job.options
+    if options.weights is not None:
+        options = replace(options, weights=_absolute(options.weights))
+    return replace(job, source=_absolute(job.source), target=_absolute(job.target), options=options)
 
 
 def _absolute(path: Path) -> Path:

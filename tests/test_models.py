@@ -1,0 +1,209 @@
+"""Sets of weights: which are found, which one a file is decoded with, and what is said of a broken one."""
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import compass, crop
+from PIL import Image
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+
+import compass_codec
+import compass_codec.pillow
+from compass_codec import container, mean_scale, server, weights
+from compass_codec.codec import Codec, _loaded, shared
+from compass_codec.errors import WeightsError
+from compass_codec.weights import ModelSet
+
+INSTALLED = [each.profile for each in weights.sets() if isinstance(each, ModelSet)]
+SPEC = {"profile": "idle", "backbone": "idle", "purpose": "a test", "parts": ["nothing"], "format": 1}
+
+
+def build(spec, tensors, device, precision):
+    """The backbone "idle", which has networks of its own: those installed, but no restoration and a grey base."""
+    assert spec["profile"] == "idle" and list(tensors) == ["nothing"]
+    folder = weights.choose(model="paper").folder
+    networks = {part: load_file(folder / f"{part}.safetensors") for part in mean_scale.PARTS}
+    networks["base"]["g_s.6.weight"].zero_()
+    return mean_scale.build(spec, networks, device, precision)
+
+
+@pytest.fixture
+def idle(tmp_path, monkeypatch):
+    """The folder of a set of the backbone "idle", in a folder that COMPASS_MODELS names."""
+    folder = tmp_path / "sets" / "idle"
+    folder.mkdir(parents=True)
+    save_file({"x": np.zeros(1, np.float32)}, folder / "nothing.safetensors")
+    (folder / "model.json").write_text(json.dumps(SPEC))
+    monkeypatch.setitem(weights.BACKBONES, "idle", __name__)
+    monkeypatch.setenv("COMPASS_MODELS", str(tmp_path / "sets"))
+    return folder
+
+
+def decoded(path) -> dict[str, np.ndarray]:
+    """Layer 0 of a file by every way there is."""
+    png, data = path.with_suffix(".png"), path.read_bytes()
+    result = compass("decode", path, "--layer", 0, "-o", png, "--force", "--device", "cpu")
+    assert result.code == 0, result.err
+    layers = server.Layers(shared("cpu"), server.Settings())
+    with Image.open(path) as image:
+        image.seek(0)
+        return {
+            "command": np.asarray(Image.open(png)),
+            "Python": np.asarray(compass_codec.decode(data, 0, "cpu")),
+            "a codec of the default set": np.asarray(shared("cpu").decode(data, 0)),
+            "Pillow": np.asarray(image),
+            "server": np.asarray(asyncio.run(layers.get(server.load(path), 0))),
+        }
+
+
+@pytest.mark.parametrize("name", [*INSTALLED, "idle"])
+def test_files_of_every_set_decode_unnamed(idle, tmp_path, name):
+    """Two sets in one process, and each file with its own."""
+    source, path = tmp_path / "a.png", tmp_path / "a.cmps"
+    crop(16, 12).save(source)
+    for model in (name, weights.identity(None, name)):
+        args = ("encode", source, "-s", "1,2", "-o", path, "--force", "--device", "cpu", "--verify", "--model", model)
+        result = compass(*args)
+        assert result.code == 0, result.err
+        assert container.read_header(path.read_bytes()).model == weights.identity(None, name)
+    seen = shared("cpu", model=name).encode(Image.open(source), [1, 2]).layers[0]
+    for way, picture in decoded(path).items():
+        assert np.array_equal(picture, seen), way
+    assert np.ptp(seen) > 20 or name == "idle"
+    assert f"({name})" in compass("info", path).out
+    assert json.loads(compass("info", path, "--json").out)["profile"] == name
+
+
+def test_a_set_is_loaded_once(idle, monkeypatch):
+    _loaded.cache_clear()
+    loads = []
+    load = mean_scale.build
+    monkeypatch.setattr(mean_scale, "build", lambda *args: loads.append(args[0]["profile"]) or load(*args))
+    folder = weights.choose(model="paper").folder
+    found = [shared("cpu"), shared("cpu", model="paper"), shared("cpu", folder), shared("cpu").of(shared("cpu").model)]
+    assert len({*found}) == 1 and loads == ["paper"]
+    assert _loaded.cache_info().maxsize <= 4
+
+
+def test_a_batch_knows_which_set_made_a_file(idle, tmp_path):
+    crop(8, 8).save(tmp_path / "a.png")
+    args = ("encode", tmp_path / "a.png", "-s", "1", "--out-dir", tmp_path / "out", "--device", "cpu", "-j", 1)
+    assert compass(*args, "--model", "idle").code == 0
+    assert "up to date" in compass(*args, "--model", "idle").out
+    result = compass(*args)
+    assert result.code == 1 and "differs from what these options make" in result.err
+
+
+def test_weights_given_as_a_folder(idle, tmp_path, monkeypatch):
+    """It encodes, and is a candidate to decode with, beside those installed."""
+    monkeypatch.delenv("COMPASS_MODELS")
+    crop(8, 8).save(tmp_path / "a.png")
+    ours, theirs = tmp_path / "ours.cmps", tmp_path / "theirs.cmps"
+    for path, more in ((ours, ()), (theirs, ("--weights", idle))):
+        assert compass("encode", tmp_path / "a.png", "-s", "1", "-o", path, "--device", "cpu", *more).code == 0
+    for path in ours, theirs:
+        args = ("decode", path, "-o", tmp_path / "b.png", "--force", "--device", "cpu", "--weights", idle)
+        assert compass(*args).code == 0
+    result = compass("decode", theirs, "-o", tmp_path / "c.png", "--device", "cpu")
+    model = weights.identity(idle)
+    assert result.code == 1 and len(result.err.splitlines()) == 1
+    assert f"weights {model} are not here; looked at: " in result.err and "COMPASS_MODELS" in result.err
+    assert all(f"{name} {weights.identity(None, name)}" in result.err for name in INSTALLED)
+    assert not (tmp_path / "c.png").exists()
+
+
+def test_names_that_no_set_has(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPASS_MODELS", str(tmp_path / "none"))
+    with pytest.raises(
+        WeightsError, match=r"no set of weights is named 'other'; looked at: .*paper .*none: no such fo"
+    ):
+        Codec.load("cpu", model="other")
+
+
+def test_the_identity_follows_the_files(idle):
+    """All of them, model.json too; they are read again only when they have changed."""
+    first = weights.identity(idle)
+    weights._identity_of.cache_clear()
+    assert weights.identity(idle) == weights.identity(idle) == first
+    assert weights._identity_of.cache_info().misses == 1
+    (idle / "model.json").write_text(json.dumps(SPEC | {"purpose": "another"}))
+    second = weights.identity(idle)
+    save_file({"x": np.zeros(2, np.float32)}, idle / "nothing.safetensors")
+    assert len({first, second, weights.identity(idle)}) == 3
+    assert weights.load(weights.read_set(idle), shared("cpu").device).identity == weights.identity(idle)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "not JSON"),
+        ("\udcff", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "not a JSON object"),
+        (SPEC | {"format": 2}, "format 2"),
+        (SPEC | {"profile": "0123456789ab"}, "profile '0123456789ab'"),
+        (SPEC | {"profile": "abcdefabcdef"}, "profile 'abcdefabcdef'"),
+        (SPEC | {"profile": 1}, "profile 1"),
+        (SPEC | {"backbone": "none"}, "backbone none; this version has mean_scale"),
+        (SPEC | {"purpose": "two\nlines"}, "purpose"),
+        (SPEC | {"parts": []}, "parts"),
+        (SPEC | {"parts": ["../nothing"]}, "parts"),
+        (SPEC | {"parts": ["nothing", "nothing"]}, "parts"),
+        ({k: v for k, v in SPEC.items() if k != "parts"}, "no parts"),
+    ],
+)
+def test_a_broken_card_is_one_line(idle, text, reason):
+    text = text if isinstance(text, str) else json.dumps(text)
+    (idle / "model.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(WeightsError) as caught:
+        weights.load(weights.read_set(idle), shared("cpu").device)
+    assert str(caught.value).startswith(f"{idle / 'model.json'}: ") and reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_part_is_one_line(idle):
+    part = idle / "nothing.safetensors"
+    part.write_bytes(b"damaged")
+    for reason in ("these weights cannot be used", "cannot read the weights"):
+        with pytest.raises(WeightsError, match=f"nothing.safetensors: {reason}"):
+            Codec.load("cpu", idle)
+        part.unlink(missing_ok=True)
+
+
+def test_a_broken_set_does_not_hide_the_others(idle, tmp_path, small_file):
+    shutil.copytree(idle, tmp_path / "sets" / "also")
+    (idle / "model.json").write_text("{")
+    assert compass_codec.decode(small_file, 0, "cpu").size == (20, 15)
+    result = compass("models")
+    assert result.code == 0 and [line.split()[0] for line in result.out.splitlines()] == ["profile", *INSTALLED, "idle"]
+    assert result.err.startswith(f"note: {idle / 'model.json'}: not JSON") and result.err.count("\n") == 1
+
+
+def test_models_as_json(idle):
+    *_, last = json.loads(compass("models", "--json").out)
+    assert last["profile"] == last["backbone"] == "idle" and last["identity"] == weights.identity(idle)
+    assert last["bytes"] == sum(path.stat().st_size for path in idle.iterdir()) and last["folder"] == str(idle)
+    assert [each["profile"] for each in json.loads(compass("models", "--json").out)] == [*INSTALLED, "idle"]
+
+
+def test_what_only_lists_is_light(tmp_path, small_file):
+    path = tmp_path / "a.cmps"
+    path.write_bytes(small_file)
+    for args in (["info", str(path)], ["models"], ["--version"]):
+        code = f"""
+import sys
+from compass_codec import cli
+try:
+    cli.main({args!r})
+except SystemExit as e:
+    assert not e.code
+print(*{{"torch", "compressai"}} & sys.modules.keys(), file=sys.stderr)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout and not done.stderr.strip(), (args, done.stderr)
