@@ -591,6 +591,25 @@ class TestCommand:
             output = self.run("base", "--data", data, "--resume", tmp_path / "run", "--device", "cpu")
             assert output.startswith("Error: ") and words in output and output.count("\n") == 1
 
+    @pytest.mark.parametrize(
+        "text", ["{", '{"profile": "x", "backbone": "lean", "purpose": "", "parts": ["x"], "format": 1}']
+    )
+    def test_a_set_that_is_not_trained_here_is_one_line(self, small, tmp_path, text):
+        """Before the first step, not after the last."""
+        (tmp_path / "model.json").write_text(text)
+        with pytest.raises(ValueError, match=r"model\.json: (not JSON|weights of the backbone lean)"):
+            load_parts(make_stage("base"), tmp_path)
+
+    def test_an_export_says_which_parts_it_has(self, small, tmp_path):
+        """What its model.json says besides is that of the set it went on from."""
+        spec = {"profile": "mine", "backbone": "mean_scale", "purpose": "", "parts": [*PARTS], "format": 1, "more": 1}
+        (tmp_path / "model.json").write_text(json.dumps(spec))
+        stage = make_stage("restore")
+        for trains, parts in (("liff",), PARTS), (("restoration",), (*PARTS, "restoration")):
+            stage.trains = trains
+            export(stage, tmp_path)
+            assert json.loads((tmp_path / "model.json").read_text()) == spec | {"parts": [*parts]}
+
     def test_bad_weights_are_one_line(self, small, folder, tmp_path):
         (tmp_path / "base.safetensors").write_bytes(b"damaged")
         for weights in (tmp_path, tmp_path / "base.safetensors", tmp_path / "none"):

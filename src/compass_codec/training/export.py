@@ -25,6 +25,7 @@ from compass_codec.training.stages import RatedCodec, Stage
 from compass_codec.weights import CARD, FORMAT, read_set
 
 DETAIL = ("d_a.", "d_s.", "h_d.")  # the networks of details
+BACKBONE = "mean_scale"
 REACH = 32  # hyper-latent symbols -REACH..REACH have a frequency of their own; beyond them, an escape
 
 
@@ -74,7 +75,7 @@ def describe(folder: Path) -> None:
     if (folder / CARD).exists():
         spec = read_set(folder).spec
     else:
-        spec = {"profile": "new", "backbone": "mean_scale", "purpose": "made by compass train", "format": FORMAT}
+        spec = {"profile": "new", "backbone": BACKBONE, "purpose": "made by compass train", "format": FORMAT}
     restored = (folder / f"{RESTORATION}.safetensors").exists()
     parts = [*PARTS, *([RESTORATION] if restored else [])]
     if spec.get("parts") != parts:
@@ -125,6 +126,8 @@ def load_parts(stage: Stage, folder: Path, size: str | None = None) -> set[str]:
 
     Raises ValueError naming the file that cannot be read or belongs to another architecture.
     """
+    if (folder / CARD).exists() and (backbone := read_set(folder).backbone) != BACKBONE:
+        raise ValueError(f"{folder / CARD}: weights of the backbone {backbone}; these stages train {BACKBONE}")
     if size is not None:
         stage.liff = LIFF(**SIZES[size])
     found = {part for part in (*PARTS, RESTORATION) if (folder / f"{part}.safetensors").exists()}
