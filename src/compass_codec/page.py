@@ -10,7 +10,6 @@ from html import escape
 from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,9 +29,11 @@ class Pane:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture that the server has: its path, and (width, height, bytes of file needed) of each size."""
+    """One picture that the server has: its name, its address, and (width, height, bytes of file needed) of each
+    size."""
 
     name: str
+    address: str
     sizes: list[tuple[int, int, int]]
 
 
@@ -89,7 +90,7 @@ def demo(pictures: Sequence[Picture]) -> str:
 
 
 def _section(picture: Picture) -> str:
-    address = escape(f"/{quote(picture.name)}")
+    address = escape(picture.address)
     top, whole = picture.sizes[-1][0], picture.sizes[-1][2]
     # layers of one width need one entry, or the browser complains
     widths = sorted({w for w, _, _ in picture.sizes})
