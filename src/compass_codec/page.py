@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -38,9 +39,11 @@ class Picture:
 
 
 def _fill(template: str, **values: str) -> str:
+    """A page out of a template. Where the name of a file is not UTF-8, U+FFFD stands for what cannot be shown."""
     folder = resources.files("compass_codec") / "templates"
     style = (folder / "style.css").read_text(encoding="utf-8")
-    return Template((folder / template).read_text(encoding="utf-8")).substitute(values, style=style)
+    html = Template((folder / template).read_text(encoding="utf-8")).substitute(values, style=style)
+    return os.fsencode(html).decode(errors="replace")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

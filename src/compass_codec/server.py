@@ -344,7 +344,7 @@ class App:
             if sizes:
                 # "photo.png" asks for photo.cmps as PNG, so that photo.png.cmps needs one more
                 address = f"{name}.png" if Path(name).suffix.lower() in (".cmps", *EXTENSIONS) else name
-                shown.append(page.Picture(_text(name), f"/{quote(os.fsencode(address))}", sizes))
+                shown.append(page.Picture(name, f"/{quote(os.fsencode(address))}", sizes))
         return page.demo(shown)
 
     def _names(self) -> Iterator[tuple[str, Path]]:
@@ -456,11 +456,6 @@ def _name(request: Request) -> str:
     return os.fsdecode(unquote_to_bytes(raw.partition(b"?")[0]).removeprefix(root).removeprefix(b"/"))
 
 
-def _text(name: str) -> str:
-    """A file name for people: what is not UTF-8 in it is replaced."""
-    return os.fsencode(name).decode(errors="replace")
-
-
 def _number(request: Request, name: str) -> int | None:
     text = request.query_params.get(name)
     if text is None:
@@ -540,7 +535,7 @@ def make_app(folder: Path, codec: Codec, settings: Settings | None = None) -> St
     app = App(folder, codec, settings or Settings())
 
     def line(status: int, text: str, headers: Mapping[str, str] | None = None) -> Response:
-        one = " ".join(_text(text).split())
+        one = " ".join(os.fsencode(text).decode(errors="replace").split())  # names need not be UTF-8
         return PlainTextResponse(f"{one}\n", status, headers=_always(status) | dict(headers or {}))
 
     async def refused(_: Request, e: Exception) -> Response:
