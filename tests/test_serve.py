@@ -279,6 +279,22 @@ def test_alpha_and_profile(start, tmp_path, codec):
     assert flat.headers["content-type"] == "image/jpeg" and flat.body == site.get("/x.jpg").body
 
 
+@pytest.mark.parametrize("width", [96, 70, 31])
+@pytest.mark.parametrize(("extension", "apart"), [("png", 1), ("webp", 6), ("avif", 6)])
+def test_edges_keep_their_colour(width, extension, apart):
+    """A disc of one colour on nothing: no other colour comes in from what is hidden."""
+    y, x = np.mgrid[:96, :96]
+    inside = np.hypot(x - 47.5, y - 47.5) < 40
+    colour = np.array([220, 60, 40])
+    pixels = np.concatenate([inside[..., None] * colour, inside[..., None] * 255], 2).astype(np.uint8)
+    body = server.render(Image.fromarray(pixels, "RGBA"), (width, width), extension)
+    got = np.asarray(Image.open(io.BytesIO(body)).convert("RGBA")).astype(int)
+    seen = got[got[..., 3] >= 16]
+    assert len(seen) > width and 0 in got[..., 3]
+    assert np.abs(seen[:, :3] - colour).mean(0).max() <= apart / 2
+    assert np.percentile(np.abs(seen[:, :3] - colour), 99) <= apart
+
+
 def test_types_that_cannot_hold_the_picture(start, tmp_path):
     for name, side in [("webp", 16384), ("avif", 32769), ("jpg", 65501)]:
         (tmp_path / f"{name}.cmps").write_bytes(made_up((1, 9), (1, side)))
