@@ -303,12 +303,8 @@ def render(image: Image.Image, size: tuple[int, int], extension: str) -> bytes:
     icc = image.info.get("icc_profile")
     if extension == "jpg" and image.mode == "RGBA":
         image = pictures.flatten(image)
-    if image.mode == "RGBA" and (image.size != size or extension in MODERN):
-        # Pillow would make hidden colours black, and a type with loss mixes them into the edges
-        colours, alphas = pictures.pyramid_alpha(pictures.split(image), [size])
-        image = pictures.with_alpha(colours[0], alphas[0] if alphas else None)
-    elif image.size != size:
-        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    if image.size != size or extension in MODERN:  # which mix hidden colours into edges
+        image = pictures.reduced(image, size)
     buffer = io.BytesIO()
     format, options = SAVING[extension]
     image.save(buffer, format, icc_profile=icc, **options)
