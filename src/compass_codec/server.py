@@ -14,12 +14,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from email.utils import formatdate, parsedate
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote_to_bytes
 
 import anyio
@@ -86,7 +86,7 @@ class File:
     """A .cmps file that is open: all that an answer is made of is read through it, also if another file takes its name
     meanwhile. ``version`` changes whenever the file does."""
 
-    opened: BinaryIO
+    opened: io.FileIO
     head: bytes
     header: container.Header
     size: int
@@ -132,7 +132,7 @@ def find(folder: Path, name: str, suffix: str = "cmps") -> Path | None:
 
 def load(path: Path) -> File:
     """Open a file and read its header. Raises CompassError and OSError."""
-    file = path.open("rb")
+    file = path.open("rb", buffering=0)  # a buffer would hold what is no longer there
     try:
         status = os.fstat(file.fileno())
         head = file.read(HEADER_READ)
@@ -169,6 +169,8 @@ class Stripped(io.RawIOBase):
         if not part:
             self.file.opened.seek(self.at - len(self.head) + len(self.file.head))
             part = self.file.opened.read(min(len(buffer), max(0, self.size - self.at)))
+            if not part and self.at < self.size:
+                raise EOFError("the file was cut off while it was sent")
         buffer[: len(part)] = part
         self.at += len(part)
         return len(part)
@@ -187,7 +189,7 @@ class OpenFileResponse(FileResponse):
         super().__init__(os.devnull, headers=headers, media_type=media_type, stat_result=status)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self.file:
+        with self.file, suppress(EOFError):  # the server then breaks the connection off
             await super().__call__({**scope, "extensions": {}}, receive, send)  # no server may send the path
 
     @asynccontextmanager
