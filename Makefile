@@ -68,9 +68,10 @@ train: install
 	$(BIN)/compass train restore $(PHOTOS) --minutes 4 --batch 32 --side 192 --lr 3e-4 --ema 0.998 $(GOES_ON)
 	$(BIN)/python -m compass_codec.training.tables $(RUN)/weights $(PHOTOS)
 
-fuzz: install  ## 100,000 broken files, then the coverage-guided fuzzer on the container
+fuzz: install  ## 100,000 broken files, 20,000 damaged pictures, then the coverage-guided fuzzer on the container
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0
 	cd tests && ../$(BIN)/python -W ignore mutate.py 100000
+	cd tests && ../$(BIN)/python -W ignore fuzz_pictures.py 20000
 	cd tests && ../$(BIN)/python fuzz_container.py -runs=1000000 -max_total_time=120
 
 golden: install  ## new golden files, after new weights

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import crop
+from conftest import crop, psnr
 from PIL import Image, ImageCms, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
@@ -402,6 +402,32 @@ def test_colours_do_not_bleed_out_of_what_is_hidden():
         assert layer.shape == (height, width, 3) and a.shape == (height, width) and layer.dtype == a.dtype == np.uint8
         assert (np.abs(layer.astype(int) - [255, 0, 0]) <= 1).all()
     assert (alphas[-1] == np.asarray(alpha)).all() and alphas[0].max() == 255 and alphas[0].min() == 0
+
+
+@pytest.mark.parametrize("size", [(24, 16), (12, 8), (5, 4), (2, 2)])
+def test_a_reduced_layer_has_no_colour_of_what_is_hidden(size):
+    """Red that shows, beside green that does not: for encoders that mix the two, the hidden is red as well."""
+    image = Image.new("RGBA", (24, 16), (0, 255, 0, 0))
+    alpha = mask(image.size)
+    image.paste((255, 0, 0), mask=alpha.point(lambda v: 255 * (v > 0)))
+    image.putalpha(alpha)
+    small = pictures.reduced(image, size)
+    assert small.mode == "RGBA" and small.size == size
+    assert (np.abs(np.asarray(small)[..., :3].astype(int) - [255, 0, 0]) <= 2).all()
+    assert np.abs(np.asarray(small.getchannel("A")).mean() - np.asarray(alpha).mean()) < 9
+    opaque = crop(24, 16)
+    assert psnr(pictures.reduced(opaque, (12, 8)), opaque.resize((12, 8), Image.Resampling.BICUBIC)) > 40
+
+
+def test_hidden_colours_do_not_bleed_through_a_lossy_encoder():
+    image = crop(64, 48)
+    hard = Image.new("L", image.size)
+    ImageDraw.Draw(hard).ellipse((7, 5, 50, 40), fill=255)
+    green = Image.composite(image, Image.new("RGB", image.size, (0, 255, 0)), hard)
+    green.putalpha(hard)
+    back = pictures.read(io.BytesIO(pictures.to_bytes(green, Path("x.webp")))).image
+    edge = np.asarray(hard.filter(ImageFilter.MinFilter(3))) < np.asarray(hard)
+    assert np.abs(np.asarray(back).astype(int) - np.asarray(image))[edge].mean() < 6
 
 
 def test_what_shows_at_the_top_is_exact_and_what_does_not_is_smooth():

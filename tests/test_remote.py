@@ -29,6 +29,10 @@ class Handler(BaseHTTPRequestHandler):
         if mode == "silent":
             server.stop.wait(5)
             return
+        if mode == "no reason":
+            self.send_response(404, "")
+            self.end_headers()
+            return
         if mode == "status":
             self.reply(404, b"<html>no such\nthing</html>")
             return
@@ -235,6 +239,7 @@ def test_limits_are_checked_before_anything_else_is_fetched():
     ("mode", "message"),
     [
         ("status", "404"),
+        ("no reason", "the server answers 404$"),
         ("loop", "302"),
         ("ftp", "ftp"),
         ("gzip", "gzip"),
@@ -288,7 +293,8 @@ def test_addresses_that_are_none(url):
 @pytest.mark.parametrize(
     ("url", "name"),
     [("http://h/a/photo.cmps?x=1#y", "photo.cmps"), ("http://h/a%20b.cmps", "a b.cmps"), ("http://h/", "decoded.cmps"),
-     ("http://h/x%2F..%2Fetc%2Fpasswd", "passwd"), ("http://h/a%00b", "ab"), ("http://h", "decoded.cmps")],
+     ("http://h/x%2F..%2Fetc%2Fpasswd", "passwd"), ("http://h/a%00b", "ab"), ("http://h", "decoded.cmps"),
+     ("http://[::1/x.cmps", "decoded.cmps")],
 )  # fmt: skip
 def test_names_of_outputs(url, name):
     assert str(remote.file_name(url)) == name
@@ -315,6 +321,8 @@ def test_decode_from_the_web(tmp_path, monkeypatch, small_file):
     with serving(small_file, "status") as server:
         result = compass("decode", server.url)
         assert result.code == 1 and result.err == f"compass: {server.url}: the server answers 404 Not Found\n"
+    result = compass("decode", "http://[::1/x.cmps")
+    assert result.code == 1 and result.err == "compass: http://[::1/x.cmps: cannot be fetched (Invalid IPv6 URL)\n"
 
 
 def test_info_from_the_web(tmp_path, small_file):

@@ -1,17 +1,23 @@
 """Files from strangers, and writes that are interrupted."""
 
+import io
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import fuzz_pictures
 import mutate
 import pytest
 import torch
 from conftest import compass, crop
+from PIL import Image
 
-from compass_codec import container
+import compass_codec
+from compass_codec import container, pictures
+from compass_codec.errors import PictureError
 
 
 def test_broken_files_give_a_picture_or_one_clean_error(codec):
@@ -161,3 +167,68 @@ def test_no_pickle_in_the_package():
         text = path.read_text()
         for word in ("torch.load", "pickle", "yaml.load", "eval(", "exec("):
             assert word not in text.replace(".eval(", ""), (path, word)
+
+
+def test_damaged_pictures_give_a_picture_or_one_clean_error():
+    """Of every format that Pillow reads here; its plugins raise much that is no OSError."""
+    outcomes = fuzz_pictures.run(600, seed=3)
+    assert outcomes.pop("picture") > 100 and {"OSError", "UnidentifiedImageError"} < set(outcomes)
+
+
+class Panic(BaseException):
+    """As plugins in Rust raise it."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, struct.error, OverflowError, MemoryError, Panic])
+def test_whatever_a_library_raises_is_an_error_of_the_picture(monkeypatch, error):
+    def fail(*args, **options):
+        raise error("one\n  two")
+
+    picture = crop(8, 6)
+    file = io.BytesIO(pictures.to_bytes(picture, Path("x.png")))
+    monkeypatch.setattr(Image.Image, "load", fail)
+    with pytest.raises(PictureError) as caught:
+        pictures.read(file)
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(PictureError):
+        compass_codec.encode(picture, [1])
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(PictureError):
+        pictures.to_bytes(picture, Path("x.png"))
+
+
+def test_ctrl_c_is_no_error_of_the_picture():
+    with pytest.raises(KeyboardInterrupt), pictures.library("damaged picture"):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".gif", ".tga", ".pcx", ".sgi", ".jpg", ".webp", ".ico"])
+def test_a_size_that_a_format_cannot_hold_is_refused(suffix):
+    """Some of these formats write garbage then, without an error."""
+    with pytest.raises(PictureError):
+        pictures.to_bytes(Image.new("RGB", (2, 70_000)), Path(f"x{suffix}"))
+    assert pictures.to_bytes(Image.new("RGB", (2, 300)), Path("x.png"))
+
+
+def test_a_failing_picture_does_not_end_the_batch(tmp_path, codec):
+    """An AVIF whose damage is no OSError, between two sound files."""
+    (tmp_path / "in").mkdir()
+    avif = pictures.to_bytes(crop(24, 16), Path("x.avif"))
+    broken = (bytes(avif[:i] + bytes([avif[i] ^ 255]) + avif[i + 1 :]) for i in range(len(avif) // 3, len(avif)))
+    (tmp_path / "in" / "b.avif").write_bytes(next(data for data in broken if raises_a_bug(data)))
+    for name in "ac":
+        crop(24, 16).save(tmp_path / "in" / f"{name}.png")
+    result = compass("encode", tmp_path / "in", "-s", "1", "--out-dir", tmp_path / "out", "-j", "1", "--device", "cpu")
+    assert result.code == 1 and len(result.err.splitlines()) == 1 and "b.avif: damaged picture" in result.err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.cmps", "c.cmps"]
+
+
+def raises_a_bug(data: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, EOFError):
+        return False
+    except Exception:
+        return True
+    return False

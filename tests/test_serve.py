@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import html
 import http.client
 import io
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -26,6 +28,8 @@ from compass_codec import container, remote
 
 pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
+
+from starlette.requests import Request  # noqa: E402
 
 from compass_codec import page, server  # noqa: E402
 
@@ -59,10 +63,15 @@ class Running:
         self.thread = threading.Thread(target=self.server.run, args=[[self.socket]], daemon=True)
         self.thread.start()
 
-    def get(self, path: str, method: str = "GET", **headers: str) -> Answer:
+    def get(self, path: str, method: str = "GET", **headers: str | list[str]) -> Answer:
+        """A header's lines, where it has several, are a list."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         with contextlib.closing(connection):
-            connection.request(method, path, headers={k.replace("_", "-"): v for k, v in headers.items()})
+            connection.putrequest(method, path, skip_accept_encoding=True)
+            for name, value in headers.items():
+                for line in [value] if isinstance(value, str) else value:
+                    connection.putheader(name.replace("_", "-"), line)
+            connection.endheaders()
             reply = connection.getresponse()
             return Answer(reply.status, {k.lower(): v for k, v in reply.getheaders()}, reply.read())
 
@@ -83,6 +92,21 @@ class Counted:
         self.decoded.append(layer)
         self.gate.wait(30)
         return self.codec.decode(data, layer, max_pixels)
+
+
+class Drawn:
+    """A codec that draws what the header of any file says, alpha opaque."""
+
+    def decode(self, data, layer, max_pixels):
+        header = container.read_header(data, max_pixels)
+        entry = header.layers[layer]
+        return Image.new("RGB", (entry.width, entry.height), "red")
+
+
+def made_up(*sizes: tuple[int, int]) -> bytes:
+    """A file of such layers whose bytes mean nothing."""
+    count = len(sizes)
+    return container.write("0123456789ab", sizes, range(1, count + 1), [50] * count, [b"x" * 50] * count)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +130,9 @@ def folder(tmp_path_factory, small_file) -> Path:
     (folder / "inside.cmps").symlink_to(folder / "photo.cmps")
     (folder / "circle.cmps").symlink_to(folder / "circle.cmps")
     (folder / "away").symlink_to(top)
+    for hidden in (folder / ".hidden.cmps", folder / ".git" / "x.cmps", folder / "more" / ".git" / "x.cmps"):
+        hidden.parent.mkdir(exist_ok=True)
+        hidden.write_bytes(small_file)
     return folder
 
 
@@ -213,9 +240,11 @@ def test_negotiation(accept, kind):
     assert server.negotiate(accept) == kind
 
 
-def test_transparent_pictures_do_not_become_jpeg():
+def test_transparent_pictures_become_jpeg_only_for_those_who_take_nothing_else():
     assert server.negotiate("*/*", opaque=False) == "png"
-    assert server.negotiate("image/jpeg", opaque=False) is None
+    assert server.negotiate("image/jpeg, image/png;q=0.1", opaque=False) == "png"
+    assert server.negotiate("image/jpeg", opaque=False) == "jpg"
+    assert server.negotiate("image/jpeg;q=0", opaque=False) is None
     assert server.negotiate(CHROME, opaque=False) == "avif"
 
 
@@ -246,7 +275,45 @@ def test_alpha_and_profile(start, tmp_path, codec):
         image = site.get(f"/x{query}", accept=accept).image
         assert (image.format, image.mode) == (kind, mode) and image.info["icc_profile"] == profile
         assert not image.getexif(), "not on the web"
-    assert site.get("/x", accept="image/jpeg").status == 406
+    flat = site.get("/x", accept="image/jpeg")
+    assert flat.headers["content-type"] == "image/jpeg" and flat.body == site.get("/x.jpg").body
+
+
+@pytest.mark.parametrize("width", [96, 70, 31])
+@pytest.mark.parametrize(("extension", "apart"), [("png", 1), ("webp", 6), ("avif", 6)])
+def test_edges_keep_their_colour(width, extension, apart):
+    """A disc of one colour on nothing: no other colour comes in from what is hidden."""
+    y, x = np.mgrid[:96, :96]
+    inside = np.hypot(x - 47.5, y - 47.5) < 40
+    colour = np.array([220, 60, 40])
+    pixels = np.concatenate([inside[..., None] * colour, inside[..., None] * 255], 2).astype(np.uint8)
+    body = server.render(Image.fromarray(pixels, "RGBA"), (width, width), extension)
+    got = np.asarray(Image.open(io.BytesIO(body)).convert("RGBA")).astype(int)
+    seen = got[got[..., 3] >= 16]
+    assert len(seen) > width and 0 in got[..., 3]
+    assert np.abs(seen[:, :3] - colour).mean(0).max() <= apart / 2
+    assert np.percentile(np.abs(seen[:, :3] - colour), 99) <= apart
+
+
+def test_types_that_cannot_hold_the_picture(start, tmp_path):
+    for name, side in [("webp", 16384), ("avif", 32769), ("jpg", 65501)]:
+        (tmp_path / f"{name}.cmps").write_bytes(made_up((1, 9), (1, side)))
+    site = start(tmp_path, Drawn())
+    for name, accept, kind in [
+        ("webp", "image/webp,*/*", "JPEG"),
+        ("webp", "image/avif;q=0.9,image/webp", "AVIF"),
+        ("avif", CHROME, "JPEG"),
+        ("jpg", CHROME, "PNG"),
+        ("jpg", "*/*", "PNG"),
+    ]:
+        image = site.get(f"/{name}", accept=accept).image
+        assert image.format == kind and image.size[1] == server.SIDES[name] + 1
+        answer = site.get(f"/{name}.{name}")
+        assert answer.status == 400 and f"{server.SIDES[name]} pixels" in answer.line
+        assert site.get(f"/{name}.{name}?h=9").image.size == (1, 9), "smaller ones it holds"
+        assert site.get(f"/{name}?h=9", accept=f"image/{kind.lower()}").image.format == kind
+    answer = site.get("/webp", accept="image/webp")
+    assert answer.status == 406 and "image/webp" not in answer.line and "image/png" in answer.line
 
 
 def test_validation(site):
@@ -271,9 +338,76 @@ def test_a_file_that_changes_has_another_tag(start, tmp_path, codec, small_file)
     assert second.status == 200 and second.image.size == (40, 30)
 
 
-def test_head(site):
-    answer = site.get("/photo.png?w=20", method="HEAD")
-    assert answer.status == 200 and answer.body == b"" and int(answer.headers["content-length"]) > 100
+def test_head_decodes_nothing_and_knows_no_ranges(start, folder, codec, small_file):
+    counted = Counted(codec)
+    site = start(folder, counted)
+    head = site.get("/photo.png?w=20", method="HEAD")
+    assert head.status == 200 and head.body == b"" and counted.decoded == []
+    got = site.get("/photo.png?w=20")
+    assert "content-length" not in head.headers, "which is not known"
+    for name in ("content-type", "etag", "last-modified", "cache-control"):
+        assert head.headers[name] == got.headers[name]
+    head = site.get("/photo.cmps", method="HEAD", Range="bytes=10-99")
+    assert head.status == 200 and head.headers["content-length"] == str(len(small_file))
+
+
+@pytest.mark.parametrize("path", ["/photo.png?w=20", "/photo?w=20", "/photo.cmps"])
+def test_preconditions(site, path):
+    first = site.get(path)
+    etag, date = first.headers["etag"], first.headers["last-modified"]
+    long_ago = "Mon, 01 Jan 2001 00:00:00 GMT"
+    for headers in ({"If_Match": '"other"'}, {"If_Match": f"W/{etag}"}, {"If_Unmodified_Since": long_ago},
+                    {"If_Match": '"other"', "If_None_Match": etag}):  # fmt: skip
+        answer = site.get(path, **headers)
+        assert answer.status == 412 and answer.line
+    for headers in ({"If_Match": "*"}, {"If_Match": f'"other", {etag}'}, {"If_Match": ['"other"', etag]},
+                    {"If_Unmodified_Since": date}, {"If_Unmodified_Since": "nonsense"},
+                    {"If_Match": etag, "If_Unmodified_Since": long_ago}):  # fmt: skip
+        assert site.get(path, **headers).body == first.body
+    assert site.get(path, If_Match=etag, If_None_Match=etag).status == 304
+    assert site.get(path, If_None_Match=['"other"', etag]).status == 304, "several lines are one list"
+
+
+def test_several_accept_lines_are_one_list(site):
+    assert site.get("/photo?w=20", accept=["text/html", "image/png"]).image.format == "PNG"
+    assert site.get("/photo?w=20", accept=["image/png;q=0.5", "image/webp"]).image.format == "WEBP"
+
+
+def test_ranges_that_are_ignored(site, small_file):
+    for unit in ("pages=1-2", "nonsense", "Bytes", "seconds=0-1, bytes=0-9"):
+        answer = site.get("/photo.cmps", Range=unit)
+        assert answer.status == 200 and answer.body == small_file, unit
+    assert site.get("/photo.cmps", Range="BYTES=0-9").body == small_file[:10]
+
+
+def test_several_ranges(site, small_file):
+    answer = site.get("/photo.cmps", Range="bytes=0-9,100-109,-5")
+    assert answer.status == 206 and answer.headers["content-type"].startswith("multipart/byteranges")
+    assert all(part in answer.body for part in (small_file[:10], small_file[100:110], small_file[-5:]))
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status", "kept"),
+    [
+        ("/", {}, 200, "no-cache"),
+        ("/photo.png?w=20", {}, 200, "public, max-age=3600"),
+        ("/photo.png?w=20", {"If_None_Match": "*"}, 304, "public, max-age=3600"),
+        ("/photo.cmps", {"If_None_Match": "*"}, 304, "public, max-age=3600"),
+        ("/photo.cmps", {"Range": "bytes=0-9"}, 206, "public, max-age=3600"),
+        ("/photo.cmps", {"Range": "bytes=9999999-"}, 416, "no-store"),
+        ("/photo.cmps", {"Range": "bytes=9-1"}, 400, "no-store"),
+        ("/photo.png", {"If_Match": '"other"'}, 412, "no-store"),
+        ("/photo", {"accept": "text/html"}, 406, "no-store"),
+        ("/photo.png?w=0", {}, 400, "no-store"),
+        ("/none", {}, 404, "no-store"),
+        ("/photo.png", {"method": "POST"}, 405, "no-store"),
+        ("/damaged.png", {}, 500, "no-store"),
+    ],
+)
+def test_what_every_answer_has(site, path, headers, status, kept):
+    answer = site.get(path, **headers)
+    assert answer.status == status and answer.headers["cache-control"] == kept
+    assert answer.headers["x-content-type-options"] == "nosniff" and "content-security-policy" in answer.headers
 
 
 def test_the_file_itself_in_ranges(site, small_file):
@@ -290,6 +424,38 @@ def test_the_file_itself_in_ranges(site, small_file):
     assert site.get("/photo.cmps", Range=f"bytes={len(small_file)}-").status == 416
 
 
+def test_metadata_stays_here(start, tmp_path, codec):
+    """Not only out of decoded pictures; the rest of the file, alpha and profile too, is as it was."""
+    picture = crop(24, 16).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize((24, 16)))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = container.attach(codec.encode(picture, [1, 2], 50).data, container.Sections())
+    alpha = container.sections(header := container.read_header(full := codec.encode(picture, [1, 2]).data), full).alpha
+    assert sorted(alpha) == [0, 1]
+    secret = {"exif": b"II*\0\x08\0\0\0\0\0 GPS", "xmp": b"<GPS>"}
+    for name, kept in [("all", {"icc": profile, "alpha": alpha}), ("none", {})]:
+        there = container.attach(plain if name == "none" else full, container.Sections(**kept, **secret))
+        (tmp_path / f"{name}.cmps").write_bytes(there)
+        expected = container.attach(there, container.Sections(**kept))
+        site = start(tmp_path, codec)
+        answer = site.get(f"/{name}.cmps")
+        assert answer.body == expected and b"GPS" not in answer.body and b"GPS" in there
+        assert answer.headers["content-length"] == str(len(expected))
+        for first, last in [
+            (0, 9),
+            (3, len(expected) - 5),
+            (header.length, 2 * header.length),
+            (5, len(expected) + 99),
+        ]:
+            assert site.get(f"/{name}.cmps", Range=f"bytes={first}-{last}").body == expected[first : last + 1]
+        found = remote.read_prefix(f"http://127.0.0.1:{site.port}/{name}.cmps", None, metadata=True)
+        assert found.data == expected and found.tail == b""
+        end = container.read_header(there).layers[0].end
+        (tmp_path / "cut.cmps").write_bytes(there[: end + 2])
+        shorter = site.get("/cut.cmps").body
+        assert codec.decode(shorter).size == (12, 8) and expected.startswith(shorter)
+
+
 def test_our_own_client_reads_it(site, small_file):
     found = remote.read_prefix(f"http://127.0.0.1:{site.port}/photo.cmps", 1)
     assert found.data == small_file[: found.header.layers[1].end]
@@ -301,7 +467,8 @@ def test_our_own_client_reads_it(site, small_file):
      "/%2e%2e/secret.png", "/..%2fsecret.cmps", "/more/../../secret.png", "/more/%2e%2e/%2e%2e/secret.cmps",
      "/../pictures-too/secret.png", "/away/secret.png", "/away/secret.cmps", "/link.png", "/link.cmps", "/circle.png",
      "//etc/passwd", "/%00", "/photo%00.png", "/photo.png/", "/more", "/more/", "/" + "x" * 5000, "/%ff.png",
-     "/photo.tiff", "/..", "/."],
+     "/photo.tiff", "/..", "/.", "/.hidden", "/.hidden.png", "/.hidden.cmps", "/.git/x.png", "/.git/x.cmps", "/.git/x",
+     "/more/.git/x.png", "/./photo.png", "/photo.cmps/x.png", "/photo.png%0a"],
 )  # fmt: skip
 def test_nothing_else_is_served(site, path):
     answer = site.get(path)
@@ -313,7 +480,45 @@ def test_links_and_folders_inside_are_served(site):
     assert site.get("/more/a%20b%2Cc.png?w=20").image.size == (20, 15)
 
 
-@pytest.mark.parametrize("query", ["w=0", "w=-5", "w=abc", "w=1.5", "h=", "w=99999999", "h=%C2%B2", "w=1e3", "w=+5"])
+def test_all_kinds_of_names(start, tmp_path):
+    """The page shows all of them, each at an address where it is."""
+    names = [
+        b"photo",
+        b"photo.png",
+        b"photo.JPEG",
+        b"x.cmps",
+        b"new\nline",
+        b"bad\xff",
+        b"a?b#c%20d",
+        "\u00e9".encode(),
+    ]
+    for width, name in enumerate(names, 10):
+        (tmp_path / os.fsdecode(name + b".cmps")).write_bytes(made_up((width, 5)))
+    (tmp_path / "UP.CMPS").write_bytes(made_up((8, 5)))
+    (tmp_path / "both.cmps").write_bytes(made_up((9, 5)))
+    (tmp_path / "both.CMPS").write_bytes(made_up((1, 5)))
+    site = start(tmp_path, Drawn())
+    answer = site.get("/")
+    found = re.findall(r'<img src="(.*?)".* width="(\d+)" *\n? *height="5"', answer.body.decode())
+    assert sorted(int(width) for _, width in found) == [8, 9, *range(10, 10 + len(names))]
+    for address, width in found:
+        answer = site.get(html.unescape(address))
+        assert answer.status == 200 and answer.image.size == (int(width), 5), address
+    assert site.get("/UP.png").image.size == (8, 5)
+    assert site.get("/UP.cmps").body == site.get("/UP.CMPS").body == made_up((8, 5))
+    assert site.get("/both.CMPS").body == made_up((1, 5)), "as it is asked for"
+    assert site.get("/bad%ff.png").image.size == (15, 5) and site.get("/bad%fe.png").line
+    assert site.get("/new%0aline.png").image.size == (14, 5) and site.get("/new%0alines.png").line
+
+
+def test_too_large_a_size_says_so(site):
+    for text in ("10000000", "9" * 6000):
+        answer = site.get(f"/photo.png?w={text}")
+        assert answer.status == 400 and answer.line == "w is too large; it may be 9999999 pixels at most\n"
+    assert site.get("/photo.png?w=00000000020").image.size == (20, 15)
+
+
+@pytest.mark.parametrize("query", ["w=0", "w=-5", "w=abc", "w=1.5", "h=", "w=00000000", "h=%C2%B2", "w=1e3", "w=+5"])
 def test_bad_sizes(site, query):
     answer = site.get(f"/photo.png?{query}")
     assert answer.status == 400 and answer.line.startswith(f"{query[0]} must be a whole number")
@@ -339,13 +544,29 @@ def test_weights_that_are_not_here(start, tmp_path, codec):
     assert answer.status == 500 and "0123456789ab" in answer.line
 
 
-def test_a_bug_is_one_line_too(start, folder, capfd):
+@pytest.mark.parametrize("error", [ZeroDivisionError, RuntimeError, MemoryError, struct.error, EOFError])
+def test_whatever_a_library_raises_is_one_line(start, folder, monkeypatch, caplog, error):
     class Broken:
         def decode(self, *_, **__):
-            raise ZeroDivisionError("secret")
+            raise error("secret\nof two lines")
 
-    answer = start(folder, Broken()).get("/photo.png")
+    def answer(codec):
+        answer = start(folder, codec).get("/photo.png")
+        assert answer.status == 500 and answer.line.startswith("/photo.png: ") and "secret" not in answer.line
+        assert answer.headers["cache-control"] == "no-store"
+
+    answer(Broken())
+    assert [len(record.getMessage().splitlines()) for record in caplog.records] == [1]
+    monkeypatch.setattr(Image.Image, "save", Broken().decode)
+    answer(Drawn())
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_a_bug_elsewhere_is_one_line_too(start, folder, codec, monkeypatch):
+    monkeypatch.setattr(page, "demo", lambda _: 1 / 0)
+    answer = start(folder, codec).get("/")
     assert answer.status == 500 and answer.line == "the server failed\n"
+    assert answer.headers["cache-control"] == "no-store" and answer.headers["x-content-type-options"] == "nosniff"
 
 
 def test_the_limit_on_pixels(start, folder, codec):
@@ -354,8 +575,8 @@ def test_the_limit_on_pixels(start, folder, codec):
     for query in ("", "?w=41"):
         answer = site.get(f"/photo.png{query}")
         assert answer.status == 400 and "80 x 60" in answer.line
-    html = site.get("/").body.decode()
-    assert "?w=40 40w" in html and "80w" not in html
+    text = site.get("/").body.decode()
+    assert "?w=40 40w" in text and "80w" not in text
 
 
 def test_decoded_layers_are_kept(start, folder, codec):
@@ -417,27 +638,134 @@ def test_busy(start, folder, codec):
 def test_one_who_leaves_does_not_stop_the_others(folder, codec):
     counted = Counted(codec)
     counted.gate.clear()
-    layers = server.Layers(counted, server.Settings())
-    file = server.load(folder / "photo.cmps")
+    app = server.App(folder, counted, server.Settings())
+    scope = {"type": "http", "method": "GET", "headers": [], "query_string": b"w=20", "path": "/photo.png",
+             "raw_path": b"/photo.png", "path_params": {"name": "photo.png"}}  # fmt: skip
 
     async def both():
-        first, second = (asyncio.create_task(layers.get(file, 0)) for _ in range(2))
-        await asyncio.sleep(0.05)
+        first, second = (asyncio.create_task(app.picture(Request(scope))) for _ in range(2))
+        await asyncio.to_thread(wait_for, lambda: counted.decoded)
         first.cancel()
+        await asyncio.sleep(0.05)
         counted.gate.set()
         return await second
 
-    assert asyncio.run(both()).size == (20, 15)
+    assert Image.open(io.BytesIO(asyncio.run(both()).body)).size == (20, 15)
+    assert counted.decoded == [0]
+
+
+class Waiting:
+    """One request holds up the only decode, and another one waits, until ``go``."""
+
+    def __init__(self, start, folder, codec, path: str) -> None:
+        (folder / "slow.cmps").write_bytes(made_up((9, 9)))
+        self.codec = codec
+        codec.gate.clear()
+        self.site = start(folder, codec)
+        self.answers: dict[str, Answer] = {}
+        self.threads = [threading.Thread(target=self.ask, args=[path]) for path in ("/slow.png", path)]
+        self.threads[0].start()
+        wait_for(lambda: codec.decoded)
+        self.threads[1].start()
+        wait_for(lambda: self.site.server.config.app.state.layers._jobs.qsize())
+
+    def ask(self, path: str) -> None:
+        self.answers[path] = self.site.get(path)
+
+    def go(self) -> None:
+        self.codec.gate.set()
+        for thread in self.threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("size", [(5, 9), (3, 2), (9, 5)])
+def test_a_file_replaced_while_a_request_waits(start, tmp_path, size):
+    """Every answer is made of one file: the one that its ETag stands for."""
+    (tmp_path / "x.cmps").write_bytes(made_up((9, 5)))
+    (tmp_path / "new").write_bytes(made_up((1, 1), size))
+    waiting = Waiting(start, tmp_path, Counted(Drawn()), "/x.png")
+    (tmp_path / "new").rename(tmp_path / "x.cmps")
+    waiting.go()
+    answer = waiting.answers["/x.png"]
+    assert answer.status == 200 and answer.image.size == (9, 5)
+    after = waiting.site.get("/x.png")
+    assert after.image.size == size and after.headers["etag"] != answer.headers["etag"]
+
+
+def test_a_file_deleted_while_a_request_waits(start, tmp_path):
+    (tmp_path / "x.cmps").write_bytes(made_up((9, 5)))
+    waiting = Waiting(start, tmp_path, Counted(Drawn()), "/x.png")
+    (tmp_path / "x.cmps").unlink()
+    waiting.go()
+    answer = waiting.answers["/x.png"]
+    assert answer.status == 404 and "x" in answer.line
+
+
+def test_a_file_deleted_between_finding_and_opening(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "find", lambda folder, name, suffix="cmps": folder / "gone.cmps")
+    site = start(tmp_path, Drawn())
+    for path in ("/gone.png", "/gone", "/gone.cmps"):
+        answer = site.get(path)
+        assert answer.status == 404 and answer.line
+
+
+def test_a_file_replaced_before_it_is_sent(tmp_path):
+    """What is open is sent, with the length and the tag of the same file."""
+    (tmp_path / "x.cmps").write_bytes(old := made_up((9, 5)))
+    app = server.App(tmp_path, Drawn(), server.Settings())
+    scope = {"type": "http", "method": "GET", "headers": [], "raw_path": b"/x.cmps", "asgi": {"spec_version": "2.4"}}
+    sent: list[dict] = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def ask():
+        response = await app.picture(Request(scope))
+        (tmp_path / "new").write_bytes(made_up((1, 1), (2, 2)))
+        (tmp_path / "new").rename(tmp_path / "x.cmps")
+        await response(scope, None, send)
+        assert response.file.file.opened.closed
+
+    asyncio.run(ask())
+    assert b"".join(message["body"] for message in sent[1:]) == old
+    assert (b"content-length", str(len(old)).encode()) in sent[0]["headers"]
+
+
+def test_a_file_cut_off_while_it_is_sent(start, tmp_path, monkeypatch, caplog):
+    """The client gets less than was promised, and knows; there is no traceback."""
+    path = tmp_path / "x.cmps"
+    path.write_bytes(container.write("0123456789ab", [(9, 5)], [1], [50], [b"x" * 100_000]))
+    to_response = server.OpenFileResponse.__init__
+
+    def cutting(self, *args):
+        to_response(self, *args)
+        os.truncate(path, 70_000)
+
+    monkeypatch.setattr(server.OpenFileResponse, "__init__", cutting)
+    with pytest.raises(http.client.IncompleteRead):
+        start(tmp_path, Drawn()).get("/x.cmps")
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_a_file_written_over_while_it_is_read(tmp_path):
+    (tmp_path / "x.cmps").write_bytes(made_up((9, 5)))
+    for other in (made_up((5, 9)), made_up((9, 5))[:-9]):
+        with server.load(tmp_path / "x.cmps") as file:
+            (tmp_path / "x.cmps").write_bytes(other)
+            with pytest.raises(server.HTTPException) as error:
+                file.read(0)
+        assert error.value.status_code == 503
+        (tmp_path / "x.cmps").write_bytes(made_up((9, 5)))
 
 
 def test_the_demo_page(site, tmp_path, small_file):
     answer = site.get("/")
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
-    html = answer.body.decode()
-    assert 'srcset="/photo?w=20 20w, /photo?w=40 40w, /photo?w=80 80w"' in html
+    text = answer.body.decode()
+    assert 'srcset="/photo?w=20 20w, /photo?w=40 40w, /photo?w=80 80w"' in text
     for entry in container.read_header(small_file).layers:
-        assert f"<td>{entry.width} x {entry.height}</td><td>{entry.end}</td>" in html
-    assert "secret" not in html and "notes" not in html and "link.cmps" not in html
+        assert f"<td>{entry.width} x {entry.height}</td><td>{entry.end}</td>" in text
+    assert not any(name in text for name in ("secret", "notes", "link.cmps", "hidden", "git"))
     with browser(tmp_path / "profile") as driver:
         driver.get(f"http://127.0.0.1:{site.port}/")
         driver.execute_script("for (const i of document.images) i.loading = 'eager'")

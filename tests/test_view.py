@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 from pathlib import Path
 
@@ -148,6 +149,15 @@ def test_names_are_text(tmp_path, small_file):
     assert "<b>" not in html and "&lt;b&gt;&amp;&#x27;$title.cmps" in html
 
 
+def test_names_that_are_not_utf8(tmp_path, small_file):
+    path, source = (tmp_path / os.fsdecode(name) for name in (b"bad\xff.cmps", b"\xfe.png"))
+    path.write_bytes(small_file)
+    crop(80, 60).save(source)
+    assert compass("view", path, "--source", source, "--quiet").code == 0
+    html = path.with_suffix(".html").read_text()
+    assert "bad\ufffd.cmps" in html and "\ufffd.png" in html
+
+
 def test_what_is_refused(folder, tmp_path, small_file):
     path = tmp_path / "photo.cmps"
     path.write_bytes(small_file)
@@ -155,6 +165,8 @@ def test_what_is_refused(folder, tmp_path, small_file):
     (tmp_path / "text.cmps").write_text("no such file")
     for args in (
         [tmp_path / "none.cmps"],
+        [tmp_path],
+        [Path()],
         [tmp_path / "text.cmps"],
         [path, "--source", tmp_path / "other.png"],
         [path, "--source", tmp_path / "none.png"],

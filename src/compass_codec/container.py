@@ -282,6 +282,23 @@ def extract(data: bytes, layer: int, tail: bytes = b"", strip: bool = False) -> 
     return _rewrite(header, [payload(header, data, k) for k in range(last + 1)], kept)
 
 
+def strip_header(header: Header, data: bytes) -> bytes:
+    """The header's bytes, with which ``data`` begins, without EXIF and XMP, which lie behind all layers: with the same
+    bytes behind it, up to the last layer's end, it is a file that never had them."""
+    entries = [
+        bytes([entry.kind, entry.layer]) + _varint(entry.length) + struct.pack("<I", entry.checksum)
+        for entry in header.sections
+    ]
+    kept = [e for e, entry in zip(entries, header.sections, strict=True) if KINDS[entry.kind].place is not Place.LAST]
+    if len(kept) == len(entries):
+        return data[: header.length]
+    table = bytes([len(kept)]) + b"".join(kept) if kept else b""
+    head = bytearray(data[: header.length - 4 - 1 - sum(map(len, entries))] + table)
+    if not kept:
+        head[len(MAGIC) + 1] &= ~WITH_SECTIONS
+    return bytes(head) + struct.pack("<I", zlib.crc32(head))
+
+
 def _rewrite(header: Header, payloads: list[bytes], sections: Sections) -> bytes:
     layers = header.layers[: len(payloads)]
     sizes = [(e.width, e.height) for e in layers]

@@ -1,8 +1,16 @@
 """What can go wrong with data; every error is a ValueError whose message is one line for a person."""
 
 
+def one_line(text: object) -> str:
+    """A message as one line, whatever the library that wrote it broke it into."""
+    return " ".join(line.strip() for line in str(text).splitlines() if line.strip())
+
+
 class CompassError(ValueError):
     """Base of all errors of this package."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(message))
 
 
 class FormatError(CompassError):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,16 +30,20 @@ class Pane:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture that the server has: its path, and (width, height, bytes of file needed) of each size."""
+    """One picture that the server has: its name, its address, and (width, height, bytes of file needed) of each
+    size."""
 
     name: str
+    address: str
     sizes: list[tuple[int, int, int]]
 
 
 def _fill(template: str, **values: str) -> str:
+    """A page out of a template. Where the name of a file is not UTF-8, U+FFFD stands for what cannot be shown."""
     folder = resources.files("compass_codec") / "templates"
     style = (folder / "style.css").read_text(encoding="utf-8")
-    return Template((folder / template).read_text(encoding="utf-8")).substitute(values, style=style)
+    html = Template((folder / template).read_text(encoding="utf-8")).substitute(values, style=style)
+    return os.fsencode(html).decode(errors="replace")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -89,7 +93,7 @@ def demo(pictures: Sequence[Picture]) -> str:
 
 
 def _section(picture: Picture) -> str:
-    address = escape(f"/{quote(picture.name)}")
+    address = escape(picture.address)
     top, whole = picture.sizes[-1][0], picture.sizes[-1][2]
     # layers of one width need one entry, or the browser complains
     widths = sorted({w for w, _, _ in picture.sizes})

@@ -8,7 +8,8 @@ import os
 import struct
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from compass_codec.errors import DamagedError, PictureError
+from compass_codec.errors import CompassError, DamagedError, PictureError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +38,31 @@ WORDS = {"P": "palette", "PA": "palette", "1": "1-bit samples"} | dict.fromkeys(
 IFDS = (0x8769, 0x8825)  # tags that point to the EXIF and GPS tags
 ORIENTATION, XMP_TAG = 0x0112, 700
 DESCRIPTIVE = (270, 271, 272, 305, 306, 315, 316, 33432, *IFDS)  # words, device, time, owner
+
+
+@contextmanager
+def library(what: str, kind: type[CompassError] = PictureError) -> Iterator[None]:
+    """Around every call of a library that reads or writes a picture: whatever it raises is one ``kind`` of error, which
+    says ``what`` is wrong and why.
+
+    No list of exceptions would do. Pillow and its plugins raise whatever their parsers stumble over (RuntimeError,
+    IndexError, struct.error, ...), and those in Rust panics that are no Exception.
+    """
+    try:
+        with warnings.catch_warnings():
+            # of bad metadata, which the notes tell, and of size, where an error follows at twice as much
+            warnings.simplefilter("ignore")
+            yield
+    except (CompassError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except Image.UnidentifiedImageError as e:
+        raise kind("not a picture that Pillow can read") from e
+    except Image.DecompressionBombError as e:
+        raise kind(f"the picture is too large ({str(e).split(', could')[0]})") from e
+    except MemoryError as e:
+        raise kind("not enough memory") from e
+    except BaseException as e:
+        raise kind(getattr(e, "strerror", None) or f"{what} ({str(e) or type(e).__name__})") from e
 
 
 class Extras(Protocol):
@@ -66,20 +92,8 @@ class Source:
 def read(path: Path | BinaryIO) -> Source:
     """Open a picture, upright as its EXIF orientation says. CMYK and grey profiles are applied; the RGB pixels are then
     sRGB and carry none. Raises PictureError; also for an animation and for samples of 32 bits."""
-    try:
-        with warnings.catch_warnings():
-            # of bad metadata, which the notes tell, and of size, where an error follows at twice as much
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                return _source(image)
-    except PictureError:
-        raise
-    except Image.UnidentifiedImageError as e:
-        raise PictureError("not a picture that Pillow can read") from e
-    except Image.DecompressionBombError as e:
-        raise PictureError(f"the picture is too large ({str(e).split(', could')[0]})") from e
-    except (OSError, SyntaxError, ValueError, EOFError) as e:
-        raise PictureError(getattr(e, "strerror", None) or f"damaged picture ({e})") from e
+    with library("damaged picture"), Image.open(path) as image:
+        return _source(image)
 
 
 def _source(image: Image.Image) -> Source:
@@ -178,11 +192,16 @@ def _exif(image: Image.Image) -> bytes | None:
 
 
 def split(image: Image.Image) -> Source:
-    """The pixels of a Pillow image: RGB and, unless it is opaque, alpha. Raises PictureError for samples of 32 bits."""
-    rgba = _to_rgba(image)
-    if rgba is None or rgba.getchannel("A").getextrema() == (255, 255):
-        return Source(rgba.convert("RGB") if rgba else to_rgb(image))
-    return Source(rgba.convert("RGB"), rgba.getchannel("A"))
+    """The pixels of a Pillow image: RGB and, unless it is opaque, alpha. Raises PictureError; also for samples of 32
+    bits and where there are no pixels."""
+    if not (image.width and image.height):
+        raise PictureError(f"a picture of {image.width} x {image.height} has no pixels")
+    with library("damaged picture"):
+        image.load()
+        rgba = _to_rgba(image)
+        if rgba is None or rgba.getchannel("A").getextrema() == (255, 255):
+            return Source(rgba.convert("RGB") if rgba else to_rgb(image))
+        return Source(rgba.convert("RGB"), rgba.getchannel("A"))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -225,6 +244,35 @@ def pyramid_alpha(source: Source, sizes: Sequence[tuple[int, int]]) -> tuple[lis
             reduced = values if size == band.size else _weighted_mean(weighted, weight, size, alpha)
             layer[..., channel] = _filled(reduced, alpha > 0).round().clip(0, 255)
     return layers, alphas
+
+
+def reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A decoded layer, RGB or RGBA, reduced to ``size`` (width, height), bicubic, to be shown or given to any encoder.
+
+    Colours are weighted by their alpha, so that what is hidden does not bleed into edges, and pixels that do not show
+    at all get the colours of their neighbours (see ``filled``); also where the size stays as it is.
+    """
+    if image.mode != "RGBA":
+        return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    # as Pillow's reducing_gap does it: a box filter takes most of a large layer away, weighted by alpha too
+    factor = max(1, int(image.width / size[0] / 3)), max(1, int(image.height / size[1] / 3))
+    near = image if factor == (1, 1) else image.reduce(factor)
+    colours, alpha = near.convert("RGB"), near.getchannel("A")
+    layers, alphas = pyramid_alpha(Source(colours, alpha), [size])
+    return with_alpha(layers[0], alphas[0])
+
+
+def filled(image: Image.Image) -> Image.Image:
+    """An RGBA picture whose fully hidden pixels (alpha 0) have the colours of their neighbours: what a lossy encoder
+    mixes into edges, and what costs it few bits."""
+    import numpy as np
+
+    pixels = np.array(image)
+    known = pixels[..., 3] > 0
+    for channel in range(0 if known.all() else 3):
+        found = _filled(pixels[..., channel].astype(np.float32), known)
+        pixels[..., channel] = found.round().clip(0, 255)
+    return Image.fromarray(pixels)
 
 
 def _weighted_mean(weighted: Image.Image, weight: Image.Image, size: tuple[int, int], alpha: np.ndarray) -> np.ndarray:
@@ -281,13 +329,9 @@ def alpha_from_bytes(data: bytes, size: tuple[int, int]) -> np.ndarray:
         raise DamagedError("alpha is neither a lossless WebP nor an 8-bit grey PNG")
     if found != size:
         raise DamagedError(f"alpha of {found[0]} x {found[1]} in a layer of {size[0]} x {size[1]}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the header's limit on pixels holds
-            image = Image.open(io.BytesIO(data), formats=["WEBP", "PNG"])
-            return np.array(image if image.mode == "L" else image.getchannel("G"))
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as e:
-        raise DamagedError(f"alpha does not decode ({e})") from e
+    with library("alpha does not decode", DamagedError):  # the header's limit on pixels holds
+        image = Image.open(io.BytesIO(data), formats=["WEBP", "PNG"])
+        return np.array(image if image.mode == "L" else image.getchannel("G"))
 
 
 def with_alpha(picture: np.ndarray, alpha: np.ndarray | None) -> Image.Image:
@@ -337,15 +381,24 @@ def to_bytes(image: Image.Image, path: Path, extras: Extras | None = None) -> by
     name = check_format(path)
     if image.mode == "RGBA" and name not in WITH_ALPHA:
         image = flatten(image)
+    elif image.mode == "RGBA" and name in SAVING:  # lossy
+        image = filled(image)
     buffer = io.BytesIO()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of EXIF that is not quite right
-            options = SAVING.get(name, {}) | (_metadata(extras, name) if extras and name in WITH_EXTRAS else {})
-            image.save(buffer, name, **options)
-    except (OSError, ValueError) as e:
-        raise PictureError(f"cannot be written as {path.suffix} ({e})") from e
-    return buffer.getvalue()
+    with library(f"cannot be written as {path.suffix}"):
+        options = SAVING.get(name, {}) | (_metadata(extras, name) if extras and name in WITH_EXTRAS else {})
+        image.save(buffer, name, **options)
+        data = buffer.getvalue()
+        _check_size(data, name, image.size)
+    return data
+
+
+def _check_size(data: bytes, name: str, size: tuple[int, int]) -> None:
+    """Some formats hold a picture that is too large for them as another or as garbage, without an error. Raises
+    PictureError where Pillow reads the format ``name`` and finds another size than ``size``."""
+    if name in Image.OPEN:
+        with Image.open(io.BytesIO(data), formats=[name]) as found:
+            if found.size != size:
+                raise PictureError(f"{name} cannot hold a picture of {size[0]} x {size[1]}")
 
 
 def _metadata(extras: Extras, name: str) -> dict[str, Any]:

@@ -22,8 +22,12 @@ HEADER_LIMIT = 2**16
 
 
 def file_name(url: str) -> Path:
-    """What the file at ``url`` would be called here."""
-    return Path(Path(unquote(urlsplit(url).path).replace("\0", "")).name or "decoded.cmps")
+    """What the file at ``url`` would be called here; also where ``Remote`` will refuse the address."""
+    try:
+        path = urlsplit(url).path
+    except ValueError:  # half a bracket
+        path = ""
+    return Path(Path(unquote(path).replace("\0", "")).name or "decoded.cmps")
 
 
 class Remote:
@@ -158,7 +162,7 @@ class Remote:
             raise
         except urllib.error.HTTPError as e:
             with e:
-                raise RemoteError(f"the server answers {e.code} {str(e.reason).splitlines()[0]}".strip()) from e
+                raise RemoteError(f"the server answers {e.code} {' '.join(str(e.reason).split())}".strip()) from e
         except (OSError, http.client.HTTPException, ValueError) as e:
             cause = e.reason if isinstance(e, urllib.error.URLError) else e
             if isinstance(cause, TimeoutError):

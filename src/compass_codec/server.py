@@ -5,36 +5,49 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import logging
 import math
 import os
 import queue
+import re
 import threading
 from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from email.utils import formatdate
+from email.utils import formatdate, parsedate
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote_to_bytes
 
+import anyio
 from PIL import Image, features
 from starlette.applications import Starlette
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from compass_codec import __version__, container, page, pictures
-from compass_codec.errors import CompassError
+from compass_codec.errors import CompassError, TruncatedError
 
 if TYPE_CHECKING:
     from compass_codec.codec import Codec
 
 HEADER_READ = 4096  # more than any header
+SUFFIXES = ["".join(letters) for letters in product("cC", "mM", "pP", "sS")]  # "cmps" first
 MEDIA_TYPE = "image/x-cmps"
 TYPES = {"avif": "image/avif", "webp": "image/webp", "jpg": "image/jpeg", "png": "image/png"}  # most wanted first
 if not features.check("avif"):
     del TYPES["avif"]
+EXTENSIONS = {f".{extension}": extension for extension in TYPES} | {".jpeg": "jpg"}
 SAVING: dict[str, tuple[str, dict[str, Any]]] = {
     "avif": ("AVIF", {"quality": 70, "speed": 8}),
     "webp": ("WEBP", {"quality": 85}),
@@ -42,6 +55,8 @@ SAVING: dict[str, tuple[str, dict[str, Any]]] = {
     "png": ("PNG", {}),
 }
 MODERN = {"avif", "webp"}  # sent only to those who name them
+SIDES = {"avif": 32768, "webp": 16383, "jpg": 65500}  # the largest that libavif reads, and that the others write
+LARGEST = 9_999_999  # width or height that may be asked for
 RETRY_AFTER = 5  # seconds
 SECURITY = {
     "X-Content-Type-Options": "nosniff",
@@ -68,9 +83,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class File:
-    """A .cmps file and its header as they are now. ``version`` changes whenever the file does."""
+    """A .cmps file that is open: all that an answer is made of is read through it, also if another file takes its name
+    meanwhile. ``version`` changes whenever the file does."""
 
-    path: Path
+    opened: io.FileIO
+    head: bytes
     header: container.Header
     size: int
     modified: float
@@ -81,25 +98,103 @@ class File:
         """Those that the file holds whole."""
         return [entry for entry in self.header.layers if entry.end <= self.size]
 
+    def read(self, layer: int) -> bytes:
+        """The first bytes of the file, to the end of ``layer``. The header holds checksums of all that follows, so that
+        a file which was written over since is noticed."""
+        end = self.header.layers[layer].end
+        self.opened.seek(0)
+        data = self.opened.read(end)
+        if len(data) < end or not data.startswith(self.head):
+            raise HTTPException(503, "the file is being written; try again", {"Retry-After": str(RETRY_AFTER)})
+        return data
 
-def find(folder: Path, name: str) -> Path | None:
-    """The .cmps file ``name`` (without extension) in ``folder``, or None; whatever leads out of the folder is none."""
-    try:
-        path = (folder / f"{name}.cmps").resolve(strict=True)
-    except (OSError, ValueError, RuntimeError):  # not there; a NUL; a circle of links
+    def __enter__(self) -> File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.opened.close()
+
+
+def find(folder: Path, name: str, suffix: str = "cmps") -> Path | None:
+    """The file ``name.suffix`` in ``folder``, or the same with other capitals in .cmps, or None. Whatever is hidden
+    (its name, or that of a folder on the way, begins with a dot) or leads out of the folder is none."""
+    if any(part.startswith(".") for part in f"{name}.{suffix}".split("/")):
         return None
-    return path if path.is_relative_to(folder) and path.is_file() else None
+    for spelled in dict.fromkeys([suffix, *SUFFIXES]):
+        try:
+            path = (folder / f"{name}.{spelled}").resolve(strict=True)
+        except (OSError, ValueError, RuntimeError):  # not there; a NUL; a circle of links
+            continue
+        if path.is_relative_to(folder) and path.is_file():
+            return path
+    return None
 
 
 def load(path: Path) -> File:
-    """Read a file's header. Raises CompassError and OSError."""
-    with path.open("rb") as file:
+    """Open a file and read its header. Raises CompassError and OSError."""
+    file = path.open("rb", buffering=0)  # a buffer would hold what is no longer there
+    try:
         status = os.fstat(file.fileno())
         head = file.read(HEADER_READ)
-    header = container.read_header(head, max_pixels=container.MAX_SIDE**2)
-    facts = repr((head[: header.length], status.st_size, status.st_mtime_ns))
+        header = container.read_header(head, max_pixels=container.MAX_SIDE**2)
+    except BaseException:
+        file.close()
+        raise
+    head = head[: header.length]
+    facts = repr((head, status.st_size, status.st_mtime_ns))
     version = hashlib.sha256(facts.encode()).hexdigest()[:20]
-    return File(path, header, status.st_size, status.st_mtime, version)
+    return File(file, head, header, status.st_size, status.st_mtime, version)
+
+
+class Stripped(io.RawIOBase):
+    """The bytes of a .cmps file without EXIF and XMP, which lie behind its layers: another header, then the layers."""
+
+    def __init__(self, file: File) -> None:
+        self.file, self.at = file, 0
+        self.head = container.strip_header(file.header, file.head)
+        self.size = len(self.head) + min(file.size, file.header.layers[-1].end) - len(file.head)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        part = self.head[self.at : self.at + len(buffer)]
+        if not part:
+            self.file.opened.seek(self.at - len(self.head) + len(self.file.head))
+            part = self.file.opened.read(min(len(buffer), max(0, self.size - self.at)))
+            if not part and self.at < self.size:
+                raise EOFError("the file was cut off while it was sent")
+        buffer[: len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+    def close(self) -> None:
+        self.file.opened.close()
+        super().close()
+
+
+class OpenFileResponse(FileResponse):
+    """Starlette's answer with a file, ranges and all, for one that is open already. It closes the file."""
+
+    def __init__(self, file: Stripped, headers: Mapping[str, str], media_type: str) -> None:
+        self.file = file
+        status = os.stat_result((0, 0, 0, 0, 0, 0, file.size, 0, file.file.modified, 0))
+        super().__init__(os.devnull, headers=headers, media_type=media_type, stat_result=status)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.file, suppress(EOFError):  # the server then breaks the connection off
+            await super().__call__({**scope, "extensions": {}}, receive, send)  # no server may send the path
+
+    @asynccontextmanager
+    async def _open_file(self) -> AsyncIterator[anyio.AsyncFile[bytes]]:
+        yield anyio.wrap_file(io.BufferedReader(self.file))
 
 
 def choose(layers: list[tuple[int, int]], width: int | None, height: int | None) -> tuple[int, tuple[int, int]]:
@@ -113,9 +208,10 @@ def choose(layers: list[tuple[int, int]], width: int | None, height: int | None)
     return len(layers) - 1, layers[-1]
 
 
-def negotiate(accept: str, opaque: bool = True) -> str | None:
-    """The extension in TYPES that a request's Accept header likes best. AVIF and WebP must be named, because many
-    programs say */* and read neither; JPEG and PNG are also taken for image/* and */*."""
+def negotiate(accept: str, opaque: bool = True, side: int = 1) -> str | None:
+    """The extension in TYPES that a request's Accept header likes best, of those that hold a picture whose larger side
+    is ``side``. AVIF and WebP must be named, because many programs say */* and read neither; JPEG and PNG are also
+    taken for image/* and */*. Only those who take nothing else get a JPEG, on white, of a picture with alpha."""
     weights: dict[str, float] = {}
     for part in accept.split(",") if accept.strip() else ["*/*"]:
         kind, *parameters = (text.strip().lower() for text in part.split(";"))
@@ -126,14 +222,21 @@ def negotiate(accept: str, opaque: bool = True) -> str | None:
             weights[kind] = 0.0
 
     def wanted(extension: str) -> float:
-        if extension == "jpg" and not opaque:
+        if (extension == "jpg" and not opaque) or not holds(extension, side):
             return 0.0
         if TYPES[extension] in weights or extension in MODERN:
             return weights.get(TYPES[extension], 0.0)
         return weights.get("image/*", weights.get("*/*", 0.0))
 
     best = max(TYPES, key=wanted)
-    return best if wanted(best) > 0 else None
+    if wanted(best) > 0:
+        return best
+    return None if opaque else negotiate(accept, True, side)
+
+
+def holds(extension: str, side: int) -> bool:
+    """Whether the type holds a picture whose larger side is ``side``."""
+    return side <= SIDES.get(extension, math.inf)
 
 
 class Layers:
@@ -145,71 +248,80 @@ class Layers:
     def __init__(self, codec: Codec, settings: Settings) -> None:
         self.codec, self.limit = codec, settings.cache
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, int], Image.Image] = OrderedDict()
-        self._running: dict[tuple[str, int], Future[Image.Image]] = {}
-        self._jobs: queue.Queue[tuple[File, int, Future[Image.Image]]] = queue.Queue(settings.queue)
+        self._found: OrderedDict[tuple[str, int], Future[Image.Image]] = OrderedDict()  # those that run among them
+        self._jobs: queue.Queue[tuple[tuple[str, int], bytes, Future[Image.Image]]] = queue.Queue(settings.queue)
         for _ in range(settings.decodes):
             threading.Thread(target=self._work, daemon=True).start()
 
-    async def get(self, file: File, layer: int) -> Image.Image:
-        """One layer of ``file``; whoever asks for the same one meanwhile gets the same. Raises Busy when the queue is
-        full, and what decoding raises."""
+    def start(self, file: File, layer: int) -> Future[Image.Image]:
+        """One layer of ``file``; whoever asks for the same one meanwhile gets the same. What it needs is read at once:
+        the file may change while the layer waits. Raises Busy when the queue is full; the future raises what decoding
+        raises."""
         key = (file.version, layer)
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-            if key not in self._running:
-                future: Future[Image.Image] = Future()
-                try:
-                    self._jobs.put_nowait((file, layer, future))
-                except queue.Full:
-                    raise Busy from None
-                self._running[key] = future
-            running = self._running[key]
-        # shielded, so that one who goes away does not cancel it for the others
-        return await asyncio.shield(asyncio.wrap_future(running))
+            if key in self._found:
+                self._found.move_to_end(key)
+                return self._found[key]
+            if self._jobs.full():  # only this puts, under the lock
+                raise Busy
+            future: Future[Image.Image] = Future()
+            self._jobs.put_nowait((key, file.read(layer), future))
+            self._found[key] = future
+            return future
 
     def _work(self) -> None:
         while True:
-            file, layer, future = self._jobs.get()
-            key = (file.version, layer)
+            key, data, future = self._jobs.get()
             try:
-                image = self._decode(file, layer)
+                image = self._decode(data, key[1])
             except BaseException as e:
                 with self._lock:
-                    del self._running[key]
+                    del self._found[key]
                 future.set_exception(e)
             else:
                 with self._lock:
-                    del self._running[key]
-                    self._keep(key, image)
-                future.set_result(image)
+                    future.set_result(image)
+                    self._forget()
 
-    def _decode(self, file: File, layer: int) -> Image.Image:
-        with file.path.open("rb") as opened:
-            data = opened.read(file.header.layers[layer].end)
+    def _decode(self, data: bytes, layer: int) -> Image.Image:
         image = self.codec.decode(data, layer, max_pixels=container.MAX_SIDE**2)
-        image.info["icc_profile"] = container.sections(file.header, data, layer, best_effort=True).icc
+        header = container.read_header(data, container.MAX_SIDE**2)
+        image.info["icc_profile"] = container.sections(header, data, layer, best_effort=True).icc
         return image
 
-    def _keep(self, key: tuple[str, int], image: Image.Image) -> None:
-        self._kept[key] = image
-        while sum(kept.width * kept.height * len(kept.getbands()) for kept in self._kept.values()) > self.limit:
-            self._kept.popitem(last=False)
+    def _forget(self) -> None:
+        """Drop those that were used longest ago until the others fit."""
+        done = {key: future.result() for key, future in self._found.items() if future.done()}
+        total = sum(image.width * image.height * len(image.getbands()) for image in done.values())
+        for key, image in done.items():
+            if total <= self.limit:
+                return
+            total -= image.width * image.height * len(image.getbands())
+            del self._found[key]
 
 
 def render(image: Image.Image, size: tuple[int, int], extension: str) -> bytes:
     """The picture reduced to ``size`` as a file of the type ``extension``, with its ICC profile."""
     icc = image.info.get("icc_profile")
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
     if extension == "jpg" and image.mode == "RGBA":
         image = pictures.flatten(image)
+    if image.size != size or extension in MODERN:  # which mix hidden colours into edges
+        image = pictures.reduced(image, size)
     buffer = io.BytesIO()
     format, options = SAVING[extension]
     image.save(buffer, format, icc_profile=icc, **options)
     return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An answer whose picture is still to come: a layer of the file ``name``, reduced to ``size``, as a ``kind``."""
+
+    name: str
+    layer: Future[Image.Image]
+    size: tuple[int, int]
+    kind: str
+    headers: dict[str, str]
 
 
 class App:
@@ -221,102 +333,216 @@ class App:
 
     async def demo(self, _: Request) -> Response:
         """A page with every picture of the folder, as <img srcset>."""
-        return HTMLResponse(await asyncio.to_thread(self._demo), headers=SECURITY | {"Cache-Control": "no-cache"})
+        return HTMLResponse(await asyncio.to_thread(self._demo), headers={"Cache-Control": "no-cache"})
 
     def _demo(self) -> str:
         shown = []
-        for path in sorted(self.folder.rglob("*.cmps")):
-            name = path.relative_to(self.folder).as_posix().removesuffix(".cmps")
-            if found := find(self.folder, name):
-                try:
-                    file = load(found)
-                except (CompassError, OSError):
-                    continue
-                sizes = [(e.width, e.height, e.end) for e in file.layers if self._allowed(e)]
-                if sizes:
-                    shown.append(page.Picture(name, sizes))
+        for name, path in sorted(self._names()):
+            try:
+                with load(path) as file:
+                    sizes = [(e.width, e.height, e.end) for e in file.layers if self._allowed(e)]
+            except (CompassError, OSError):
+                continue
+            if sizes:
+                # "photo.png" asks for photo.cmps as PNG, so that photo.png.cmps needs one more
+                address = f"{name}.png" if Path(name).suffix.lower() in (".cmps", *EXTENSIONS) else name
+                shown.append(page.Picture(name, f"/{quote(os.fsencode(address))}", sizes))
         return page.demo(shown)
+
+    def _names(self) -> Iterator[tuple[str, Path]]:
+        """The files that can be asked for, without .cmps."""
+        for where, folders, files in os.walk(self.folder):
+            folders[:] = [folder for folder in folders if not folder.startswith(".")]
+            for file in files:
+                name, _, suffix = (Path(where) / file).relative_to(self.folder).as_posix().rpartition(".")
+                if suffix in SUFFIXES and (path := find(self.folder, name, suffix)) == find(self.folder, name) and path:
+                    yield name, path
 
     def _allowed(self, entry: container.Layer) -> bool:
         return entry.width * entry.height <= self.settings.max_pixels
 
     async def picture(self, request: Request) -> Response:
         """One picture: name.cmps as it is, name.png and the like decoded, name in the type that the client likes."""
-        full = request.path_params["name"]
-        stem, _, extension = full.rpartition(".")
-        extension = {"jpeg": "jpg"}.get(extension.lower(), extension.lower())
-        if extension == "cmps" and stem:
-            return self._raw(request, stem)
-        named = extension in TYPES and bool(stem)
-        name = stem if named else full
-        path = find(self.folder, name)
-        if path is None:
-            raise HTTPException(404, f"no picture {full}")
-        file = await asyncio.to_thread(load, path)
-        if not file.layers:
-            raise HTTPException(500, f"{name}.cmps: cut off inside layer 0")
-        sizes = [(entry.width, entry.height) for entry in file.layers]
-        layer, size = choose(sizes, _number(request, "w"), _number(request, "h"))
-        kind = extension if named else negotiate(request.headers.get("accept", ""), not file.header.has_alpha(layer))
-        if kind is None:
-            raise HTTPException(406, f"pictures come as {', '.join(TYPES.values())}", {"Vary": "Accept"})
-        if not self._allowed(file.layers[layer]):
-            needed = f"a layer of {sizes[layer][0]} x {sizes[layer][1]} pixels"
-            raise HTTPException(400, f"that size needs {needed}; the limit is {self.settings.max_pixels}")
-        facts = f"{file.version} {size} {kind} {__version__} {Image.__version__}"
-        headers = self._headers(f'"{hashlib.sha256(facts.encode()).hexdigest()[:24]}"', file.modified)
-        if not named:
-            headers["Vary"] = "Accept"
-        empty = Response(headers=headers, media_type=TYPES[kind])
-        if _unchanged(empty, request):
-            return NotModifiedResponse(empty.headers)
         try:
-            image = await self.layers.get(file, layer)
+            found = await asyncio.to_thread(self._answer, request)
+            if isinstance(found, Response):
+                return found
+            # shielded, so that one who goes away does not cancel it for the others
+            image = await asyncio.shield(asyncio.wrap_future(found.layer))
+            body = await asyncio.to_thread(render, image, found.size, found.kind)
+            await asyncio.to_thread(self._find, found.name)  # nobody keeps a picture that was taken away meanwhile
+            return Response(body, headers=found.headers, media_type=TYPES[found.kind])
         except asyncio.CancelledError:
             raise HTTPException(503, "the server stops") from None
-        body = await asyncio.to_thread(render, image, size, kind)
-        return Response(body, headers=headers, media_type=TYPES[kind])
+        except (HTTPException, Busy, CompassError, OSError):
+            raise
+        except Exception as e:  # whatever a library says of one file's bytes
+            logging.getLogger(__name__).error("%s: %s", request.url.path, " ".join(repr(e).split()))
+            raise CompassError(f"cannot be decoded ({type(e).__name__})") from e
 
-    def _raw(self, request: Request, name: str) -> Response:
-        path = find(self.folder, name)
+    def _find(self, name: str, suffix: str = "cmps") -> Path:
+        path = find(self.folder, name, suffix)
         if path is None:
-            raise HTTPException(404, f"no file {name}.cmps")
-        headers = SECURITY | {"Cache-Control": f"public, max-age={self.settings.max_age}"}
-        response = FileResponse(path, headers=headers, media_type=MEDIA_TYPE, stat_result=path.stat())
-        return NotModifiedResponse(response.headers) if _unchanged(response, request) else response
+            raise HTTPException(404, f"no picture {name}")
+        return path
 
-    def _headers(self, etag: str, modified: float) -> dict[str, str]:
-        return SECURITY | {
-            "ETag": etag,
-            "Last-Modified": formatdate(modified, usegmt=True),
+    def _load(self, name: str, suffix: str = "cmps") -> File:
+        path = self._find(name, suffix)
+        try:
+            return load(path)
+        except FileNotFoundError:
+            raise HTTPException(404, f"no picture {name}") from None
+
+    def _answer(self, request: Request) -> Response | Wanted:
+        full = _name(request)
+        stem, _, suffix = full.rpartition(".")
+        extension = EXTENSIONS.get(f".{suffix.lower()}")
+        if suffix in SUFFIXES and stem:
+            return self._raw(request, stem, suffix)
+        name = stem if extension and stem else full
+        with self._load(name) as file:
+            if not file.layers:
+                raise TruncatedError("cut off inside layer 0")
+            sizes = [(entry.width, entry.height) for entry in file.layers]
+            layer, size = choose(sizes, _number(request, "w"), _number(request, "h"))
+            if name == full:
+                opaque = not file.header.has_alpha(layer)
+                extension = negotiate(request.headers.get("accept", ""), opaque, max(size))
+            if extension is None:
+                held = [kind for extension, kind in TYPES.items() if holds(extension, max(size))]
+                raise HTTPException(406, f"this picture comes as {', '.join(held)}", {"Vary": "Accept"})
+            if not holds(extension, max(size)):
+                limit = f"{extension} holds {SIDES[extension]} pixels a side"
+                raise HTTPException(400, f"the picture would be {size[0]} x {size[1]}; {limit}")
+            if not self._allowed(file.layers[layer]):
+                needed = f"a layer of {sizes[layer][0]} x {sizes[layer][1]} pixels"
+                raise HTTPException(400, f"that size needs {needed}; the limit is {self.settings.max_pixels}")
+            facts = f"{file.version} {size} {extension} {__version__} {Image.__version__}"
+            headers = self._headers(hashlib.sha256(facts.encode()).hexdigest()[:24], file)
+            if name == full:
+                headers["Vary"] = "Accept"
+            empty = Response(headers=headers, media_type=TYPES[extension])
+            if _unchanged(empty, request):
+                return NotModifiedResponse(empty.headers)
+            if request.method == "HEAD":
+                del empty.headers["content-length"]  # which only decoding tells
+                return empty
+            return Wanted(name, self.layers.start(file, layer), size, extension, headers)
+
+    def _raw(self, request: Request, name: str, suffix: str) -> Response:
+        file = Stripped(self._load(name, suffix))
+        try:
+            response = OpenFileResponse(file, self._headers(file.file.version, file.file), MEDIA_TYPE)
+            if _unchanged(response, request):
+                file.close()
+                return NotModifiedResponse(response.headers)
+        except BaseException:
+            file.close()
+            raise
+        return response
+
+    def _headers(self, etag: str, file: File) -> dict[str, str]:
+        return {
+            "ETag": f'"{etag}"',
+            "Last-Modified": formatdate(file.modified, usegmt=True),
             "Cache-Control": f"public, max-age={self.settings.max_age}",
         }
+
+
+def _name(request: Request) -> str:
+    """The path behind the first slash, as a file name: its bytes are those that were sent, UTF-8 or not."""
+    raw = request.scope.get("raw_path")  # with root_path, as Starlette's own path
+    if raw is None:
+        return str(request.path_params["name"])
+    root = os.fsencode(request.scope.get("root_path", ""))
+    return os.fsdecode(unquote_to_bytes(raw.partition(b"?")[0]).removeprefix(root).removeprefix(b"/"))
 
 
 def _number(request: Request, name: str) -> int | None:
     text = request.query_params.get(name)
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and len(text) <= 7 and int(text) > 0):
+    if not (text.isascii() and text.isdigit() and text.strip("0")):
         raise HTTPException(400, f"{name} must be a whole number of pixels, at least 1")
+    text = text.lstrip("0")
+    if len(text) > len(str(LARGEST)):
+        raise HTTPException(400, f"{name} is too large; it may be {LARGEST} pixels at most")
     return int(text)
 
 
 def _unchanged(response: Response, request: Request) -> bool:
-    return StaticFiles.is_not_modified(StaticFiles(check_dir=False), response.headers, request.headers)
+    """Whether 304 will do for ``response``. Raises HTTPException 412 if a precondition does not hold."""
+    asked, etag = request.headers, response.headers["etag"]
+    if "if-match" in asked:
+        same = bool({"*", etag} & {tag.strip() for tag in asked["if-match"].split(",")})
+    else:
+        since, modified = parsedate(asked.get("if-unmodified-since")), parsedate(response.headers["last-modified"])
+        same = since is None or modified is None or modified <= since
+    if not same:
+        raise HTTPException(412, "the picture is another one now")
+    return StaticFiles.is_not_modified(StaticFiles(check_dir=False), response.headers, asked)
+
+
+class AnyPath(Convertor[str]):
+    """Starlette's "path", and new lines."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("any_path", AnyPath())
+
+
+class Fields:
+    """Middleware: what RFC 9110 says of header fields whatever the answer is, and what every answer has.
+
+    Several lines of one field are one list (5.3). Range is for GET alone, and unknown units are ignored (14.2).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        fields: dict[bytes, list[bytes]] = {}
+        for name, value in scope["headers"]:
+            fields.setdefault(name, []).append(value)
+        if scope["method"] != "GET" or not re.match(rb"bytes\s*=", fields.get(b"range", [b""])[0], re.IGNORECASE):
+            fields.pop(b"range", None)
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _always(message["status"]).items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        joined = [(name, b", ".join(values)) for name, values in fields.items()]
+        await self.app({**scope, "headers": joined}, receive, sending)
+
+
+def _always(status: int) -> dict[str, str]:
+    """Header fields of every answer of this status, unless it has others."""
+    return SECURITY | ({"Cache-Control": "no-store"} if status >= 400 else {})
 
 
 def make_app(folder: Path, codec: Codec, settings: Settings | None = None) -> Starlette:
     """The application that serves ``folder``. Raises OSError if there is no such folder."""
     app = App(folder, codec, settings or Settings())
 
-    def line(status: int, text: str, headers: dict[str, str] | None = None) -> Response:
-        one = " ".join(text.split())
-        return PlainTextResponse(f"{one}\n", status, headers=SECURITY | {"Cache-Control": "no-store"} | (headers or {}))
+    def line(status: int, text: str, headers: Mapping[str, str] | None = None) -> Response:
+        one = " ".join(os.fsencode(text).decode(errors="replace").split())  # names need not be UTF-8
+        return PlainTextResponse(f"{one}\n", status, headers=_always(status) | dict(headers or {}))
 
     async def refused(_: Request, e: Exception) -> Response:
         assert isinstance(e, HTTPException)
-        return line(e.status_code, e.detail, dict(e.headers or {}))
+        return line(e.status_code, e.detail, e.headers)
 
     async def busy(_: Request, __: Exception) -> Response:
         return line(503, "too many pictures are being decoded; try again", {"Retry-After": str(RETRY_AFTER)})
@@ -328,7 +554,8 @@ def make_app(folder: Path, codec: Codec, settings: Settings | None = None) -> St
         return line(500, "the server failed")
 
     site = Starlette(
-        routes=[Route("/", app.demo), Route("/{name:path}", app.picture)],
+        routes=[Route("/", app.demo), Route("/{name:any_path}", app.picture)],
+        middleware=[Middleware(Fields)],
         exception_handlers={
             HTTPException: refused,
             Busy: busy,

@@ -58,7 +58,7 @@ def serve(
     /                   a page that shows every picture
     /photo.png?w=640    from the smallest layer that is 640 wide or more
     /photo?w=640        in the type that the client likes best
-    /photo.cmps         the file itself, with Range requests
+    /photo.cmps         the file without EXIF and XMP, with Range requests
     """
     if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
         raise click.ClickException("serve needs Starlette and uvicorn: pip install 'compass_codec[serve]'")

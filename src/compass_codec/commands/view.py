@@ -51,10 +51,10 @@ def view(
     compass view photo.cmps                       to photo.html
     compass view photo.cmps --source photo.png    with PSNR
     """
-    target = output or file.with_suffix(".html")
     with blame(file):
-        check_target(target, file, Options(force=force))
         data = file.read_bytes()
+        target = output or file.with_suffix(".html")  # of a name that is a file's, which "." is not
+        check_target(target, file, Options(force=force))
         header = container.read_header(data, max_pixels)
         last = container.pick(header, len(data), None)
     layers = header.layers[: last + 1]
