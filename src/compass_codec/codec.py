@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compass_codec import container, filters, pictures, strips
 from compass_codec.arrays import to_bytes, to_tensor
-from compass_codec.errors import LimitError, OptionError, WeightsError
+from compass_codec.errors import FormatError, LimitError, OptionError, WeightsError
 from compass_codec.layer import LayerCodec
 from compass_codec.liff import combine
 from compass_codec.networks import quality_to_lambda
@@ -29,6 +29,7 @@ from compass_codec.weights import load as load_weights
 
 if TYPE_CHECKING:
     from PIL import Image
+    from typing_extensions import Buffer
 
 DEFAULT_QUALITY = 60.0
 EFFORTS = range(10)
@@ -121,13 +122,19 @@ class Codec:
         return cls(load_weights(weights, chosen, fastest(chosen) if precision == "auto" else precision), chosen)
 
     def encode(
-        self, image: Image.Image, scales: Sequence[float], quality: float = DEFAULT_QUALITY, effort: int = 0
+        self,
+        image: Image.Image | np.ndarray,
+        scales: Sequence[float],
+        quality: float = DEFAULT_QUALITY,
+        effort: int = 0,
     ) -> Encoded:
-        """Encode ``image`` at every scale factor, its alpha too. The factors are relative to each other and must not
+        """Encode ``image``, or an array of its pixels (see pictures.as_image), at every scale factor, its alpha too. A
+        profile for grey or CMYK is applied, one for RGB is left to the caller. The factors are relative to each other and must not
         fall; the last layer is the picture itself. Quality 1..100, effort 0..9. Raises OptionError, LimitError or
         PictureError."""
         scales = container.check_scales(scales)
-        layers, alphas = pictures.pyramid_alpha(pictures.split(image), layer_sizes(image.size, scales))
+        source = pictures.split(pictures.as_image(image))
+        layers, alphas = pictures.pyramid_alpha(source, layer_sizes(source.image.size, scales))
         encoded = self.encode_layers(layers, scales, quality, effort)
         alpha = {k: pictures.alpha_to_bytes(plane) for k, plane in enumerate(alphas)}
         return replace(encoded, data=container.attach(encoded.data, container.Sections(alpha=alpha)))
@@ -263,8 +270,9 @@ class Codec:
             coded = tried
         return coded
 
-    def decode(self, data: bytes, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:
+    def decode(self, data: Buffer, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:
         """Decode one layer (default: the highest that ``data`` holds whole) as an RGB picture, RGBA if it has alpha."""
+        data = as_bytes(data)
         header = container.read_header(data, max_pixels)
         last = container.pick(header, len(data), layer)
         coded = container.sections(header, data, last).alpha.get(last)
@@ -313,13 +321,28 @@ def float32_convolutions() -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
+def as_bytes(data: Buffer) -> bytes:
+    """Bytes, or anything that holds them, such as a memoryview. Raises FormatError for anything else."""
+    try:
+        return data if isinstance(data, bytes) else memoryview(data).tobytes()
+    except TypeError as e:
+        raise FormatError(f"the bytes of a file are needed, not {type(data).__name__}") from e
+
+
 def choose_device(name: str) -> torch.device:
-    """ "auto", "cpu" or "cuda" to a device. Raises OptionError if a GPU is asked for and not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise OptionError("--device cuda: PyTorch sees no CUDA device here")
+    """ "auto", "cpu" or "cuda" (one of several: "cuda:1") to a device. Raises OptionError for any other, and if a GPU is
+    asked for and not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as e:
+        raise OptionError(f"device {name!r}; there are auto, cpu and cuda") from e
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"device {name!r}; there are auto, cpu and cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"--device {name}: PyTorch sees no such CUDA device here")
+    return device
 
 
 def fastest(device: torch.device) -> str:

@@ -240,7 +240,7 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
 
 def decode(source: Path, target: Path, options: DecodeOptions, url: str | None = None) -> Report:
     """Decode layers of ``source`` into pictures named after ``target``. Raises CompassError, OSError or MemoryError."""
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if url is None:
         data, header, last = read_prefix(source, options.layer, options.max_pixels)
         tail = b"" if options.strip else _metadata(source, header)
@@ -249,7 +249,7 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
 
         found = remote.read_prefix(url, options.layer, options.max_pixels, metadata=not options.strip)
         data, header, last, tail = found.data, found.header, found.layer, found.tail
-        notes = (f"{found.fetched} bytes fetched" + (f" of {found.size}" if found.size is not None else ""),)
+        notes = [f"{found.fetched} bytes fetched" + (f" of {found.size}" if found.size is not None else "")]
     if options.best_effort:
         sound = [state == "ok" for state in container.states(header, data)[: len(header.layers)]]
         last = min(last, [*sound, False].index(False) - 1)
@@ -282,10 +282,17 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
     for k, picture in [(k, picture) for k, picture in enumerate(decoded) if k in wanted]:
         image, output = pictures.with_alpha(picture, alphas.get(k)), wanted[k]
         name = Path("x.png") if output == STDIO else output
-        encoded = pictures.to_bytes(image, name, None if options.strip else sections)
+        encoded = pictures.to_bytes(image, name, None if options.strip else sections, notes)
         put(output, encoded, options.batch)
         size += len(encoded)
-    return Report(source, "decoded", outputs, tuple(_layer_report(header, k) for k in wanted), size, notes=notes)
+    return Report(
+        source,
+        "decoded",
+        outputs,
+        tuple(_layer_report(header, k) for k in wanted),
+        size,
+        notes=tuple(dict.fromkeys(notes)),
+    )
 
 
 def load(options: Options) -> Codec:
