@@ -26,7 +26,7 @@ __all__ = ["CompassError", "decode", "encode"]
 def encode(
     image: Image.Image | np.ndarray, scales: Sequence[float], quality: float = 60, device: str = "auto"
 ) -> bytes:
-    """Encode a Pillow image, or a uint8 array [height, width, 3] (4 with alpha) or [height, width], as one layered file.
+    """Encode a Pillow image, or a uint8 array [height, width, 3] (4 with alpha; [height, width]), as one layered file.
 
     ``scales``: 1 to 16 positive factors that do not fall, relative to each other; the last layer is the image
     itself and layer k has size round(side * s_k / s_K), at least 1. ``quality``: 1..100, the same for all layers.
@@ -40,7 +40,8 @@ def encode(
 def decode(data: Buffer, layer: int | None = None, device: str = "auto") -> Image.Image:
     """Decode one layer of a .cmps file to an 8-bit Pillow image: RGB, or RGBA if it has alpha.
 
-    ``data``, bytes or anything that holds them (bytearray, memoryview), may be cut off anywhere after the layer's end; ``layer`` defaults to the highest that is all there.
+    ``data``, bytes or a bytearray or memoryview, may be cut off anywhere after the layer's end;
+    ``layer`` defaults to the highest that is all there.
     Raises a subclass of CompassError.
     """
     from compass_codec import codec

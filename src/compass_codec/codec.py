@@ -55,9 +55,13 @@ def layer_sizes(size: tuple[int, int], scales: Sequence[float]) -> list[tuple[in
 
 def check_quality(quality: float) -> float:
     """Quality in steps of 0.01, as the file stores it. Raises OptionError outside 1..100."""
-    if not 1 <= quality <= 100:
-        raise OptionError(f"quality {quality:g}; it goes from 1 to 100")
-    return round(quality * 100) / 100
+    try:
+        number = float(quality)
+    except (TypeError, ValueError) as e:
+        raise OptionError(f"quality {quality!r} is no number") from e
+    if not 1 <= number <= 100:
+        raise OptionError(f"quality {number:g}; it goes from 1 to 100")
+    return round(number * 100) / 100
 
 
 def check_layer_weights(weights: Sequence[float], count: int) -> list[float]:
@@ -129,9 +133,9 @@ class Codec:
         effort: int = 0,
     ) -> Encoded:
         """Encode ``image``, or an array of its pixels (see pictures.as_image), at every scale factor, its alpha too. A
-        profile for grey or CMYK is applied, one for RGB is left to the caller. The factors are relative to each other and must not
-        fall; the last layer is the picture itself. Quality 1..100, effort 0..9. Raises OptionError, LimitError or
-        PictureError."""
+        profile for grey or CMYK is applied, one for RGB is left to the caller. The factors are relative to each other
+        and must not fall; the last layer is the picture itself. Quality 1..100, effort 0..9. Raises OptionError,
+        LimitError or PictureError."""
         scales = container.check_scales(scales)
         source = pictures.split(pictures.as_image(image))
         layers, alphas = pictures.pyramid_alpha(source, layer_sizes(source.image.size, scales))
@@ -156,7 +160,10 @@ class Codec:
         ``layer_weights`` (above 0) say; see search.improve, also for ``progress``."""
         started = time.monotonic()
         scales = container.check_scales(scales)
-        qualities = [check_quality(q) for q in (quality if isinstance(quality, Sequence) else [quality] * len(layers))]
+        qualities = [
+            check_quality(q)
+            for q in (quality if isinstance(quality, (Sequence, np.ndarray)) else [quality] * len(layers))
+        ]
         if not len(layers) == len(scales) == len(qualities):
             raise OptionError(f"{len(layers)} layers, {len(scales)} scale factors, {len(qualities)} qualities")
         if effort not in EFFORTS:
@@ -330,8 +337,8 @@ def as_bytes(data: Buffer) -> bytes:
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto", "cpu" or "cuda" (one of several: "cuda:1") to a device. Raises OptionError for any other, and if a GPU is
-    asked for and not there."""
+    """ "auto", "cpu" or "cuda" (one of several: "cuda:1") to a device. Raises OptionError for any other, and if a GPU
+    is asked for and not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -218,23 +218,28 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
         )
         return container.attach(result.data, sections), result.layers
 
+    def measured(seen: Sequence[np.ndarray]) -> list[float]:
+        """PSNR of each layer, of what shows."""
+        shows: list[np.ndarray | None] = [*alphas] or [None] * len(layers)
+        return [pictures.psnr(*layer) for layer in zip(layers, seen, shows, strict=True)]
+
     if options.target is None:
         data, reconstructed = attempt(plan.qualities)
     else:
         pixels = layers[-1].shape[0] * layers[-1].shape[1]
-        found = search(options.target, pixels, attempt, lambda e: (len(e[0]), pictures.psnr(layers[-1], e[1][-1])))
+        found = search(options.target, pixels, attempt, lambda e: (len(e[0]), measured(e[1])[-1]))
         (data, reconstructed), encodes = found.result, found.encodes
-        if not found.reached:
+        if not (found.reached and found.near):
             gives = f"{len(data)} bytes, {8 * len(data) / pixels:.3f} bpp, {found.psnr:.2f} dB"
-            notes.append(f"{options.target} is out of reach; quality {found.quality:g} gives {gives}")
+            why = "lies between two steps of quality" if found.reached else "is out of reach"
+            notes.append(f"{options.target} {why}; quality {found.quality:g} gives {gives}")
     if options.progress:
         print(end=CLEAR, file=sys.stderr, flush=True)
     put(target, data, options.batch)
     if options.verify:
         _verify(loaded, data if target == STDIO else target.read_bytes(), reconstructed, sections, target)
     header = container.read_header(data)
-    psnrs = [pictures.psnr(a, b) for a, b in zip(layers, reconstructed, strict=True)]
-    reports = tuple(_layer_report(header, k, value) for k, value in enumerate(psnrs))
+    reports = tuple(_layer_report(header, k, value) for k, value in enumerate(measured(reconstructed)))
     return Report(source, "encoded", (target,), reports, len(data), encodes, notes=tuple(notes))
 
 

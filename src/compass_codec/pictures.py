@@ -475,10 +475,18 @@ def squared_error(a: np.ndarray, b: np.ndarray) -> int:
     return sum(int(np.square(x.astype(np.int32) - y).sum(dtype=np.int64)) for x, y in parts)
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures of one shape, in dB; infinite when they are equal."""
-    squares = squared_error(a, b)
-    return 10 * math.log10(255**2 * a.size / squares) if squares else math.inf
+def psnr(a: np.ndarray, b: np.ndarray, alpha: np.ndarray | None = None) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures of one shape, in dB; infinite when they are equal. With
+    ``alpha``, uint8 [height, width], each pixel counts as much as it shows; infinite when none does."""
+    if alpha is None:
+        squares, samples = squared_error(a, b), a.size
+    else:
+        import numpy as np
+
+        rows = ((a[k], b[k], alpha[k]) for k in range(len(a)))  # one at a time, for memory
+        squares = sum(int((np.square(x.astype(np.int64) - y).sum(1) * weight).sum()) for x, y, weight in rows)
+        samples = a.shape[2] * int(alpha.sum(dtype=np.int64))
+    return 10 * math.log10(255**2 * samples / squares) if squares else math.inf
 
 
 @cache
