@@ -33,6 +33,7 @@ NOT_WRITTEN = dict.fromkeys((".pgm", ".pbm", ".bw"), "pictures have colours") | 
     ".pfm": "it holds floating point",
     ".rgba": "it always has alpha",
     ".mpo": "it holds several pictures",
+    ".cmps": "it is what is decoded",
 }
 CODESTREAMS = {".j2k", ".j2c", ".jpc"}  # of JPEG 2000, without the boxes around
 SAVING: dict[str, dict[str, Any]] = {

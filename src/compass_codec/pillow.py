@@ -140,13 +140,13 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
     scales = container.check_scales(options.get("scales", SCALES))
     exif = options.get("exif")
     picture = im.copy()
-    picture.info = {
+    told = {
         "icc_profile": options.get("icc_profile", im.info.get("icc_profile")),
         "exif": exif.tobytes() if isinstance(exif, Image.Exif) else exif,
         "xmp": options.get("xmp"),
+        "transparency": im.info.get("transparency"),
     }
-    if "transparency" in im.info:
-        picture.info["transparency"] = im.info["transparency"]
+    picture.info = {key: value for key, value in told.items() if value is not None}
     try:
         source = pictures.from_image(picture)
         layers, alphas = pictures.pyramid_alpha(source, codec.layer_sizes(source.image.size, scales))
