@@ -22,7 +22,7 @@ EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0
 
 def samples() -> dict[str, bytes]:
     """A small picture in every format that can be written here and read, in several modes."""
-    Image.init()
+    pictures.register()
     base = Image.radial_gradient("L").resize((20, 12))
     picture = Image.merge("RGBA", [base, base.rotate(180), base.transpose(0), base.rotate(90)])
     ImageDraw.Draw(picture).rectangle((3, 3, 9, 9), fill=(200, 30, 60, 255))

@@ -669,7 +669,7 @@ def test_a_format_without_profiles_gets_srgb(name):
     shown = np.asarray(pictures.read(io.BytesIO(data)).image)
     assert (shown == converted(image, wide)).all() and (shown != np.asarray(image)).any()
     assert notes == [
-        "converted to sRGB, as this format holds no ICC profile",
+        f"converted to sRGB, for .{name} keeps no ICC profile",
         f"EXIF left out, which .{name} does not hold",
     ]
     notes = []

@@ -125,9 +125,9 @@ def apply_profile(image: Image.Image, icc: bytes) -> Image.Image | None:
         return None
 
 
-def to_srgb(image: Image.Image, icc: bytes, notes: list[str]) -> Image.Image:
+def to_srgb(image: Image.Image, icc: bytes, notes: list[str], reason: str) -> Image.Image:
     """An RGB or RGBA picture with the profile ``icc`` as sRGB; as it is where that changes nothing or cannot be done.
-    ``notes`` say so."""
+    ``notes`` say so, and that it is for ``reason``."""
     cube = Image.frombytes(
         "RGB", (27, 27), bytes(32 * (n // 9**k % 9) * 255 // 256 for n in range(729) for k in range(3))
     )
@@ -139,6 +139,6 @@ def to_srgb(image: Image.Image, icc: bytes, notes: list[str]) -> Image.Image:
         assert converted is not None
         if image.mode == "RGBA":
             converted.putalpha(image.getchannel("A"))
-        notes.append("converted to sRGB, as this format holds no ICC profile")
+        notes.append(f"converted to sRGB, for {reason} keeps no ICC profile")
         return converted
     return image

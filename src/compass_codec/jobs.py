@@ -199,9 +199,11 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
             return Report(source, "up to date", (target,))
     else:
         check_target(target, source, options)
-    from compass_codec import pictures
+    from compass_codec import colour, pictures
 
     picture = pictures.read(io.BytesIO(sys.stdin.buffer.read()) if source == STDIO else source)
+    if options.strip and picture.icc:
+        picture = replace(picture, image=colour.to_srgb(picture.image, picture.icc, picture.notes, "--strip"))
     plan = plan_layers(picture.image.size, options)
     loaded = load(options)
     layers, alphas = pictures.pyramid_alpha(picture, plan.sizes)
@@ -264,7 +266,7 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
         k: target.with_name(f"{target.stem}.layer{k}{target.suffix}") if options.numbered else target
         for k in (range(last + 1) if options.every else [last])
     }
-    from compass_codec import pictures
+    from compass_codec import colour, pictures
 
     for output in wanted.values():
         if output != STDIO:
@@ -287,6 +289,8 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
     for k, picture in [(k, picture) for k, picture in enumerate(decoded) if k in wanted]:
         image, output = pictures.with_alpha(picture, alphas.get(k)), wanted[k]
         name = Path("x.png") if output == STDIO else output
+        if options.strip and sections.icc:
+            image = colour.to_srgb(image, sections.icc, notes, "--strip")
         encoded = pictures.to_bytes(image, name, None if options.strip else sections, notes)
         put(output, encoded, options.batch)
         size += len(encoded)

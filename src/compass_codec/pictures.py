@@ -542,12 +542,12 @@ def _save(image: Image.Image, name: str, suffix: str, extras: Extras | None, not
     if suffix.lower() in CODESTREAMS:
         options["no_jp2"] = True
     buffer = io.BytesIO()
-    with library(f"cannot be written as {suffix}"):
+    with library(f"{image.width} x {image.height} cannot be written as {suffix}"):
         if extras and name in WITH_EXTRAS:
             options |= _metadata(extras, name, image.size, notes)
         elif extras:
             if extras.icc:
-                image = colour.to_srgb(image, extras.icc, notes)
+                image = colour.to_srgb(image, extras.icc, notes, suffix)
             if left := [word for word, data in (("EXIF", extras.exif), ("XMP", extras.xmp)) if data]:
                 notes.append(f"{' and '.join(left)} left out, which {suffix} does not hold")
         if image.mode == "RGBA" and name not in WITH_ALPHA:
