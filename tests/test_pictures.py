@@ -596,11 +596,13 @@ def test_the_transparent_colour_of_16_bits():
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
-def test_a_jpeg_without_its_end_marker(options):
+def test_a_jpeg_without_its_end_marker(tmp_path, options):
     data = saved(crop(40, 24), "JPEG", **options).getvalue()
     source = pictures.read(io.BytesIO(data[:-2]))
     assert source.notes == ["the end marker is missing"]
     assert (np.asarray(source.image) == np.asarray(pictures.read(io.BytesIO(data)).image)).all()
+    (tmp_path / "x.jpg").write_bytes(data[:-1])  # half of the marker
+    assert (np.asarray(pictures.read(tmp_path / "x.jpg").image) == np.asarray(source.image)).all()
     for cut in (len(data) - 12, len(data) - 60, len(data) * 2 // 3):
         with pytest.raises(PictureError, match=r"(?i)truncated"):
             pictures.read(io.BytesIO(data[:cut]))
@@ -749,3 +751,17 @@ def test_psnr_counts_what_shows():
     alpha[2] = 154
     errors = [((a[row].astype(int) - b[row]) ** 2).mean() for row in (2, 2, 3)]
     assert pictures.psnr(a, b, alpha) == pytest.approx(10 * np.log10(255**2 / np.mean(errors)))
+
+
+def test_deeper_samples_of_heic_and_jpeg_2000_are_told():
+    import pillow_heif
+
+    pixels = (np.asarray(crop(24, 16)).astype(np.uint16) * 257).tobytes()
+    file = io.BytesIO()
+    pillow_heif.from_bytes("RGB;16", (24, 16), pixels).save(file, quality=95)
+    source = pictures.read(file)
+    assert source.notes == ["10-bit samples reduced to 8 bits"] and psnr(source.image, crop(24, 16)) > 30
+    data = pictures.to_bytes(crop(24, 16), Path("x.j2k"))
+    assert pictures.read(io.BytesIO(data)).notes == []
+    image = Image.open(io.BytesIO(data))
+    assert pictures._bits(image, data) == 8 and pictures._bits(image, data[:42] + b"\x0f" + data[43:]) == 16

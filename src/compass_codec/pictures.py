@@ -168,7 +168,7 @@ def _load(image: Image.Image, notes: list[str]) -> None:
         if image.format != "JPEG" or file is None:
             raise
         file.seek(0)
-        data = file.read()
+        data = file.read().rstrip(b"\xff")  # of half a marker
         # a decoder takes what it misses from whatever follows: where nothing is missing, that does not matter
         endings = b"", b"\xb5\x5a\x3c\xc3" * 64
         whole, other = (Image.open(io.BytesIO(data + ending + b"\xff\xd9")) for ending in endings)
