@@ -547,7 +547,9 @@ def tiff(samples: np.ndarray, order: str, photometric: int, bits: int = 16) -> i
     return io.BytesIO(head + pixels + struct.pack(f"{order}H", len(tags)) + table + bytes(4))
 
 
-@pytest.mark.parametrize(("order", "photometric", "bits"), [("<", 1, 16), (">", 1, 16), ("<", 0, 16), ("<", 1, 12)])
+@pytest.mark.parametrize(
+    ("order", "photometric", "bits"), [("<", 1, 16), (">", 1, 16), ("<", 0, 16), (">", 0, 16), ("<", 1, 12)]
+)
 def test_grey_tiffs_of_all_kinds(order, photometric, bits):
     grey = np.asarray(crop(20, 16).convert("L")).astype(np.uint16)
     samples = grey * 257 if bits == 16 else grey * 16 + grey // 16

@@ -347,7 +347,8 @@ def choose_device(name: str) -> torch.device:
         raise OptionError(f"device {name!r}; there are auto, cpu and cuda") from e
     if device.type not in ("cpu", "cuda"):
         raise OptionError(f"device {name!r}; there are auto, cpu and cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    known = torch.cuda.is_available() and (device.index or 0) < max(1, torch.cuda.device_count())
+    if device.type == "cuda" and not known:
         raise OptionError(f"--device {name}: PyTorch sees no such CUDA device here")
     return device
 

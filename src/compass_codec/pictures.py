@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from compass_codec import colour
@@ -434,9 +434,10 @@ def _filled(values: np.ndarray, known: np.ndarray) -> np.ndarray:
 def alpha_to_bytes(alpha: np.ndarray) -> bytes:
     """Code an alpha plane, uint8 [height, width], without loss: as WebP or as PNG, whichever is smaller."""
     image, webp, png = Image.fromarray(alpha), io.BytesIO(), io.BytesIO()
-    image.save(png, "PNG", optimize=True)
-    if max(image.size) <= WEBP_SIDE:
-        image.convert("RGB").save(webp, "WEBP", lossless=True, quality=100)
+    with library("alpha cannot be written"):
+        image.save(png, "PNG", optimize=True)
+        if max(image.size) <= WEBP_SIDE:
+            image.convert("RGB").save(webp, "WEBP", lossless=True, quality=100)
     return min(filter(None, (webp.getvalue(), png.getvalue())), key=len)
 
 
@@ -492,8 +493,10 @@ def psnr(a: np.ndarray, b: np.ndarray, alpha: np.ndarray | None = None) -> float
 
 @cache
 def register() -> None:
-    """Make Pillow know its formats, and HEIC where pillow-heif is installed (the extra ``heic``)."""
+    """Make Pillow know its formats, HEIC where pillow-heif is installed (the extra ``heic``), and big-endian 16-bit
+    grey TIFF with WhiteIsZero, of which it only knows the little-endian."""
     Image.init()
+    TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
     with suppress(ImportError):
         import pillow_heif
 
