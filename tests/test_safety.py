@@ -262,7 +262,13 @@ def test_arrays_memoryviews_and_devices_from_python():
             call()
 
 
-def test_errors_are_one_line():
+def test_errors_are_one_line(tmp_path):
+    for name, content in (("a\nb.png", b"no picture"), ("c\nd.png", None)):
+        if content:
+            (tmp_path / name).write_bytes(content)
+        result = compass("encode", tmp_path / name, "-s", "1")
+        assert result.code == 1 and len(result.err.splitlines()) == 1 and name.replace("\n", " ") in result.err
+    assert str(PictureError(" spaces  stay ")) == " spaces  stay "
     assert str(PictureError("two\nlines \u2028 and a\r\n\n  half")) == "two lines and a half"
 
 

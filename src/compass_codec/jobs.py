@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compass_codec import container
-from compass_codec.errors import CompassError, DamagedError, OptionError
+from compass_codec.errors import CompassError, DamagedError, OptionError, one_line
 from compass_codec.rate import HIGHEST, LOWEST, SIZE_WINDOW, Target, search
 
 if TYPE_CHECKING:
@@ -179,11 +179,11 @@ def run(job: Job) -> Report:
 
 def reason(path: Path | str, error: Exception) -> str | None:
     """An error as one line that begins with a file's name, ``path`` unless the error knows better; None for a bug."""
-    name = "standard input" if path == STDIO else str(path)
+    name = "standard input" if path == STDIO else one_line(path)
     if isinstance(error, CompassError):
         return f"{name}: {error}"
     if isinstance(error, OSError):
-        return f"{error.filename or name}: {error.strerror or error}"
+        return one_line(f"{error.filename or name}: {error.strerror or error}")
     # PyTorch has no error of its own for this on the CPU
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
