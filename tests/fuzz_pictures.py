@@ -32,13 +32,12 @@ def samples() -> dict[str, bytes]:
     found = {}
     for name in sorted(set(Image.SAVE) & set(Image.OPEN) - {"EPS", "CMPS"}):  # EPS runs Ghostscript
         for mode in MODES:
-            file = io.BytesIO()
+            file, extras = io.BytesIO(), {"exif": EXIF, "xmp": b"<x/>"} if name in pictures.WITH_EXTRAS else {}
             try:
-                picture.convert("RGB" if mode in "FP" else "RGBA").convert(mode).save(
-                    file, name, **({"exif": EXIF, "xmp": b"<x/>"} if name in pictures.WITH_EXTRAS else {})
-                )
+                with pictures.library("this format does not hold this mode"):
+                    picture.convert("RGB" if mode in "FP" else "RGBA").convert(mode).save(file, name, **extras)
                 pictures.read(io.BytesIO(file.getvalue()))
-            except Exception:  # this format does not hold this mode
+            except PictureError:
                 continue
             found[f"{name} {mode}"] = file.getvalue()
     return found
