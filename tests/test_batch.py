@@ -355,3 +355,7 @@ def test_a_note_says_what_was_converted(tmp_path):
     loud = compass("encode", tmp_path / "grey.png", "--scales", "1")
     assert loud.err == f"note: {tmp_path / 'grey.png'}: greyscale converted to RGB\n"
     assert compass("encode", tmp_path / "grey.png", "--scales", "1", "--force", "--quiet").err == ""
+
+
+def test_heic_is_a_picture_where_pillow_heif_is_installed():
+    assert {".heic", ".heif", ".avif", ".png"} <= batch.picture_suffixes()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import compass, crop
+from conftest import compass, crop, psnr
 from PIL import Image
 
-from compass_codec import container
+from compass_codec import colour, container
 from compass_codec.codec import layer_sizes
 
 SCALES = {1: "1", 2: "1,2.0", 3: "1,2.0,3.2", 5: "1,1.37,2,2.9,7.7"}
@@ -256,3 +256,18 @@ def test_decoding_does_not_load_what_it_does_not_need(coded, tmp_path):
     args = ["decode", str(coded), "--layer", "0", "-o", str(tmp_path / "o.png"), "--quiet"]
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
     assert done.stdout.splitlines() == ["[]"], done.stderr
+
+
+def test_what_is_stripped_of_a_wide_profile_looks_the_same(tmp_path, codec):
+    """Without its profile a picture is taken for sRGB, so it is brought there first; at both ends."""
+    icc = colour.matrix_profile(colour.PRIMARIES[12], None)
+    crop(24, 16).save(tmp_path / "in.png", icc_profile=icc)
+    encode = ["encode", tmp_path / "in.png", "-s", "1", "-q", "100", "--device", "cpu"]
+    assert compass(*encode, "--strip", "-o", tmp_path / "bare.cmps").err.endswith("--strip keeps no ICC profile\n")
+    assert compass(*encode, "-o", tmp_path / "whole.cmps").err == ""
+    result = compass("decode", tmp_path / "whole.cmps", "--strip", "-o", tmp_path / "out.png")
+    assert result.err.endswith("--strip keeps no ICC profile\n")
+    shown = colour.apply_profile(crop(24, 16), icc)
+    bare = codec.decode((tmp_path / "bare.cmps").read_bytes())
+    assert psnr(bare, shown) > psnr(bare, crop(24, 16)) + 3
+    assert psnr(Image.open(tmp_path / "out.png"), shown) > psnr(Image.open(tmp_path / "out.png"), crop(24, 16)) + 3

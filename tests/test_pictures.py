@@ -11,7 +11,7 @@ from conftest import crop, psnr
 from PIL import Image, ImageCms, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
-from compass_codec import pictures
+from compass_codec import colour, pictures
 from compass_codec.container import Sections
 from compass_codec.errors import DamagedError, PictureError
 
@@ -290,8 +290,8 @@ def test_cmyk_profile_is_applied_and_not_carried(name):
     source = read(image, name, icc_profile=profile(b"CMYK"), **({"quality": 100} if name == "JPEG" else {}))
     assert source.icc is None and source.notes == ["CMYK converted to sRGB by its ICC profile"]
     white, cyan, blue, black = (source.image.getpixel((6 * k + 3, 4)) for k in range(4))
-    for colour in (white, cyan, blue, black):
-        assert max(colour) - min(colour) <= 3
+    for shade in (white, cyan, blue, black):
+        assert max(shade) - min(shade) <= 3
     assert min(white) >= 252 and white > cyan > blue > black and max(black) <= 3
     plain = read(image, name)
     assert plain.notes == ["CMYK converted to RGB"] and plain.image.getpixel((9, 4))[0] < 5
@@ -532,3 +532,238 @@ def test_with_alpha():
     assert pictures.with_alpha(rgb, None).mode == "RGB"
     image = pictures.with_alpha(rgb, np.full((5, 6), 9, np.uint8))
     assert image.mode == "RGBA" and image.getpixel((0, 0)) == (*rgb[0, 0], 9)
+
+
+def tiff(samples: np.ndarray, order: str, photometric: int, bits: int = 16) -> io.BytesIO:
+    """A grey TIFF, built by hand: Pillow writes neither byte order nor WhiteIsZero by choice."""
+    height, width = samples.shape
+    pixels = samples.astype(f"{order}u2").tobytes()
+    if bits == 12:
+        pixels = b"".join(((a << 12) | b).to_bytes(3, "big") for a, b in samples.reshape(-1, 2).tolist())
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (274, 6)]
+    tags += [(277, 1), (278, height), (279, len(pixels))]
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(pixels))
+    table = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    return io.BytesIO(head + pixels + struct.pack(f"{order}H", len(tags)) + table + bytes(4))
+
+
+@pytest.mark.parametrize(
+    ("order", "photometric", "bits"), [("<", 1, 16), (">", 1, 16), ("<", 0, 16), (">", 0, 16), ("<", 1, 12)]
+)
+def test_grey_tiffs_of_all_kinds(order, photometric, bits):
+    grey = np.asarray(crop(20, 16).convert("L")).astype(np.uint16)
+    samples = grey * 257 if bits == 16 else grey * 16 + grey // 16
+    stored = 65535 - samples if photometric == 0 else samples
+    source = pictures.read(tiff(stored, order, photometric, bits))
+    assert (np.asarray(source.image)[..., 0] == np.rot90(grey, -1)).all()  # and upright
+    assert source.notes == ["16-bit samples reduced to 8 bits", "greyscale converted to RGB"]
+
+
+def test_signed_samples_are_refused():
+    data = tiff(np.zeros((16, 20)), "<", 1).getvalue()
+    signed = data.replace(struct.pack("<HHIHH", 277, 3, 1, 1, 0), struct.pack("<HHIHH", 339, 3, 1, 2, 0))
+    with pytest.raises(PictureError, match="signed"):
+        pictures.read(io.BytesIO(signed))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
+def test_byte_orders_of_16_bits_in_memory(mode):
+    grey = np.asarray(crop(8, 6).convert("L")).astype(np.uint16) * 257
+    image = Image.frombytes(mode, (8, 6), grey.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+    assert (np.asarray(pictures.split(image).image)[..., 2] == grey >> 8).all()
+
+
+def png(bits: int, kind: int, rows: bytes, size: tuple[int, int], *chunks: tuple[bytes, bytes]) -> io.BytesIO:
+    head = struct.pack(">IIBBBBB", *size, bits, kind, 0, 0, 0)
+    made = b"\x89PNG\r\n\x1a\n"
+    for name, data in [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]:
+        made += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return io.BytesIO(made)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_transparent_grey_of_any_depth(bits):
+    values = np.arange(32) // 8 % 2**bits
+    row = np.unpackbits(values.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)[:, 16 - bits :]
+    rows = (b"\0" + np.packbits(row).tobytes()) * 3
+    source = pictures.read(png(bits, 0, rows, (32, 3), (b"tRNS", b"\0\1")))
+    assert (np.asarray(source.alpha) == np.where(values == 1, 0, 255)).all()
+
+
+def test_the_transparent_colour_of_16_bits():
+    pixels = np.array([[[1000, 2000, 3000], [40000, 50000, 60000]]])
+    rows = b"\0" + pixels.astype(">u2").tobytes()
+    source = pictures.read(png(16, 2, rows, (2, 1), (b"tRNS", struct.pack(">3H", 40000, 50000, 60000))))
+    assert np.asarray(source.alpha).tolist() == [[255, 0]] and "compared in 8 bits" in source.notes[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
+def test_a_jpeg_without_its_end_marker(tmp_path, options):
+    data = saved(crop(40, 24), "JPEG", **options).getvalue()
+    source = pictures.read(io.BytesIO(data[:-2]))
+    assert source.notes == ["the end marker is missing"]
+    assert (np.asarray(source.image) == np.asarray(pictures.read(io.BytesIO(data)).image)).all()
+    (tmp_path / "x.jpg").write_bytes(data[:-1])  # half of the marker
+    assert (np.asarray(pictures.read(tmp_path / "x.jpg").image) == np.asarray(source.image)).all()
+    for cut in (len(data) - 12, len(data) - 60, len(data) * 2 // 3):
+        with pytest.raises(PictureError, match=r"(?i)truncated"):
+            pictures.read(io.BytesIO(data[:cut]))
+
+
+def test_a_picture_without_pixels_is_refused():
+    for size in ((0, 0), (0, 5), (5, 0)):
+        with pytest.raises(PictureError, match="no pixels"):
+            pictures.split(Image.new("RGB", size))
+
+
+def converted(image: Image.Image, icc: bytes) -> np.ndarray:
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+    return np.asarray(ImageCms.profileToProfile(image, profile, SRGB, outputMode="RGB")).astype(int)
+
+
+def test_gamma_of_a_png_becomes_a_profile():
+    """A picture of linear light looks as libpng's users show it."""
+    grey = np.asarray(crop(20, 16))[..., 0]
+    rows = b"".join(b"\0" + row.tobytes() for row in grey)
+    linear = pictures.read(png(8, 0, rows, (20, 16), (b"gAMA", struct.pack(">I", 100_000))))
+    expected = 255 * np.where(grey > 0, 1.055 * (grey / 255) ** (1 / 2.4) - 0.055, 0)
+    assert np.abs(converted(linear.image, linear.icc)[..., 0] - expected)[grey > 3].max() < 2
+    assert "gAMA" in linear.notes[0]
+    for chunks in ([(b"gAMA", struct.pack(">I", 45455))], [(b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 100_000))]):
+        source = pictures.read(png(8, 0, rows, (20, 16), *chunks))
+        assert source.icc is None and source.notes == ["greyscale converted to RGB"]
+    senseless = pictures.read(png(8, 0, rows, (20, 16), (b"cHRM", bytes(32))))
+    assert senseless.icc is None and "make no sense" in senseless.notes[0]
+
+
+P3 = (31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+
+
+def p3_as_srgb(pixels: np.ndarray) -> np.ndarray:
+    """Display P3 to sRGB, with the matrix of CSS Color 4's sample code."""
+    light = np.where(pixels <= 0.04045, pixels / 12.92, ((pixels + 0.055) / 1.055) ** 2.4)
+    matrix = [[1.2249401, -0.2249402, 0], [-0.0420570, 1.0420571, 0], [-0.0196376, -0.0786361, 1.0982736]]
+    light = (light @ np.array(matrix).T).clip(0, 1)
+    return 255 * np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def test_primaries_of_a_png_and_an_avif_become_a_profile():
+    picture = np.array(crop(20, 16))
+    rows = b"".join(b"\0" + row.tobytes() for row in picture)
+    said = [(b"cHRM", struct.pack(">8I", *P3))], [(b"cICP", b"\x0c\x0d\0\1"), (b"sRGB", b"\0")]
+    sources = [pictures.read(png(8, 2, rows, (20, 16), *chunks)) for chunks in said]
+    avif = saved(crop(20, 16), "AVIF", subsampling="4:4:4", quality=100).getvalue()
+    source = pictures.read(io.BytesIO(avif))
+    assert source.icc is None and source.notes == []
+    sources.append(pictures.read(io.BytesIO(avif.replace(b"colrnclx\0\x01", b"colrnclx\0\x0c"))))
+    for source in sources:
+        expected = p3_as_srgb(np.asarray(source.image) / 255)
+        assert np.abs(converted(source.image, source.icc) - expected).max() < 3
+        assert source.notes[0].endswith("is kept as an ICC profile")
+    assert pictures.read(png(8, 2, rows, (20, 16), (b"cICP", b"\x01\x0d\0\1"))).icc is None
+    hdr = pictures.read(png(8, 2, rows, (20, 16), (b"cICP", b"\x09\x10\0\1")))
+    assert hdr.icc is None and "code points 9, 16" in hdr.notes[0]
+
+
+@pytest.mark.parametrize("name", ["ppm", "bmp", "tga", "jp2", "qoi"])
+def test_a_format_without_profiles_gets_srgb(name):
+    image, notes = crop(20, 16), []
+    wide = colour.matrix_profile([v / 100_000 for v in P3], None)
+    data = pictures.to_bytes(image, Path(f"x.{name}"), Sections(icc=wide, exif=exif_bytes()), notes)
+    shown = np.asarray(pictures.read(io.BytesIO(data)).image)
+    assert (shown == converted(image, wide)).all() and (shown != np.asarray(image)).any()
+    assert notes == [
+        f"converted to sRGB, for .{name} keeps no ICC profile",
+        f"EXIF left out, which .{name} does not hold",
+    ]
+    notes = []
+    same = pictures.to_bytes(image, Path(f"x.{name}"), Sections(icc=ICC), notes)
+    assert (np.asarray(pictures.read(io.BytesIO(same)).image) == np.asarray(image)).all() and notes == []
+
+
+def with_dimensions(width: int, height: int, order: str = ">") -> bytes:
+    """EXIF with the size of the picture, in both directories."""
+    first = [(0x0100, 4, width), (0x0101, 4, height), (0x8769, 4, 8 + 2 + 36 + 4)]
+    second = [(0xA002, 3, width), (0xA003, 4, height)]
+    made = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
+    for entries in (first, second):
+        made += struct.pack(f"{order}H", len(entries))
+        for tag, kind, value in entries:
+            field = struct.pack(f"{order}HH", value, 0) if kind == 3 else struct.pack(f"{order}I", value)
+            made += struct.pack(f"{order}HHI", tag, kind, 1) + field
+        made += bytes(4)
+    return made
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_dimensions_in_exif_are_those_of_the_picture(order):
+    source = read(crop(24, 16), exif=b"Exif\0\0" + with_dimensions(24, 16, order))
+    assert source.exif == with_dimensions(24, 16, order), "not a byte was touched"
+    for name in ("png", "jpg", "webp", "avif"):
+        small = pictures.to_bytes(crop(12, 8), Path(f"x.{name}"), Sections(exif=source.exif))
+        tags = Image.open(io.BytesIO(small)).getexif()
+        sizes = tags[0x0100], tags[0x0101], tags.get_ifd(0x8769)[0xA002], tags.get_ifd(0x8769)[0xA003]
+        assert sizes == (12, 8, 12, 8), name
+
+
+def test_extended_xmp_and_iptc_are_told():
+    pointer = b'<x:xmpmeta><rdf:Description xmpNote:HasExtendedXMP="0123456789ABCDEF" dc:title="A"/></x:xmpmeta>'
+    source = read(crop(8, 6), "JPEG", xmp=pointer)
+    assert source.xmp == b'<x:xmpmeta><rdf:Description dc:title="A"/></x:xmpmeta>'
+    assert source.notes == ["extended XMP left out; the main part is kept"]
+    data = saved(crop(8, 6), "JPEG").getvalue()
+    block = b"Photoshop 3.0\x008BIM\x04\x04\0\0\0\0\0\x08\x1c\x02\x05\0\x03abc"
+    iptc = data[:2] + b"\xff\xed" + struct.pack(">H", len(block) + 2) + block + data[2:]
+    assert pictures.read(io.BytesIO(iptc)).notes == ["IPTC left out"]
+
+
+@pytest.mark.parametrize(
+    "suffix", ["wmf", "h5", "bufr", "grib", "xbm", "blp", "pgm", "pbm", "pfm", "bw", "rgba", "mpo", "x"]
+)
+def test_formats_that_cannot_work_are_refused_by_name(suffix):
+    with pytest.raises(PictureError) as caught:
+        pictures.check_format(Path(f"x.{suffix}"))
+    assert suffix in str(caught.value)
+
+
+def test_formats_that_work_are_not_refused():
+    for suffix in ("png", "jpg", "webp", "avif", "tif", "ppm", "bmp", "gif", "tga", "qoi", "jp2", "pnm", "rgb"):
+        pictures.check_format(Path(f"x.{suffix.upper()}"))
+    assert pictures.to_bytes(crop(8, 6), Path("x.j2k"))[:4] == b"\xff\x4f\xff\x51"
+    assert pictures.to_bytes(crop(8, 6), Path("x.jp2"))[4:8] == b"jP  "
+
+
+def test_heic_is_read_and_written():
+    pictures.register()
+    image = crop(24, 16)
+    image.putalpha(mask(image.size))
+    data = pictures.to_bytes(image, Path("x.heic"), Sections(icc=ICC, exif=exif_bytes(1), xmp=XMP))
+    source = pictures.read(io.BytesIO(data))
+    assert data[4:11] == b"ftyphei" and (source.icc, source.exif, source.xmp) == (ICC, exif_bytes(1), XMP)
+    assert np.abs(np.asarray(source.alpha).astype(int) - np.asarray(mask(image.size))).max() < 6
+
+
+def test_psnr_counts_what_shows():
+    rng = np.random.default_rng(4)
+    a, b = (rng.integers(0, 256, (6, 7, 3), np.uint8) for _ in range(2))
+    alpha = np.zeros((6, 7), np.uint8)
+    assert pictures.psnr(a, b, alpha) == np.inf
+    alpha[2:4] = 77
+    assert pictures.psnr(a, b, alpha) == pytest.approx(pictures.psnr(a[2:4], b[2:4]))
+    alpha[2] = 154
+    errors = [((a[row].astype(int) - b[row]) ** 2).mean() for row in (2, 2, 3)]
+    assert pictures.psnr(a, b, alpha) == pytest.approx(10 * np.log10(255**2 / np.mean(errors)))
+
+
+def test_deeper_samples_of_heic_and_jpeg_2000_are_told():
+    import pillow_heif
+
+    pixels = (np.asarray(crop(24, 16)).astype(np.uint16) * 257).tobytes()
+    file = io.BytesIO()
+    pillow_heif.from_bytes("RGB;16", (24, 16), pixels).save(file, quality=95)
+    source = pictures.read(file)
+    assert source.notes == ["10-bit samples reduced to 8 bits"] and psnr(source.image, crop(24, 16)) > 30
+    data = pictures.to_bytes(crop(24, 16), Path("x.j2k"))
+    assert pictures.read(io.BytesIO(data)).notes == []
+    image = Image.open(io.BytesIO(data))
+    assert pictures._bits(image, data) == 8 and pictures._bits(image, data[:42] + b"\x0f" + data[43:]) == 16

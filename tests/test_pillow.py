@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import crop, psnr
-from PIL import Image, ImageCms, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
+from test_pictures import profile
 
 import compass_codec.pillow  # noqa: F401
-from compass_codec import container
+from compass_codec import container, pictures
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -271,3 +272,37 @@ def test_closed_images_say_so(path):
     image.seek(1)
     with pytest.raises(ValueError, match="closed"):
         image.load()
+
+
+def test_orientation_in_exif_turns_the_picture_once(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Cam"
+    crop(24, 16).save(tmp_path / "in.jpg", exif=exif, quality=98)
+    with Image.open(tmp_path / "in.jpg") as image:
+        image.save(tmp_path / "x.cmps", scales=[1], quality=100, exif=image.info["exif"])
+        upright = ImageOps.exif_transpose(image)
+    with Image.open(tmp_path / "x.cmps") as made:
+        assert made.getexif()[0x0112] == 1 and made.getexif()[0x010F] == "Cam"
+        assert made.size == (16, 24) and psnr(made, upright) > 25
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_cmyk_profiles_are_applied(tmp_path, codec, mode):
+    picture = crop(24, 16).convert(mode)
+    picture.info["icc_profile"] = profile(b"GRAY" if mode == "L" else b"CMYK")
+    picture.save(tmp_path / "in.tif", icc_profile=picture.info["icc_profile"])
+    source = pictures.read(tmp_path / "in.tif")
+    picture.save(tmp_path / "x.cmps", scales=[1])
+    with Image.open(tmp_path / "x.cmps") as image:
+        assert "icc_profile" not in image.info and psnr(image, source.image) > 25
+    assert (tmp_path / "x.cmps").read_bytes() == codec.encode(picture, [1]).data == codec.encode(source.image, [1]).data
+
+
+def test_no_pixels_and_damaged_sources_are_oserrors(tmp_path):
+    with pytest.raises(OSError, match="no pixels"):
+        Image.new("RGB", (0, 0)).save(tmp_path / "x.cmps")
+    crop(64, 48).save(tmp_path / "in.png")
+    (tmp_path / "in.png").write_bytes((tmp_path / "in.png").read_bytes()[:-2000])
+    with Image.open(tmp_path / "in.png") as image, pytest.raises(OSError):
+        image.save(tmp_path / "x.cmps")
+    assert not (tmp_path / "x.cmps").exists()

@@ -1,12 +1,16 @@
 """Search for a target: few encodes, never on the wrong side, as near as steps of 0.01 allow."""
 
+import dataclasses
+import json
 import math
 import random
 
+import numpy as np
 import pytest
 from conftest import compass, crop
+from PIL import Image
 
-from compass_codec import container
+from compass_codec import container, pictures
 from compass_codec.rate import Target, search
 
 PIXELS = 100_000
@@ -57,7 +61,8 @@ def test_few_encodes_and_never_on_the_wrong_side(kind):
 
 def test_a_curve_in_large_steps_gives_the_step_below():
     found = search(Target("size", 1500), PIXELS, lambda q: (1000 if q < 61.37 else 2000, q), lambda made: made)
-    assert (found.quality, found.bytes, found.reached) == (61.36, 1000, True)
+    assert (found.quality, found.bytes, found.reached, found.near) == (61.36, 1000, True, False)
+    assert search(Target("size", 1010), PIXELS, lambda q: (1000 if q < 61.37 else 2000, q), lambda made: made).near
 
 
 @pytest.mark.parametrize(
@@ -96,6 +101,35 @@ def test_a_note_says_that_a_target_is_out_of_reach(tmp_path):
     result = compass("encode", tmp_path / "in.png", "--scales", "1", "--target-size", "5B")
     assert result.code == 0 and result.err.startswith("note: ")
     assert "5 bytes is out of reach; quality 1 gives" in result.err and len(result.err.splitlines()) == 1
+
+
+def test_a_target_of_psnr_is_met_by_what_shows(tmp_path, codec):
+    """The middle alone shows; around it is what costs little or much."""
+    picture, alpha = crop(64, 48), Image.new("L", (64, 48))
+    alpha.paste(255, (24, 16, 44, 32))
+    picture.putalpha(alpha)
+    picture.save(tmp_path / "in.png")
+    result = compass("encode", tmp_path / "in.png", "-s", "1,2", "--target-psnr", "33", "--json", "--device", "cpu")
+    assert result.code == 0, result.err
+    shown, decoded = (
+        np.asarray(i)[16:32, 24:44, :3] for i in (picture, codec.decode((tmp_path / "in.cmps").read_bytes()))
+    )
+    found = pictures.psnr(shown, decoded)
+    report = json.loads(result.out)
+    assert report["layers"][-1]["psnr"] == pytest.approx(found, abs=1e-3)
+    assert 33 <= found <= 33.1 or "lies between two steps" in report["notes"][-1]
+
+
+def test_a_note_says_that_a_target_lies_between_two_steps(tmp_path, monkeypatch):
+    found = dataclasses.replace(search(Target("psnr", 1), 1, lambda q: q, lambda q: (1, 2.0)), reached=True, near=False)
+    crop(20, 16).save(tmp_path / "in.png")
+
+    def stub(target, pixels, encode, measure):
+        return dataclasses.replace(found, result=encode(found.quality))
+
+    monkeypatch.setattr("compass_codec.jobs.search", stub)
+    result = compass("encode", tmp_path / "in.png", "-s", "1", "--target-psnr", "1")
+    assert result.code == 0 and "1 dB lies between two steps of quality; quality" in result.err
 
 
 @pytest.mark.parametrize(

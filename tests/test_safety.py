@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fuzz_pictures
 import mutate
+import numpy as np
 import pytest
 import torch
 from conftest import compass, crop
@@ -17,7 +18,7 @@ from PIL import Image
 
 import compass_codec
 from compass_codec import container, pictures
-from compass_codec.errors import PictureError
+from compass_codec.errors import CompassError, PictureError
 
 
 def test_broken_files_give_a_picture_or_one_clean_error(codec):
@@ -232,3 +233,47 @@ def raises_a_bug(data: bytes) -> bool:
     except Exception:
         return True
     return False
+
+
+def test_arrays_memoryviews_and_devices_from_python():
+    picture = crop(24, 16)
+    data = compass_codec.encode(np.asarray(picture), [1], device="cpu")
+    assert data == compass_codec.encode(picture, [1], device="cpu")
+    assert compass_codec.decode(memoryview(data), device="cpu") == compass_codec.decode(data, device="cpu")
+    rgba = np.dstack([np.asarray(picture), np.arange(24 * 16).reshape(16, 24).astype(np.uint8)])
+    decoded = compass_codec.decode(bytearray(compass_codec.encode(rgba, np.array([1]), np.float32(50))))
+    assert (np.asarray(decoded)[..., 3] == rgba[..., 3]).all()
+    wrong = [
+        lambda: compass_codec.encode(rgba.astype(float), [1]),
+        lambda: compass_codec.encode(rgba[:0], [1]),
+        lambda: compass_codec.encode("photo.png", [1]),
+        lambda: compass_codec.encode(picture, "ab"),
+        lambda: compass_codec.encode(picture, 2),
+        lambda: compass_codec.encode(picture, [1], "high"),
+        lambda: compass_codec.encode(picture, [1], None),
+        lambda: compass_codec.encode(picture, [1], device="tpu"),
+        lambda: compass_codec.encode(picture, [1], device="mps"),
+        lambda: compass_codec.encode(picture, [1], device="cuda:99"),
+        lambda: compass_codec.decode("text"),
+        lambda: compass_codec.decode(5),
+    ]
+    for call in wrong:
+        with pytest.raises(CompassError):
+            call()
+
+
+def test_errors_are_one_line(tmp_path):
+    for name, content in (("a\nb.png", b"no picture"), ("c\nd.png", None)):
+        if content:
+            (tmp_path / name).write_bytes(content)
+        result = compass("encode", tmp_path / name, "-s", "1")
+        assert result.code == 1 and len(result.err.splitlines()) == 1 and name.replace("\n", " ") in result.err
+    assert str(PictureError(" spaces  stay ")) == " spaces  stay "
+    assert str(PictureError("two\nlines \u2028 and a\r\n\n  half")) == "two lines and a half"
+
+
+def test_a_format_that_cannot_work_is_refused_before_anything(tmp_path, small_file):
+    (tmp_path / "x.cmps").write_bytes(small_file)
+    for extension in ("wmf", "h5", "pgm"):
+        result = compass("decode", tmp_path / "x.cmps", "--format", extension)
+        assert result.code == 2 and len(result.err.splitlines()) == 1 and extension in result.err

@@ -15,20 +15,22 @@ from typing import TYPE_CHECKING
 from compass_codec.errors import CompassError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
+    from typing_extensions import Buffer
 
 __version__ = "0.1.0"
 __all__ = ["CompassError", "decode", "encode"]
 
 
 def encode(
-    image: Image.Image,
+    image: Image.Image | np.ndarray,
     scales: Sequence[float],
     quality: float = 60,
     device: str = "auto",
     model: str | None = None,
 ) -> bytes:
-    """Encode a Pillow image as one layered file.
+    """Encode a Pillow image, or a uint8 array [height, width, 3] (4 with alpha; [height, width]), as one layered file.
 
     ``scales``: 1 to 16 positive factors that do not fall, relative to each other; the last layer is the image
     itself and layer k has size round(side * s_k / s_K), at least 1. ``quality``: 1..100, the same for all layers.
@@ -40,12 +42,14 @@ def encode(
     return codec.shared(device, model=model).encode(image, scales, quality).data
 
 
-def decode(data: bytes, layer: int | None = None, device: str = "auto") -> Image.Image:
+def decode(data: Buffer, layer: int | None = None, device: str = "auto") -> Image.Image:
     """Decode one layer of a .cmps file to an 8-bit Pillow image: RGB, or RGBA if it has alpha.
 
-    ``data`` may be cut off anywhere after the layer's end; ``layer`` defaults to the highest that is all there.
-    The weights are those the file was made with, if they are found. Raises a subclass of CompassError.
+    ``data``, bytes or a bytearray or memoryview, may be cut off anywhere after the layer's end;
+    ``layer`` defaults to the highest that is all there. The weights are those the file was made with, if they are found.
+    Raises a subclass of CompassError.
     """
     from compass_codec import codec, container
 
+    data = codec.as_bytes(data)
     return codec.shared(device, model=container.read_header(data).model).decode(data, layer)

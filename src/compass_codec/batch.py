@@ -28,6 +28,9 @@ def picture_suffixes() -> frozenset[str]:
     """Extensions, in lower case, of the formats that Pillow reads."""
     from PIL import Image
 
+    from compass_codec.pictures import register
+
+    register()
     formats = Image.registered_extensions().items()
     return frozenset(s.lower() for s, name in formats if name in Image.OPEN and name not in UNREADABLE)
 

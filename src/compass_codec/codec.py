@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compass_codec import container, filters, pictures, strips
 from compass_codec.arrays import to_bytes, to_tensor
-from compass_codec.errors import LimitError, OptionError
+from compass_codec.errors import FormatError, LimitError, OptionError
 from compass_codec.layer import LayerCodec
 from compass_codec.liff import combine
 from compass_codec.networks import quality_to_lambda
@@ -30,6 +30,7 @@ from compass_codec.weights import load as load_weights
 
 if TYPE_CHECKING:
     from PIL import Image
+    from typing_extensions import Buffer
 
 DEFAULT_QUALITY = 60.0
 EFFORTS = range(10)
@@ -55,9 +56,13 @@ def layer_sizes(size: tuple[int, int], scales: Sequence[float]) -> list[tuple[in
 
 def check_quality(quality: float) -> float:
     """Quality in steps of 0.01, as the file stores it. Raises OptionError outside 1..100."""
-    if not 1 <= quality <= 100:
-        raise OptionError(f"quality {quality:g}; it goes from 1 to 100")
-    return round(quality * 100) / 100
+    try:
+        number = float(quality)
+    except (TypeError, ValueError) as e:
+        raise OptionError(f"quality {quality!r} is no number") from e
+    if not 1 <= number <= 100:
+        raise OptionError(f"quality {number:g}; it goes from 1 to 100")
+    return round(number * 100) / 100
 
 
 def check_layer_weights(weights: Sequence[float], count: int) -> list[float]:
@@ -130,13 +135,19 @@ class Codec:
         return self if model == self.model else shared(self.device.type, None, self.precision, model)
 
     def encode(
-        self, image: Image.Image, scales: Sequence[float], quality: float = DEFAULT_QUALITY, effort: int = 0
+        self,
+        image: Image.Image | np.ndarray,
+        scales: Sequence[float],
+        quality: float = DEFAULT_QUALITY,
+        effort: int = 0,
     ) -> Encoded:
-        """Encode ``image`` at every scale factor, its alpha too. The factors are relative to each other and must not
-        fall; the last layer is the picture itself. Quality 1..100, effort 0..9. Raises OptionError, LimitError or
-        PictureError."""
+        """Encode ``image``, or an array of its pixels (see pictures.as_image), at every scale factor, its alpha too. A
+        profile for grey or CMYK is applied, one for RGB is left to the caller. The factors are relative to each other
+        and must not fall; the last layer is the picture itself. Quality 1..100, effort 0..9. Raises OptionError,
+        LimitError or PictureError."""
         scales = container.check_scales(scales)
-        layers, alphas = pictures.pyramid_alpha(pictures.split(image), layer_sizes(image.size, scales))
+        source = pictures.split(pictures.as_image(image))
+        layers, alphas = pictures.pyramid_alpha(source, layer_sizes(source.image.size, scales))
         encoded = self.encode_layers(layers, scales, quality, effort)
         alpha = {k: pictures.alpha_to_bytes(plane) for k, plane in enumerate(alphas)}
         return replace(encoded, data=container.attach(encoded.data, container.Sections(alpha=alpha)))
@@ -158,7 +169,10 @@ class Codec:
         ``layer_weights`` (above 0) say; see search.improve, also for ``progress``."""
         started = time.monotonic()
         scales = container.check_scales(scales)
-        qualities = [check_quality(q) for q in (quality if isinstance(quality, Sequence) else [quality] * len(layers))]
+        qualities = [
+            check_quality(q)
+            for q in (quality if isinstance(quality, (Sequence, np.ndarray)) else [quality] * len(layers))
+        ]
         if not len(layers) == len(scales) == len(qualities):
             raise OptionError(f"{len(layers)} layers, {len(scales)} scale factors, {len(qualities)} qualities")
         if effort not in EFFORTS:
@@ -272,9 +286,10 @@ class Codec:
             coded = tried
         return coded
 
-    def decode(self, data: bytes, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:
+    def decode(self, data: Buffer, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:
         """Decode one layer (default: the highest that ``data`` holds whole) as an RGB picture, RGBA if it has alpha.
         The file may be of another set of weights than this codec, if that is found; see ``of``."""
+        data = as_bytes(data)
         header = container.read_header(data, max_pixels)
         last = container.pick(header, len(data), layer)
         coded = container.sections(header, data, last).alpha.get(last)
@@ -324,13 +339,29 @@ def float32_convolutions() -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
+def as_bytes(data: Buffer) -> bytes:
+    """Bytes, or anything that holds them, such as a memoryview. Raises FormatError for anything else."""
+    try:
+        return data if isinstance(data, bytes) else memoryview(data).tobytes()
+    except TypeError as e:
+        raise FormatError(f"the bytes of a file are needed, not {type(data).__name__}") from e
+
+
 def choose_device(name: str) -> torch.device:
-    """ "auto", "cpu" or "cuda" to a device. Raises OptionError if a GPU is asked for and not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise OptionError("--device cuda: PyTorch sees no CUDA device here")
+    """ "auto", "cpu" or "cuda" (one of several: "cuda:1") to a device. Raises OptionError for any other, and if a GPU
+    is asked for and not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as e:
+        raise OptionError(f"device {name!r}; there are auto, cpu and cuda") from e
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"device {name!r}; there are auto, cpu and cuda")
+    known = torch.cuda.is_available() and (device.index or 0) < max(1, torch.cuda.device_count())
+    if device.type == "cuda" and not known:
+        raise OptionError(f"--device {name}: PyTorch sees no such CUDA device here")
+    return device
 
 
 def choose_precision(name: str, device: torch.device) -> str:

@@ -181,7 +181,10 @@ def _decimal(scale: float) -> tuple[int, int]:
 def check_scales(scales: Sequence[float]) -> list[float]:
     """The scale factors as the file will store them. Raises OptionError unless they are 1 to 16 positive finite
     numbers, none smaller than the one before."""
-    scales = [float(s) for s in scales]
+    try:
+        scales = [float(s) for s in scales]
+    except (TypeError, ValueError) as e:
+        raise OptionError("scale factors must be a list of numbers") from e
     if not 1 <= len(scales) <= MAX_LAYERS:
         raise OptionError(f"{len(scales)} scale factors; a file holds 1 to {MAX_LAYERS} layers")
     if not all(math.isfinite(s) and s > 0 for s in scales):

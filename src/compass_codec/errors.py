@@ -3,7 +3,8 @@
 
 def one_line(text: object) -> str:
     """A message as one line, whatever the library that wrote it broke it into."""
-    return " ".join(line.strip() for line in str(text).splitlines() if line.strip())
+    lines = str(text).splitlines()
+    return str(text) if len(lines) == 1 else " ".join(line.strip() for line in lines if line.strip())
 
 
 class CompassError(ValueError):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compass_codec import container
-from compass_codec.errors import CompassError, DamagedError, OptionError
+from compass_codec.errors import CompassError, DamagedError, OptionError, one_line
 from compass_codec.rate import HIGHEST, LOWEST, SIZE_WINDOW, Target, search
 
 if TYPE_CHECKING:
@@ -179,11 +179,11 @@ def run(job: Job) -> Report:
 
 def reason(path: Path | str, error: Exception) -> str | None:
     """An error as one line that begins with a file's name, ``path`` unless the error knows better; None for a bug."""
-    name = "standard input" if path == STDIO else str(path)
+    name = "standard input" if path == STDIO else one_line(path)
     if isinstance(error, CompassError):
         return f"{name}: {error}"
     if isinstance(error, OSError):
-        return f"{error.filename or name}: {error.strerror or error}"
+        return one_line(f"{error.filename or name}: {error.strerror or error}")
     # PyTorch has no error of its own for this on the CPU
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
@@ -199,9 +199,11 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
             return Report(source, "up to date", (target,))
     else:
         check_target(target, source, options)
-    from compass_codec import pictures
+    from compass_codec import colour, pictures
 
     picture = pictures.read(io.BytesIO(sys.stdin.buffer.read()) if source == STDIO else source)
+    if options.strip and picture.icc:
+        picture = replace(picture, image=colour.to_srgb(picture.image, picture.icc, picture.notes, "--strip"))
     plan = plan_layers(picture.image.size, options)
     loaded = load(options)
     layers, alphas = pictures.pyramid_alpha(picture, plan.sizes)
@@ -218,29 +220,34 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
         )
         return container.attach(result.data, sections), result.layers
 
+    def measured(seen: Sequence[np.ndarray]) -> list[float]:
+        """PSNR of each layer, of what shows."""
+        shows: list[np.ndarray | None] = [*alphas] or [None] * len(layers)
+        return [pictures.psnr(*layer) for layer in zip(layers, seen, shows, strict=True)]
+
     if options.target is None:
         data, reconstructed = attempt(plan.qualities)
     else:
         pixels = layers[-1].shape[0] * layers[-1].shape[1]
-        found = search(options.target, pixels, attempt, lambda e: (len(e[0]), pictures.psnr(layers[-1], e[1][-1])))
+        found = search(options.target, pixels, attempt, lambda e: (len(e[0]), measured(e[1])[-1]))
         (data, reconstructed), encodes = found.result, found.encodes
-        if not found.reached:
+        if not (found.reached and found.near):
             gives = f"{len(data)} bytes, {8 * len(data) / pixels:.3f} bpp, {found.psnr:.2f} dB"
-            notes.append(f"{options.target} is out of reach; quality {found.quality:g} gives {gives}")
+            why = "lies between two steps of quality" if found.reached else "is out of reach"
+            notes.append(f"{options.target} {why}; quality {found.quality:g} gives {gives}")
     if options.progress:
         print(end=CLEAR, file=sys.stderr, flush=True)
     put(target, data, options.batch)
     if options.verify:
         _verify(loaded, data if target == STDIO else target.read_bytes(), reconstructed, sections, target)
     header = container.read_header(data)
-    psnrs = [pictures.psnr(a, b) for a, b in zip(layers, reconstructed, strict=True)]
-    reports = tuple(_layer_report(header, k, value) for k, value in enumerate(psnrs))
+    reports = tuple(_layer_report(header, k, value) for k, value in enumerate(measured(reconstructed)))
     return Report(source, "encoded", (target,), reports, len(data), encodes, notes=tuple(notes))
 
 
 def decode(source: Path, target: Path, options: DecodeOptions, url: str | None = None) -> Report:
     """Decode layers of ``source`` into pictures named after ``target``. Raises CompassError, OSError or MemoryError."""
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if url is None:
         data, header, last = read_prefix(source, options.layer, options.max_pixels)
         tail = b"" if options.strip else _metadata(source, header)
@@ -249,7 +256,7 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
 
         found = remote.read_prefix(url, options.layer, options.max_pixels, metadata=not options.strip)
         data, header, last, tail = found.data, found.header, found.layer, found.tail
-        notes = (f"{found.fetched} bytes fetched" + (f" of {found.size}" if found.size is not None else ""),)
+        notes = [f"{found.fetched} bytes fetched" + (f" of {found.size}" if found.size is not None else "")]
     if options.best_effort:
         sound = [state == "ok" for state in container.states(header, data)[: len(header.layers)]]
         last = min(last, [*sound, False].index(False) - 1)
@@ -259,7 +266,7 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
         k: target.with_name(f"{target.stem}.layer{k}{target.suffix}") if options.numbered else target
         for k in (range(last + 1) if options.every else [last])
     }
-    from compass_codec import pictures
+    from compass_codec import colour, pictures
 
     for output in wanted.values():
         if output != STDIO:
@@ -282,10 +289,19 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
     for k, picture in [(k, picture) for k, picture in enumerate(decoded) if k in wanted]:
         image, output = pictures.with_alpha(picture, alphas.get(k)), wanted[k]
         name = Path("x.png") if output == STDIO else output
-        encoded = pictures.to_bytes(image, name, None if options.strip else sections)
+        if options.strip and sections.icc:
+            image = colour.to_srgb(image, sections.icc, notes, "--strip")
+        encoded = pictures.to_bytes(image, name, None if options.strip else sections, notes)
         put(output, encoded, options.batch)
         size += len(encoded)
-    return Report(source, "decoded", outputs, tuple(_layer_report(header, k) for k in wanted), size, notes=notes)
+    return Report(
+        source,
+        "decoded",
+        outputs,
+        tuple(_layer_report(header, k) for k in wanted),
+        size,
+        notes=tuple(dict.fromkeys(notes)),
+    )
 
 
 def load(options: Options, model: str | None = None) -> Codec:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import struct
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
+from compass_codec import colour
 from compass_codec.errors import CompassError, DamagedError, PictureError
 
 if TYPE_CHECKING:
@@ -24,19 +27,31 @@ if TYPE_CHECKING:
 
 
 ANIMATED = {"GIF", "PNG", "WEBP", "AVIF", "JXL"}  # formats whose further frames are an animation
-WITH_ALPHA = {"PNG", "WEBP", "AVIF", "TIFF", "JPEG2000"}
-WITH_EXTRAS = {"PNG", "JPEG", "WEBP", "AVIF", "TIFF"}
+WITH_ALPHA = {"PNG", "WEBP", "AVIF", "HEIF", "TIFF", "JPEG2000"}
+WITH_EXTRAS = {"PNG", "JPEG", "WEBP", "AVIF", "HEIF", "TIFF"}
+NOT_WRITTEN = dict.fromkeys((".pgm", ".pbm", ".bw"), "pictures have colours") | {
+    ".pfm": "it holds floating point",
+    ".rgba": "it always has alpha",
+    ".mpo": "it holds several pictures",
+    ".cmps": "it is what is decoded",
+}
+CODESTREAMS = {".j2k", ".j2c", ".jpc"}  # of JPEG 2000, without the boxes around
 SAVING: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"quality": 95},
     "AVIF": {"quality": 90, "subsampling": "4:4:4"},
+    "HEIF": {"quality": 90, "chroma": 444},
 }
 WEBP_SIDE = 16383  # the largest side of a WebP picture
 MARKER = 65533  # bytes that a JPEG marker holds
 GREYS = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"}
 WORDS = {"P": "palette", "PA": "palette", "1": "1-bit samples"} | dict.fromkeys(GREYS - {"1"}, "greyscale")
 IFDS = (0x8769, 0x8825)  # tags that point to the EXIF and GPS tags
-ORIENTATION, XMP_TAG = 0x0112, 700
+ORIENTATION, XMP_TAG, BITS, PHOTOMETRIC = 0x0112, 700, 258, 262
+DIMENSIONS = (0x0100, 0x0101, 0xA002, 0xA003)  # width and height in pixels, of TIFF and of EXIF
+# where a packet of XMP points to more, which other markers of a JPEG hold
+EXTENDED = re.compile(rb"\s*xmpNote:HasExtendedXMP\s*=\s*(\"[^\"]*\"|'[^']*')|<xmpNote:HasExtendedXMP>[^<]*</[^>]*>")
+HEAD = 1 << 20  # bytes, in which a file says what its colours are
 DESCRIPTIVE = (270, 271, 272, 305, 306, 315, 316, 33432, *IFDS)  # words, device, time, owner
 
 
@@ -92,34 +107,113 @@ class Source:
 def read(path: Path | BinaryIO) -> Source:
     """Open a picture, upright as its EXIF orientation says. CMYK and grey profiles are applied; the RGB pixels are then
     sRGB and carry none. Raises PictureError; also for an animation and for samples of 32 bits."""
+    register()
     with library("damaged picture"), Image.open(path) as image:
-        return _source(image)
+        if isinstance(path, Path):
+            with path.open("rb") as file:
+                head = file.read(HEAD)
+        else:
+            at = path.tell()
+            path.seek(0)
+            head = path.read(HEAD)
+            path.seek(at)
+        notes: list[str] = []
+        return from_image(_loaded(image, head, notes), notes)
 
 
-def _source(image: Image.Image) -> Source:
-    notes = []
+def _loaded(image: Image.Image, head: bytes, notes: list[str]) -> Image.Image:
+    """The opened file's picture with what Pillow does not tell or tells wrongly mended; ``head`` is how it begins."""
     if (frames := getattr(image, "n_frames", 1)) > 1:
         if image.format in ANIMATED:
             raise PictureError(f"an animation of {frames} frames; only still pictures can be coded")
         notes.append(f"only the first of {frames} pictures in the file is taken")
     # Pillow reduces RGB to 8 bits while it reads; only the layout of the file's samples tells
-    deep = any(";16" in str(tile) or (tile[0] == "ppm" and tile[3][-1] > 255) for tile in getattr(image, "tile", ()))
-    image.load()
-    exif = None
-    try:
-        original, image = image, ImageOps.exif_transpose(image)
-        exif = _exif(original)
-    except Exception:  # Pillow's reader has no error of its own for bad EXIF; the pixels are sound
-        notes.append("damaged EXIF left out")
-    xmp = image.info.get("xmp")
-    xmp = xmp.encode() if isinstance(xmp, str) else bytes(xmp) if xmp else None
+    layout = [str(tile[3]) for tile in getattr(image, "tile", ())]
+    deep = any(";16" in text for text in layout)
+    deep = deep or any(tile[0] == "ppm" and tile[3][-1] > 255 for tile in getattr(image, "tile", ()))
+    if any("16S" in text or "16BS" in text for text in layout):
+        raise PictureError("signed samples are not supported")
+    _load(image, notes)
+    image.info["icc_profile"] = colour.said_profile(image, head, notes)
+    if _has_iptc(image):
+        notes.append("IPTC left out")
     if image.mode == "I" and deep:
         image = image.convert("I;16")
-    if deep or image.mode.startswith("I;16"):
-        notes.append("16-bit samples reduced to 8 bits")
-    pixels = split(image)
-    rgb, icc = _to_srgb(image, pixels.image, notes)
-    return Source(rgb, pixels.alpha, icc, exif, xmp, notes)
+    bits = 16 if deep or image.mode.startswith("I;16") else _bits(image, head)
+    if bits > 8:
+        notes.append(f"{bits}-bit samples reduced to 8 bits")
+    clear = image.info.get("transparency")
+    if isinstance(clear, int) and layout in (["L;2"], ["L;4"]):  # of a PNG: Pillow stretches the samples and not this
+        image.info["transparency"] = clear * (85 if layout == ["L;2"] else 17)
+    elif isinstance(clear, tuple) and deep:
+        image.info["transparency"] = tuple(v >> 8 for v in clear)
+        notes.append("the transparent colour is compared in 8 bits")
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16") and (tags.get(BITS) == (12,) or tags.get(PHOTOMETRIC) == 0):
+        import numpy as np
+
+        samples = np.asarray(image)
+        samples = samples << 4 | samples >> 8 if tags.get(BITS) == (12,) else samples
+        image.im = Image.fromarray(~samples if tags.get(PHOTOMETRIC) == 0 else samples).im
+    return image
+
+
+def _load(image: Image.Image, notes: list[str]) -> None:
+    """Load the pixels. A JPEG of which nothing but the end marker is missing is sound; as other programs do, it is read
+    and ``notes`` say so. Raises anything."""
+    try:
+        image.load()
+    except OSError:
+        file = getattr(image, "fp", None)
+        if image.format != "JPEG" or file is None:
+            raise
+        file.seek(0)
+        data = file.read().rstrip(b"\xff")  # of half a marker
+        # a decoder takes what it misses from whatever follows: where nothing is missing, that does not matter
+        endings = b"", b"\xb5\x5a\x3c\xc3" * 64
+        whole, other = (Image.open(io.BytesIO(data + ending + b"\xff\xd9")) for ending in endings)
+        if whole.tobytes() != other.tobytes():
+            raise
+        image.im = whole.im
+        image.tile = []  # type: ignore[attr-defined]
+        notes.append("the end marker is missing")
+
+
+def _bits(image: Image.Image, head: bytes) -> int:
+    """Bits of a sample in an AVIF, HEIC or JPEG 2000 file, of which Pillow gives 8; 8 if the file does not say."""
+    if image.format in ("AVIF", "HEIF") and (at := head.find(b"pixi")) > 0:
+        return head[at + 9]
+    if image.format == "JPEG2000" and image.mode not in ("L", "I;16"):
+        at = head.find(b"\xff\x4f\xff\x51")
+        return (head[at + 42] & 0x7F) + 1
+    return 8
+
+
+def _has_iptc(image: Image.Image) -> bool:
+    """Is there IPTC in the file, where JPEG, TIFF and PNG have it?"""
+    info, tags = image.info, getattr(image, "tag_v2", {})
+    blocks = info.get("photoshop")
+    return (isinstance(blocks, dict) and 0x0404 in blocks) or 33723 in tags or "Raw profile type iptc" in info
+
+
+def from_image(image: Image.Image, notes: list[str] | None = None) -> Source:
+    """A Pillow image as a source: its pixels (see ``split``) upright, and the profile, EXIF and XMP in its ``info``.
+    ``notes`` go before those of the conversion. Raises PictureError."""
+    notes = [] if notes is None else notes
+    exif = None
+    with library("damaged picture"):
+        image.load()
+        try:
+            original, image = image, ImageOps.exif_transpose(image)
+            exif = _exif(original, image.size)
+        except Exception:  # Pillow's reader has no error of its own for bad EXIF; the pixels are sound
+            notes.append("damaged EXIF left out")
+        xmp = image.info.get("xmp")
+        xmp = xmp.encode() if isinstance(xmp, str) else bytes(xmp) if xmp else None
+        if xmp and EXTENDED.search(xmp):
+            xmp = EXTENDED.sub(b"", xmp)
+            notes.append("extended XMP left out; the main part is kept")
+        return replace(split(image, notes), exif=exif, xmp=xmp)
 
 
 def _to_rgba(image: Image.Image) -> Image.Image | None:
@@ -127,10 +221,19 @@ def _to_rgba(image: Image.Image) -> Image.Image | None:
     if not image.has_transparency_data:
         return None
     if image.mode.startswith("I;16"):
-        clear = image.info["transparency"]
-        alpha = image.convert("I").point([255 * (v != clear) for v in range(65536)], "L")
-        return Image.merge("RGBA", [image.point(lambda v: v / 256).convert("L")] * 3 + [alpha])
+        import numpy as np
+
+        shown = np.asarray(image) != image.info["transparency"]
+        alpha = Image.fromarray(255 * shown.astype(np.uint8))
+        return Image.merge("RGBA", [_upper_bits(image)] * 3 + [alpha])
     return image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+
+
+def _upper_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey of either byte order as L: the upper 8 bits."""
+    import numpy as np
+
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _to_srgb(image: Image.Image, rgb: Image.Image, notes: list[str]) -> tuple[Image.Image, bytes | None]:
@@ -142,21 +245,8 @@ def _to_srgb(image: Image.Image, rgb: Image.Image, notes: list[str]) -> tuple[Im
     if icc is None or (icc[16:20] == b"RGB " and space in ("RGB", "GRAY")):
         return rgb, icc
     if icc[16:20].decode("latin1").strip() == space and space in ("GRAY", "CMYK"):
-        from PIL import ImageCms
-
-        try:
-            converted = ImageCms.profileToProfile(
-                rgb.convert("L") if space == "GRAY" else image,
-                ImageCms.ImageCmsProfile(io.BytesIO(icc)),
-                ImageCms.createProfile("sRGB"),
-                ImageCms.Intent.RELATIVE_COLORIMETRIC,
-                "RGB",
-                flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
-            )
-        except (ImageCms.PyCMSError, OSError):
-            pass
-        else:
-            assert converted is not None
+        converted = colour.apply_profile(rgb.convert("L") if space == "GRAY" else image, icc)
+        if converted is not None:
             notes[-1] = f"{notes[-1].removesuffix('RGB')}sRGB by its ICC profile"
             return converted, None
     notes.append("ICC profile left out, which does not fit the picture")
@@ -172,42 +262,77 @@ def _descriptive(exif: Image.Exif) -> Image.Exif:
     return tags
 
 
-def _exif(image: Image.Image) -> bytes | None:
-    """EXIF as a TIFF structure whose orientation is 1, all else as it was. Raises anything on garbage."""
+def _exif(image: Image.Image, size: tuple[int, int]) -> bytes | None:
+    """EXIF as a TIFF structure for a picture of ``size`` that is upright. Raises anything on garbage."""
     exif = image.info.get("exif")
     if not exif:
         tags = _descriptive(image.getexif())
         exif = tags.tobytes() if tags else b""
-    exif = bytearray(exif.removeprefix(b"Exif\0\0"))
-    if not exif:
-        return None
-    order = {b"II*\0": "<", b"MM\0*": ">"}[bytes(exif[:4])]
-    (at,) = struct.unpack_from(f"{order}I", exif, 4)
-    (count,) = struct.unpack_from(f"{order}H", exif, at)
-    for entry in range(at + 2, at + 2 + 12 * count, 12):
-        # a short, or wrongly a long, which Pillow applies as well
-        if struct.unpack_from(f"{order}HHI", exif, entry) in ((ORIENTATION, 3, 1), (ORIENTATION, 4, 1)):
-            struct.pack_into(f"{order}HIHH", exif, entry + 2, 3, 1, 1, 0)
-    return bytes(exif)
+    exif = exif.removeprefix(b"Exif\0\0")
+    return fitted(exif, size) if exif else None
 
 
-def split(image: Image.Image) -> Source:
-    """The pixels of a Pillow image: RGB and, unless it is opaque, alpha. Raises PictureError; also for samples of 32
-    bits and where there are no pixels."""
+def fitted(exif: bytes, size: tuple[int, int]) -> bytes:
+    """EXIF, a TIFF structure, whose orientation is 1 and whose pixel dimensions are ``size`` (width, height), as far as
+    it has them; all else as it was, byte by byte. Raises anything on garbage."""
+    data = bytearray(exif)
+    order = {b"II*\0": "<", b"MM\0*": ">"}[exif[:4]]
+    values = dict(zip(DIMENSIONS, 2 * size, strict=True)) | {ORIENTATION: 1}
+
+    def fit(at: int) -> int | None:
+        """Mend the tags of the directory ``at``; where those of EXIF are."""
+        (count,) = struct.unpack_from(f"{order}H", data, at)
+        found = None
+        for entry in range(at + 2, at + 2 + 12 * count, 12):
+            tag, kind, length = struct.unpack_from(f"{order}HHI", data, entry)
+            # a short, or a long, which Pillow applies as well
+            if tag not in (*values, IFDS[0]) or kind not in (3, 4) or length != 1:
+                continue
+            (value,) = struct.unpack_from(f"{order}{'H' if kind == 3 else 'I'}", data, entry + 8)
+            if tag == IFDS[0]:
+                found = value
+            elif tag == ORIENTATION:
+                struct.pack_into(f"{order}HIHH", data, entry + 2, 3, 1, 1, 0)
+            elif value != values[tag]:
+                struct.pack_into(f"{order}HII", data, entry + 2, 4, 1, values[tag])
+        return found
+
+    if more := fit(struct.unpack_from(f"{order}I", data, 4)[0]):
+        with suppress(struct.error):  # where a part is damaged, the rest is not
+            fit(more)
+    return bytes(data)
+
+
+def split(image: Image.Image, notes: list[str] | None = None) -> Source:
+    """The pixels of a Pillow image: RGB and, unless it is opaque, alpha. Its profile is carried if it is for RGB, else
+    applied; ``notes`` say so. Raises PictureError; also for samples of 32 bits and where there are no pixels."""
+    notes = [] if notes is None else notes
     if not (image.width and image.height):
         raise PictureError(f"a picture of {image.width} x {image.height} has no pixels")
     with library("damaged picture"):
         image.load()
         rgba = _to_rgba(image)
-        if rgba is None or rgba.getchannel("A").getextrema() == (255, 255):
-            return Source(rgba.convert("RGB") if rgba else to_rgb(image))
-        return Source(rgba.convert("RGB"), rgba.getchannel("A"))
+        alpha = rgba.getchannel("A") if rgba else None
+        rgb, icc = _to_srgb(image, rgba.convert("RGB") if rgba else to_rgb(image), notes)
+        opaque = alpha is None or alpha.getextrema() == (255, 255)
+        return Source(rgb, None if opaque else alpha, icc, notes=notes)
+
+
+def as_image(picture: object) -> Image.Image:
+    """A Pillow image as it is, an array (uint8 [height, width, 3], or 4 with alpha, or [height, width]) as such. Raises
+    PictureError for anything else."""
+    if isinstance(picture, Image.Image):
+        return picture
+    import numpy as np
+
+    with library("neither a Pillow image nor an array of pixels"):
+        return Image.fromarray(np.asarray(picture))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB; transparency is flattened onto white, 16-bit samples keep their upper 8 bits."""
     if image.mode.startswith("I;16"):
-        image = image.point(lambda v: v / 256).convert("L")
+        image = _upper_bits(image)
     elif image.mode in ("I", "F"):
         raise PictureError(f"pictures of mode {image.mode} (32-bit samples) are not supported")
     return flatten(image) if image.has_transparency_data else image.convert("RGB")
@@ -309,9 +434,10 @@ def _filled(values: np.ndarray, known: np.ndarray) -> np.ndarray:
 def alpha_to_bytes(alpha: np.ndarray) -> bytes:
     """Code an alpha plane, uint8 [height, width], without loss: as WebP or as PNG, whichever is smaller."""
     image, webp, png = Image.fromarray(alpha), io.BytesIO(), io.BytesIO()
-    image.save(png, "PNG", optimize=True)
-    if max(image.size) <= WEBP_SIDE:
-        image.convert("RGB").save(webp, "WEBP", lossless=True, quality=100)
+    with library("alpha cannot be written"):
+        image.save(png, "PNG", optimize=True)
+        if max(image.size) <= WEBP_SIDE:
+            image.convert("RGB").save(webp, "WEBP", lossless=True, quality=100)
     return min(filter(None, (webp.getvalue(), png.getvalue())), key=len)
 
 
@@ -351,18 +477,47 @@ def squared_error(a: np.ndarray, b: np.ndarray) -> int:
     return sum(int(np.square(x.astype(np.int32) - y).sum(dtype=np.int64)) for x, y in parts)
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures of one shape, in dB; infinite when they are equal."""
-    squares = squared_error(a, b)
-    return 10 * math.log10(255**2 * a.size / squares) if squares else math.inf
+def psnr(a: np.ndarray, b: np.ndarray, alpha: np.ndarray | None = None) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures of one shape, in dB; infinite when they are equal. With
+    ``alpha``, uint8 [height, width], each pixel counts as much as it shows; infinite when none does."""
+    if alpha is None:
+        squares, samples = squared_error(a, b), a.size
+    else:
+        import numpy as np
+
+        rows = ((a[k], b[k], alpha[k]) for k in range(len(a)))  # one at a time, for memory
+        squares = sum(int((np.square(x.astype(np.int64) - y).sum(1) * weight).sum()) for x, y, weight in rows)
+        samples = a.shape[2] * int(alpha.sum(dtype=np.int64))
+    return 10 * math.log10(255**2 * samples / squares) if squares else math.inf
+
+
+@cache
+def register() -> None:
+    """Make Pillow know its formats, HEIC where pillow-heif is installed (the extra ``heic``), and big-endian 16-bit
+    grey TIFF with WhiteIsZero, of which it only knows the little-endian."""
+    Image.init()
+    TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
 
 
 def check_format(path: Path) -> str:
     """Pillow's name of the format that the file name asks for. Raises PictureError if it cannot be written."""
-    Image.init()
-    name = Image.EXTENSION.get(path.suffix.lower())
+    return _check_suffix(path.suffix.lower())
+
+
+@cache
+def _check_suffix(suffix: str) -> str:
+    register()
+    name = Image.EXTENSION.get(suffix)
     if name is None or name not in Image.SAVE:
-        raise PictureError(f"no picture format known for {path.suffix or 'a name without extension'!r}")
+        raise PictureError(f"no picture format known for {suffix or 'a name without extension'!r}")
+    if suffix in NOT_WRITTEN:
+        raise PictureError(f"{suffix} is not written: {NOT_WRITTEN[suffix]}")
+    # some can only be written by programs that are not here, or hold no colours
+    _save(Image.new("RGB", (16, 16)), name, suffix, None, [])
     return name
 
 
@@ -372,20 +527,37 @@ def flatten(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
-def to_bytes(image: Image.Image, path: Path, extras: Extras | None = None) -> bytes:
+def to_bytes(image: Image.Image, path: Path, extras: Extras | None = None, notes: list[str] | None = None) -> bytes:
     """The picture, RGB or RGBA, as a file in the format that ``path`` asks for. Raises PictureError.
 
-    PNG, WebP, AVIF, TIFF and JPEG 2000 keep alpha, the others show it on white. ICC, EXIF and XMP go into PNG, JPEG,
-    WebP, AVIF and TIFF, as far as they fit. JPEG has quality 95 and full chroma, WebP 95, AVIF 90 and full chroma.
+    PNG, WebP, AVIF, HEIC, TIFF and JPEG 2000 keep alpha, the others show it on white. ICC, EXIF and XMP go into PNG,
+    JPEG, WebP, AVIF, HEIC and TIFF, as far as they fit. Formats that hold no profile get sRGB. EXIF's pixel dimensions
+    become those of the picture. JPEG has quality 95 and full chroma, WebP 95, AVIF and HEIC 90 and full chroma.
+    ``notes`` get a sentence for everything that was converted or left out.
     """
     name = check_format(path)
-    if image.mode == "RGBA" and name not in WITH_ALPHA:
-        image = flatten(image)
-    elif image.mode == "RGBA" and name in SAVING:  # lossy
-        image = filled(image)
+    notes = [] if notes is None else notes
+    return _save(image, name, path.suffix, extras, notes)
+
+
+def _save(image: Image.Image, name: str, suffix: str, extras: Extras | None, notes: list[str]) -> bytes:
+    options = dict(SAVING.get(name, {}))
+    if suffix.lower() in CODESTREAMS:
+        options["no_jp2"] = True
     buffer = io.BytesIO()
-    with library(f"cannot be written as {path.suffix}"):
-        options = SAVING.get(name, {}) | (_metadata(extras, name) if extras and name in WITH_EXTRAS else {})
+    with library(f"{image.width} x {image.height} cannot be written as {suffix}"):
+        if extras and name in WITH_EXTRAS:
+            options |= _metadata(extras, name, image.size, notes)
+        elif extras:
+            if extras.icc:
+                image = colour.to_srgb(image, extras.icc, notes, suffix)
+            if left := [word for word, data in (("EXIF", extras.exif), ("XMP", extras.xmp)) if data]:
+                notes.append(f"{' and '.join(left)} left out, which {suffix} does not hold")
+        if image.mode == "RGBA" and name not in WITH_ALPHA:
+            image = flatten(image)
+            notes.append(f"transparency laid onto white, as {suffix} holds none")
+        elif image.mode == "RGBA" and name in SAVING:  # lossy
+            image = filled(image)
         image.save(buffer, name, **options)
         data = buffer.getvalue()
         _check_size(data, name, image.size)
@@ -401,28 +573,40 @@ def _check_size(data: bytes, name: str, size: tuple[int, int]) -> None:
                 raise PictureError(f"{name} cannot hold a picture of {size[0]} x {size[1]}")
 
 
-def _metadata(extras: Extras, name: str) -> dict[str, Any]:
-    """Pillow's options to save ``extras`` in the format ``name``. What no marker of a JPEG can hold is left out, and so
-    is EXIF that Pillow cannot read where it has to."""
+def _metadata(extras: Extras, name: str, size: tuple[int, int], notes: list[str]) -> dict[str, Any]:
+    """Pillow's options to save ``extras`` in the format ``name`` with a picture of ``size``. What no marker of a JPEG
+    can hold is left out, and so is EXIF that Pillow cannot read where it has to."""
     options: dict[str, Any] = {}
+    room = {"exif": MARKER - 6, "xmp": MARKER - 29} if name == "JPEG" else {}
+    kept = {"exif": extras.exif, "xmp": extras.xmp}
+    for kind, data in kept.items():
+        if data and len(data) > room.get(kind, len(data)):
+            kept[kind] = None
+            notes.append(f"{kind.upper()} left out, which is too long for a JPEG")
+    exif, xmp = kept["exif"], kept["xmp"]
+    if exif:
+        with suppress(Exception):  # on garbage, which goes on as it came
+            exif = fitted(exif, size)
     if extras.icc:
         options["icc_profile"] = extras.icc
     if name in ("AVIF", "TIFF"):
-        tags = _tags(extras.exif, name)
+        tags = _tags(exif, name)
+        if exif and tags is None:
+            notes.append("damaged EXIF left out")
         if name == "TIFF":
             tags = Image.Exif() if tags is None else tags
-            if extras.xmp:
-                tags[XMP_TAG] = extras.xmp
+            if xmp:
+                tags[XMP_TAG] = xmp
             return options | {"exif": tags}
         if tags is not None:
-            options["exif"] = extras.exif
-    elif extras.exif and (name != "JPEG" or len(extras.exif) + 6 <= MARKER):
-        options["exif"] = b"Exif\0\0" + extras.exif
-    if extras.xmp and name == "PNG":
+            options["exif"] = exif
+    elif exif:
+        options["exif"] = b"Exif\0\0" + exif
+    if xmp and name == "PNG":
         options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_itxt("XML:com.adobe.xmp", extras.xmp)
-    elif extras.xmp and (name != "JPEG" or len(extras.xmp) + 29 <= MARKER):
-        options["xmp"] = extras.xmp
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp)
+    elif xmp:
+        options["xmp"] = xmp
     return options
 
 

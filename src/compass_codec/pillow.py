@@ -132,25 +132,28 @@ class CompassImageFile(ImageFile.ImageFile):
 
 def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
     """``scales``: 1 to 16 factors that do not fall (default 1, 2, 4); ``quality``: 1..100 (default 60), one for all
-    layers or one for each; ``model``: a profile of weights; ``icc_profile`` (default: the picture's own), ``exif`` and
-    ``xmp``. Alpha is kept."""
+    layers or one for each; ``model``: a profile of weights; ``icc_profile`` (default: the picture's own; one for grey
+    or CMYK is applied), ``exif`` (the picture is turned as its orientation says) and ``xmp``. Alpha is kept."""
     from compass_codec import codec, pictures
 
     options: dict[str, Any] = im.encoderinfo
     scales = container.check_scales(options.get("scales", SCALES))
-    icc = options.get("icc_profile", im.info.get("icc_profile"))
     exif = options.get("exif")
-    exif = exif.tobytes() if isinstance(exif, Image.Exif) else exif
+    picture = im.copy()
+    told = {
+        "icc_profile": options.get("icc_profile", im.info.get("icc_profile")),
+        "exif": exif.tobytes() if isinstance(exif, Image.Exif) else exif,
+        "xmp": options.get("xmp"),
+        "transparency": im.info.get("transparency"),
+    }
+    picture.info = {key: value for key, value in told.items() if value is not None}
     try:
-        layers, alphas = pictures.pyramid_alpha(pictures.split(im), codec.layer_sizes(im.size, scales))
+        source = pictures.from_image(picture)
+        layers, alphas = pictures.pyramid_alpha(source, codec.layer_sizes(source.image.size, scales))
     except PictureError as e:
         raise OSError(f"cannot write mode {im.mode} as CMPS ({e})") from e
-    sections = container.Sections(
-        icc=icc if icc and icc[16:20] == b"RGB " else None,  # the pixels are RGB now
-        exif=exif.removeprefix(b"Exif\0\0") if exif else None,
-        xmp=options.get("xmp"),
-        alpha={k: pictures.alpha_to_bytes(plane) for k, plane in enumerate(alphas)},
-    )
+    alpha = {k: pictures.alpha_to_bytes(plane) for k, plane in enumerate(alphas)}
+    sections = container.Sections(source.icc, source.exif, source.xmp, alpha)
     encoded = codec.shared(model=options.get("model")).encode_layers(layers, scales, options.get("quality", QUALITY))
     fp.write(container.attach(encoded.data, sections))
 

@@ -39,7 +39,7 @@ class Target:
 @dataclass(frozen=True)
 class Found(Generic[T]):
     """One encode: quality, bytes and PSNR, what it made, and the number of encodes so far. ``reached`` is False when
-    the target lies beyond the end of the scale."""
+    the target lies beyond the end of the scale, ``near`` when one step of quality leads past what is near to it."""
 
     quality: float
     bytes: int
@@ -47,6 +47,7 @@ class Found(Generic[T]):
     result: T
     encodes: int
     reached: bool = True
+    near: bool = True
 
 
 def search(
@@ -89,7 +90,7 @@ def search(
         if below and above:
             room = above.quality - below.quality
             if room < 1.5 * STEP:
-                return replace(below if of_size else above, encodes=count)
+                return replace(below if of_size else above, encodes=count, near=False)
             # halving now and then makes sure of the end on a curve with steps; equal pictures have infinite PSNR
             halve = count % 4 == 0 or math.isinf(height(above))
             share = 0.5 if halve else (aim - height(below)) / (height(above) - height(below))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +19,9 @@ from compass_codec.commands.common import (
 )
 from compass_codec.errors import PictureError
 from compass_codec.jobs import STDIO, Options, check_target, put
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @click.command()
@@ -80,8 +84,9 @@ def view(
         ]
     psnr: list[str] = []
     if original is not None:
-        reduced, _ = pictures.pyramid_alpha(original, sizes)
-        psnr = [f"{pictures.psnr(a, b):.2f}" for a, b in zip(reduced, decoded, strict=True)]
+        reduced, alphas = pictures.pyramid_alpha(original, sizes)
+        shows: list[np.ndarray | None] = [*alphas] or [None] * len(sizes)
+        psnr = [f"{pictures.psnr(*layer):.2f}" for layer in zip(reduced, decoded, shows, strict=True)]
     heads = ["layer", "size", "scale", "quality", "bytes", "bpp", "acc. bytes", "acc. bpp"]
     rows = [heads + ["PSNR, dB"] * bool(psnr)]
     panes = []
