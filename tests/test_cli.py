@@ -259,12 +259,14 @@ def test_decoding_does_not_load_what_it_does_not_need(coded, tmp_path):
 
 
 def test_paths_that_are_pipes(coded, photo, tmp_path):
-    for index, args in enumerate((["decode", "PIPE", "-o", "o.png"], ["extract", "PIPE", "-l", "0", "-o", "o.cmps"])):
+    for index, args in enumerate(
+        (["decode", "PIPE", "-o", tmp_path / "o.png"], ["extract", "PIPE", "-l", "0", "-o", tmp_path / "o.cmps"])
+    ):
         reading, writing = os.pipe()
         os.write(writing, coded.read_bytes())
         os.close(writing)
         line = [f"/dev/fd/{reading}" if arg == "PIPE" else arg for arg in args]
-        done = run(*line, pass_fds=[reading], cwd=tmp_path)
+        done = run(*line, pass_fds=[reading])
         os.close(reading)
         assert done.returncode == 0, (index, done.stderr)
     done = run("encode", photo, "--scales", "1,2", "-o", "/dev/stdout", "--quiet")

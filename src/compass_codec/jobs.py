@@ -410,7 +410,7 @@ def read_parts(
     ``metadata`` what lies behind the layers. A pipe is read to its end, as it is read once. Raises CompassError or
     OSError."""
     with nullcontext(standard("input")) if path == STDIO else path.open("rb") as opened:
-        file = opened if path != STDIO and opened.seekable() else io.BytesIO(opened.read())
+        file = io.BytesIO(opened.read()) if is_stream(path) else opened
         start = file.read(HEADER_READ)
         header = container.read_header(start, max_pixels)
         last = container.pick(header, file.seek(0, io.SEEK_END), layer)
