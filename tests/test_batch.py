@@ -173,8 +173,8 @@ def test_two_files_for_one_output_are_refused_before_any_work(album, tmp_path):
 def test_a_file_named_twice_is_one_job(album, tmp_path):
     options = EncodeOptions(scales=(1.0,))
     found = batch.make_jobs([album, album / "a.png"], [], tmp_path, batch.picture_suffixes, ".cmps", options)
-    assert [job.source.name for job in found] == ["a.png", "b.jpg"]
-    assert found[1].target == tmp_path / "far" / "b.cmps"
+    assert [job.source.name for job in found.jobs] == ["a.png", "b.jpg"]
+    assert found.jobs[1].target == tmp_path / "far" / "b.cmps"
 
 
 @pytest.mark.parametrize("end", ["\n", "\0"])
@@ -359,3 +359,101 @@ def test_a_note_says_what_was_converted(tmp_path):
 
 def test_heic_is_a_picture_where_pillow_heif_is_installed():
     assert {".heic", ".heif", ".avif", ".png"} <= batch.picture_suffixes()
+
+
+def test_a_folder_that_cannot_be_read_is_one_failure_and_the_summary_says_what_was_left_out(
+    album, tmp_path, monkeypatch
+):
+    (album / "locked").mkdir()
+    scan = os.scandir
+
+    def refusing(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    result = encode(album, "--out-dir", tmp_path / "out", "-j", 1)
+    assert result.code == 1 and result.err == f"compass: {album / 'locked'}: Permission denied\n"
+    last = result.out.splitlines()[-1]
+    assert last.startswith("2 encoded, 1 failed; ") and "1 hidden" in last and "1 .txt" in last
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_turned_tiffs_are_up_to_date(tmp_path, orientation):
+    crop(24, 16).save(tmp_path / "a.tif", tiffinfo={274: orientation})
+    args = (tmp_path / "a.tif", "--out-dir", tmp_path / "out", "-j", 1)
+    assert encode(*args).code == 0
+    assert "up to date" in encode(*args).out
+
+
+def test_a_source_of_the_future_is_encoded_once(tmp_path):
+    crop(8, 8).save(tmp_path / "a.png")
+    later = time.time() + 10**6
+    os.utime(tmp_path / "a.png", (later, later))
+    args = (tmp_path / "a.png", "--out-dir", tmp_path / "out", "-j", 1)
+    assert encode(*args).code == 0 and "up to date" in encode(*args).out
+
+
+@pytest.mark.parametrize("extension", ["ico", "icns", "pdf"])
+def test_formats_with_sizes_of_their_own_are_up_to_date(tmp_path, small_file, extension):
+    (tmp_path / "a.cmps").write_bytes(small_file)
+    args = ("decode", tmp_path / "a.cmps", "--out-dir", tmp_path / "out", "--layer", 0, "--format", extension)
+    assert compass(*args).code == 0
+    assert "up to date" in compass(*args).out
+
+
+def test_whatever_is_raised_over_one_file_is_its_failure(album, tmp_path, monkeypatch):
+    from compass_codec import pictures
+
+    class Panic(BaseException):
+        pass
+
+    real = pictures.read
+
+    def read(path):
+        if Path(path).name == "a.png":
+            raise Panic("of a\nlibrary")
+        return real(path)
+
+    monkeypatch.setattr(pictures, "read", read)
+    result = encode(album, "--out-dir", tmp_path / "out", "-j", 1)
+    assert result.code == 1 and result.err.endswith("a.png: unexpected Panic: of a library\n")
+    assert result.out.splitlines()[-1].startswith("1 encoded, 1 failed; ")
+
+
+@pytest.mark.parametrize("mark", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks_and_dashes_in_lists(tmp_path, mark):
+    (tmp_path / "list").write_bytes("a.png\r\n-\r\n".encode(mark))
+    assert batch.read_list(tmp_path / "list") == [Path("a.png"), Path("-")]
+    found = batch.make_jobs([], [Path("-")], tmp_path, batch.picture_suffixes, ".cmps", EncodeOptions(scales=(1.0,)))
+    assert found.jobs[0].source == Path.cwd() / "-"
+
+
+WORKER = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from compass_codec import batch
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context(sys.argv[1]), batch._start)
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_end_with_a_killed_parent(tmp_path, method):
+    (tmp_path / "parent.py").write_text(WORKER)
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py", method], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(100):
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(worker)], capture_output=True, text=True).stdout.strip()
+        if not state or state.startswith("Z"):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker is left")

@@ -271,3 +271,41 @@ def test_what_is_stripped_of_a_wide_profile_looks_the_same(tmp_path, codec):
     bare = codec.decode((tmp_path / "bare.cmps").read_bytes())
     assert psnr(bare, shown) > psnr(bare, crop(24, 16)) + 3
     assert psnr(Image.open(tmp_path / "out.png"), shown) > psnr(Image.open(tmp_path / "out.png"), crop(24, 16)) + 3
+
+
+def test_paths_that_are_pipes(coded, photo, tmp_path):
+    for index, args in enumerate(
+        (["decode", "PIPE", "-o", tmp_path / "o.png"], ["extract", "PIPE", "-l", "0", "-o", tmp_path / "o.cmps"])
+    ):
+        reading, writing = os.pipe()
+        os.write(writing, coded.read_bytes())
+        os.close(writing)
+        line = [f"/dev/fd/{reading}" if arg == "PIPE" else arg for arg in args]
+        done = run(*line, pass_fds=[reading])
+        os.close(reading)
+        assert done.returncode == 0, (index, done.stderr)
+    done = run("encode", photo, "--scales", "1,2", "-o", "/dev/stdout", "--quiet")
+    assert container.read_header(done.stdout).end == len(done.stdout)
+
+
+def test_streams_paths_and_addresses_that_do_not_work_are_one_line(coded, photo, tmp_path):
+    (tmp_path / "loop.cmps").symlink_to("loop.cmps")
+    command = f"{sys.executable} -m compass_codec"
+    for line in (
+        f"encode {photo} -s 1 -o {tmp_path}/loop.cmps",
+        f"info {coded} > /dev/full",
+        "--help > /dev/full",
+        f"encode - -s 1 -o {tmp_path}/x.cmps <&-",
+        f"encode {photo} -s 1 -o - >&-",
+        "decode 'http://[::1/x.cmps'",
+        "encode http://example.org/a.png -s 1",
+    ):
+        done = subprocess.run(["sh", "-c", f"{command} {line}"], capture_output=True, text=True)
+        assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1, (line, done.stderr)
+
+
+def test_names_as_long_as_the_file_system_takes(tmp_path, small_file):
+    from compass_codec.pictures import write_file
+
+    write_file(tmp_path / ("ä" * 125 + ".cmps"), small_file)
+    assert len(list(tmp_path.iterdir())) == 1

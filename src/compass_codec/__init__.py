@@ -46,8 +46,8 @@ def decode(data: Buffer, layer: int | None = None, device: str = "auto") -> Imag
     """Decode one layer of a .cmps file to an 8-bit Pillow image: RGB, or RGBA if it has alpha.
 
     ``data``, bytes or a bytearray or memoryview, may be cut off anywhere after the layer's end;
-    ``layer`` defaults to the highest that is all there. The weights are those the file was made with, if they are found.
-    Raises a subclass of CompassError.
+    ``layer`` defaults to the highest that is all there. The weights are those the file was made with, if they are
+    found. Raises a subclass of CompassError.
     """
     from compass_codec import codec, container
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import multiprocessing
 import os
 import signal
+import stat
 import sys
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +24,10 @@ from compass_codec.jobs import DecodeOptions, EncodeOptions, Job, Report
 
 # formats that Pillow recognises and does not decode by itself
 UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# extension: what teaches Pillow to read it
+PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+NAMED_KINDS = 5  # of what a walk left out
+PATIENCE = 10  # seconds that a worker has to clean up once its parent is gone
 # Processes that share a GPU: while one codes symbols on its core, a tenth of a second for 1920 x 1080, the networks of
 # the others run. Each may take so many bytes of the GPU's memory. Both are estimates, not measured on a GPU.
 GPU_WORKERS, GPU_SHARE = 8, 4 << 30
@@ -35,10 +45,33 @@ def picture_suffixes() -> frozenset[str]:
     return frozenset(s.lower() for s, name in formats if name in Image.OPEN and name not in UNREADABLE)
 
 
+@dataclass
+class Found:
+    """What is to be done: jobs, reports of what failed already, and how many names were left out for which reason."""
+
+    jobs: list[Job] = field(default_factory=list)
+    failed: list[Report] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def note(self) -> str:
+        """What was left out, in words; empty if nothing was."""
+        kinds = self.left_out.most_common()
+        words = [f"{count} {kind}" for kind, count in kinds[:NAMED_KINDS]]
+        if others := sum(count for _, count in kinds[NAMED_KINDS:]):
+            words.append(f"{others} others")
+        return f"left out: {', '.join(words)}" if words else ""
+
+
 def read_list(path: Path) -> list[Path]:
-    """The names in a file, or on standard input for ``-``: one on each line, or ended by NUL. Raises OSError."""
-    data = sys.stdin.buffer.read() if path == jobs.STDIO else path.read_bytes()
-    names = data.split(b"\0") if b"\0" in data else data.splitlines()
+    """The names in a file, or on standard input for ``-``: one on each line, or ended by NUL. A byte order mark at the
+    start of lines is no part of the first name; UTF-16 is known by its mark. Raises OSError and OptionError."""
+    data = jobs.standard("input").read() if path == jobs.STDIO else path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            data = data.decode("utf-16").encode()
+        except UnicodeError as e:
+            raise OptionError(f"{path}: begins as UTF-16 and is not") from e
+    names = data.split(b"\0") if b"\0" in data else data.removeprefix(codecs.BOM_UTF8).splitlines()
     return [Path(os.fsdecode(name)) for name in names if name]
 
 
@@ -49,41 +82,63 @@ def make_jobs(
     suffixes: Callable[[], frozenset[str]],
     extension: str,
     options: EncodeOptions | DecodeOptions,
-) -> list[Job]:
+) -> Found:
     """A job for every file: ``named`` go to ``out_dir`` by their last name, relative names in a list (``listed``) with
-    their folders, and what lies below a folder and has one of ``suffixes`` with its place in it. Without ``out_dir``
-    outputs lie beside their sources, and folders are refused. Raises OptionError when two files would be written to
-    one, and OSError."""
-    found: dict[str, Job] = {}
+    their folders, and what lies below a folder and has one of ``suffixes`` with its place in it. A folder that cannot
+    be read is one failure. Without ``out_dir`` outputs lie beside their sources, and folders are refused. Raises
+    OptionError when two files would be written to one."""
+    found, jobs_of = Found(), dict[str, Job]()
     places = [(path, Path(path.name)) for path in named]
-    places += [(p, Path(p.name) if p.is_absolute() or ".." in p.parts else p) for p in listed]
+    for path in listed:
+        place = Path(path.name) if path.is_absolute() or ".." in path.parts else path
+        # in a list, - is a file of that name
+        places.append((path.absolute() if path == jobs.STDIO else path, place))
     for path, place in places:
-        if path.is_dir() and out_dir is None:
+        below = stat.S_ISDIR(jobs.mode_of(path))
+        if below and out_dir is None:
             raise OptionError(f"{path}: is a directory; --out-dir takes what is in it")
-        below = path.is_dir()
-        for source in _walk(path, suffixes()) if below else [path]:
+        for source in _walk(path, suffixes(), found) if below else [path]:
             name = source.relative_to(path) if below else place
             target = (out_dir / name if out_dir else source).with_suffix(extension)
             key = os.path.abspath(target)  # noqa: PTH100 (resolve() would follow links)
-            if key in found and not _same(found[key].source, source):
-                raise OptionError(f"{found[key].source} and {source} would both be written to {target}")
-            found.setdefault(key, Job(source, target, options))
-    return list(found.values())
+            if key in jobs_of and not _same(jobs_of[key].source, source):
+                raise OptionError(f"{jobs_of[key].source} and {source} would both be written to {target}")
+            jobs_of.setdefault(key, Job(source, target, options))
+    found.jobs = list(jobs_of.values())
+    return found
 
 
 def _same(a: Path, b: Path) -> bool:
-    return a == b or (a.exists() and b.exists() and a.samefile(b))
+    try:
+        return a == b or a.samefile(b)
+    except OSError:
+        return False
 
 
-def _walk(folder: Path, suffixes: frozenset[str]) -> Iterator[Path]:
-    """The files below a folder that have one of the suffixes, sorted; names that begin with a dot are left out."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            if not path.is_symlink():
-                yield from _walk(path, suffixes)
-        elif path.suffix.lower() in suffixes:
+def _walk(folder: Path, suffixes: frozenset[str], found: Found) -> Iterator[Path]:
+    """The files below a folder that have one of the suffixes, sorted. ``found`` gets what cannot be read and what is
+    left out: names that begin with a dot, links to folders, other extensions, pipes and devices."""
+    try:
+        with os.scandir(folder) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
+    except OSError as e:
+        found.failed.append(Report(folder, "failed", error=jobs.reason(folder, e)))
+        return
+    for entry in entries:
+        path, suffix = folder / entry.name, Path(entry.name).suffix.lower()
+        kind = jobs.mode_of(path)  # 0, where it cannot be told, is left to the job, which says why
+        if entry.name.startswith("."):
+            found.left_out["hidden"] += 1
+        elif entry.is_dir(follow_symlinks=False):
+            yield from _walk(path, suffixes, found)
+        elif stat.S_ISDIR(kind):
+            found.left_out["links to folders"] += 1
+        elif suffix not in suffixes:
+            unread = f"{suffix} ({PLUGINS[suffix]} is not installed)" if suffix in PLUGINS and len(suffixes) > 1 else ""
+            found.left_out[unread or suffix or "without extension"] += 1
+        elif kind and not stat.S_ISREG(kind):
+            found.left_out["pipes and devices"] += 1
+        else:
             yield path
 
 
@@ -96,6 +151,8 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
     if any(job.options.batch for job in work):
         jobs.identity(work[0].options)  # what is wrong for every file is said once
         workers = workers or _default_workers(work[0].options.device)
+    if any(jobs.is_stream(path) for job in work for path in (job.source, job.target)):
+        workers = 1  # /dev/fd/63 is this process's alone
     workers = min(workers or 1, len(work))
     if workers <= 1:
         yield from map(jobs.run, work)
@@ -140,8 +197,18 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _start() -> None:
-    """In a new worker: stop by an exception, which cleans up."""
+    """In a new worker: stop by an exception, which cleans up; and when the parent is gone, killed perhaps."""
     signal.signal(signal.SIGTERM, _stop)
+    threading.Thread(target=_outlive_no_parent, daemon=True).start()
+
+
+def _outlive_no_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE)
+        os._exit(1)
 
 
 def _run(job: Job) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command; every error is one line on stderr, exit code 1, or 2 for wrong usage."""
+    _open_streams()
     try:
         sys.exit(cli.main(args, standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as e:
@@ -55,6 +57,22 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("compass: stopped", err=True)
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:  # commands catch their own: this one is of what they print
+        if not isinstance(e, BrokenPipeError):
+            click.echo(f"compass: {e.filename or 'standard output'}: {e.strerror or e}", err=True)
+        if sys.stdout is not None:  # what it still holds would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _open_streams() -> None:
+    """Standard streams that were closed stay None, but no file that is opened later may get their number. Any name can
+    be printed, also one that is not UTF-8."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 (as long as the process)

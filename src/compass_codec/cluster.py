@@ -11,7 +11,7 @@ from typing import Any
 
 from compass_codec import jobs
 from compass_codec.errors import OptionError
-from compass_codec.jobs import STDIO, Job, Report
+from compass_codec.jobs import Job, Report
 from compass_codec.weights import PATH, places
 
 
@@ -42,8 +42,8 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
         import ray.data
     except ImportError as e:
         raise OptionError(f'--engine ray needs Ray: pip install "compass_codec[ray]" ({e})') from e
-    if any(STDIO in (job.source, job.target) for job in work):
-        raise OptionError("--engine ray cannot use standard input or output")
+    if any(jobs.is_stream(path) for job in work for path in (job.source, job.target)):
+        raise OptionError("--engine ray cannot use standard input or output, pipes and devices")
     if not work:
         return
     started = not ray.is_initialized()

@@ -7,12 +7,14 @@ import io
 import json
 import math
 import os
+import stat
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from compass_codec import container
 from compass_codec.errors import CompassError, DamagedError, OptionError, one_line
@@ -159,49 +161,73 @@ class Plan:
 
 
 def run(job: Job) -> Report:
-    """Do the work; what is wrong with the file becomes a report of failure. Raises only what is a bug, Ctrl-C and
-    BrokenPipeError."""
+    """Do the work; whatever is raised over this file becomes a report of failure. Raises only what stops the whole
+    process: KeyboardInterrupt, SystemExit, and BrokenPipeError of standard output."""
     started = time.perf_counter()
     try:
         if isinstance(job.options, EncodeOptions):
             report = encode(job.source, job.target, job.options)
         else:
             report = decode(job.source, job.target, job.options, job.url)
-    except BrokenPipeError:
+    except (KeyboardInterrupt, SystemExit):
         raise
-    except Exception as e:
-        line = reason(job.url or job.source, e)
-        if line is None:
+    except BaseException as e:  # a panic in a library that is written in Rust is no Exception
+        if isinstance(e, BrokenPipeError) and job.target == STDIO:
             raise
-        report = Report(job.source, "failed", error=line)
+        report = Report(job.source, "failed", error=reason(job.url or job.source, e))
     return replace(report, seconds=time.perf_counter() - started)
 
 
-def reason(path: Path | str, error: Exception) -> str | None:
-    """An error as one line that begins with a file's name, ``path`` unless the error knows better; None for a bug."""
-    name = "standard input" if path == STDIO else one_line(path)
+def reason(path: Path | str, error: BaseException) -> str:
+    """An error as one line that begins with a file's name, ``path`` unless the error knows better."""
+    name = "standard input" if path == STDIO else str(path)
     if isinstance(error, CompassError):
-        return f"{name}: {error}"
-    if isinstance(error, OSError):
-        return one_line(f"{error.filename or name}: {error.strerror or error}")
+        line = f"{name}: {error}"
+    elif isinstance(error, OSError):
+        line = f"{error.filename or name}: {error.strerror or error}"
     # PyTorch has no error of its own for this on the CPU
-    if isinstance(error, MemoryError) or (
+    elif isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
     ):
-        return f"{name}: not enough memory"
-    return None
+        line = f"{name}: not enough memory"
+    else:
+        line = f"{name}: unexpected {type(error).__name__}: {error}"
+    return one_line(line)
+
+
+def mode_of(path: Path) -> int:
+    """What a path leads to, for the functions of ``stat``; 0 where nothing is or nothing can be told."""
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError):
+        return 0
+
+
+def is_stream(path: Path) -> bool:
+    """Standard input or output, or a pipe or device: it is read and written once, and has no age."""
+    kind = mode_of(path)
+    return path == STDIO or (kind != 0 and not stat.S_ISREG(kind) and not stat.S_ISDIR(kind))
+
+
+def standard(name: Literal["input", "output"]) -> BinaryIO:
+    """Standard input or output. Raises OSError where it is closed."""
+    stream = sys.stdin if name == "input" else sys.stdout
+    if stream is None:
+        raise OSError(errno.EBADF, "is closed", f"standard {name}")
+    return stream.buffer
 
 
 def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
     """Encode the picture ``source`` into the file ``target``. Raises CompassError, OSError or MemoryError."""
+    changed = _changed(source)
     if options.batch and not options.force and target.is_file() and _encoded_alike(source, target, options):
-        if not _older(target, source):
+        if target.stat().st_mtime_ns >= changed:
             return Report(source, "up to date", (target,))
     else:
         check_target(target, source, options)
     from compass_codec import colour, pictures
 
-    picture = pictures.read(io.BytesIO(sys.stdin.buffer.read()) if source == STDIO else source)
+    picture = pictures.read(io.BytesIO(standard("input").read()) if source == STDIO else source)
     if options.strip and picture.icc:
         picture = replace(picture, image=colour.to_srgb(picture.image, picture.icc, picture.notes, "--strip"))
     plan = plan_layers(picture.image.size, options)
@@ -237,9 +263,9 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
             notes.append(f"{options.target} {why}; quality {found.quality:g} gives {gives}")
     if options.progress:
         print(end=CLEAR, file=sys.stderr, flush=True)
-    put(target, data, options.batch)
+    put(target, data, options.batch, changed)
     if options.verify:
-        _verify(loaded, data if target == STDIO else target.read_bytes(), reconstructed, sections, target)
+        _verify(loaded, data if is_stream(target) else target.read_bytes(), reconstructed, sections, target)
     header = container.read_header(data)
     reports = tuple(_layer_report(header, k, value) for k, value in enumerate(measured(reconstructed)))
     return Report(source, "encoded", (target,), reports, len(data), encodes, notes=tuple(notes))
@@ -248,9 +274,9 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
 def decode(source: Path, target: Path, options: DecodeOptions, url: str | None = None) -> Report:
     """Decode layers of ``source`` into pictures named after ``target``. Raises CompassError, OSError or MemoryError."""
     notes: list[str] = []
+    changed = 0 if url else _changed(source)
     if url is None:
-        data, header, last = read_prefix(source, options.layer, options.max_pixels)
-        tail = b"" if options.strip else _metadata(source, header)
+        data, header, last, tail = read_parts(source, options.layer, options.max_pixels, metadata=not options.strip)
     else:
         from compass_codec import remote
 
@@ -268,12 +294,12 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
     }
     from compass_codec import colour, pictures
 
-    for output in wanted.values():
-        if output != STDIO:
-            pictures.check_format(output)
+    formats = {k: Path("x.png") if is_stream(p) and not p.suffix else p for k, p in wanted.items()}
+    for name in formats.values():
+        pictures.check_format(name)
     outputs = tuple(wanted.values())
     if options.batch and not options.force and all(_decoded_alike(p, header.layers[k]) for k, p in wanted.items()):
-        if not any(_older(p, source) for p in outputs):
+        if all(p.stat().st_mtime_ns >= changed for p in outputs):
             return Report(source, "up to date", outputs)
     else:
         for output in outputs:
@@ -287,12 +313,11 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
     decoded = load(options, header.model).decode_layers(data, header, last)
     size = 0
     for k, picture in [(k, picture) for k, picture in enumerate(decoded) if k in wanted]:
-        image, output = pictures.with_alpha(picture, alphas.get(k)), wanted[k]
-        name = Path("x.png") if output == STDIO else output
+        image = pictures.with_alpha(picture, alphas.get(k))
         if options.strip and sections.icc:
             image = colour.to_srgb(image, sections.icc, notes, "--strip")
-        encoded = pictures.to_bytes(image, name, None if options.strip else sections, notes)
-        put(output, encoded, options.batch)
+        encoded = pictures.to_bytes(image, formats[k], None if options.strip else sections, notes)
+        put(wanted[k], encoded, options.batch, changed)
         size += len(encoded)
     return Report(
         source,
@@ -345,16 +370,25 @@ def plan_layers(size: tuple[int, int], options: EncodeOptions) -> Plan:
 def check_target(path: Path, source: Path, options: Options) -> None:
     """Refuse early what could not be written after minutes of work. Raises OSError."""
     if path == STDIO:
+        standard("output")
         return
-    if source != STDIO and path.exists() and source.exists() and path.samefile(source):
+    try:
+        found: os.stat_result | None = path.stat()
+    except FileNotFoundError:
+        found = None  # any other error, as of links in a circle, is raised
+    if found and source != STDIO and source.exists() and path.samefile(source):
         raise FileExistsError(errno.EEXIST, "the output would overwrite the input", str(path))
-    if path.is_dir():
+    if found and stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
-    if path.is_file() and not options.force:
+    if found and not stat.S_ISREG(found.st_mode):  # a pipe or device is written as it is
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "cannot be written to", str(path))
+        return
+    if found and not options.force:
         made = " and differs from what these options make" if options.batch else ""
         raise FileExistsError(errno.EEXIST, f"exists already{made}; --force overwrites it", str(path))
-    folder = path.parent
-    while options.batch and not folder.exists():
+    folder = path.resolve().parent if path.is_symlink() else path.parent
+    while options.batch and not path.is_symlink() and not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such directory", str(path))
@@ -362,45 +396,50 @@ def check_target(path: Path, source: Path, options: Options) -> None:
         raise PermissionError(errno.EACCES, "the directory cannot be written to", str(path))
 
 
-def put(path: Path, data: bytes, make_folder: bool = False) -> None:
-    """Write the file whole or not at all, or to standard output. Raises OSError naming ``path``."""
+def put(path: Path, data: bytes, make_folder: bool = False, not_before: int = 0) -> None:
+    """Write the file whole or not at all, or to standard output, a pipe or a device. A file is not older than
+    ``not_before`` (ns since 1970), the time of its source, which may lie in the future. Raises OSError naming
+    ``path``."""
     from compass_codec.pictures import write_file
 
-    if path == STDIO:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-        return
+    name = "standard output" if path == STDIO else str(path)
     try:
-        if make_folder:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, data)
+        if path == STDIO:
+            output = standard("output")
+            output.write(data)
+            output.flush()
+        elif is_stream(path):
+            path.write_bytes(data)
+        else:
+            if make_folder:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, data)
+            if path.stat().st_mtime_ns < not_before:
+                os.utime(path, ns=(not_before, not_before))
     except OSError as e:
-        raise OSError(e.errno, e.strerror or str(e), str(path)) from e
+        raise OSError(e.errno, e.strerror or str(e), name) from e
+
+
+def read_parts(
+    path: Path, layer: int | None, max_pixels: int, metadata: bool = False
+) -> tuple[bytes, container.Header, int, bytes]:
+    """The part of a .cmps file that ``layer`` needs (default: the highest complete), its header, that layer, and with
+    ``metadata`` what lies behind the layers. A pipe is read to its end, as it is read once. Raises CompassError or
+    OSError."""
+    with nullcontext(standard("input")) if path == STDIO else path.open("rb") as opened:
+        file = io.BytesIO(opened.read()) if is_stream(path) else opened
+        start = file.read(HEADER_READ)
+        header = container.read_header(start, max_pixels)
+        last = container.pick(header, file.seek(0, io.SEEK_END), layer)
+        file.seek(0)
+        data, behind = file.read(header.layers[last].end), header.layers[-1].end
+        file.seek(behind)
+        return data, header, last, file.read(header.end - behind) if metadata else b""
 
 
 def read_prefix(path: Path, layer: int | None, max_pixels: int) -> tuple[bytes, container.Header, int]:
-    """The part of a .cmps file that ``layer`` needs (default: the highest complete), its header and that layer; all of
-    standard input. Raises CompassError or OSError."""
-    if path == STDIO:
-        data = sys.stdin.buffer.read()
-        header = container.read_header(data, max_pixels)
-        return data, header, container.pick(header, len(data), layer)
-    with path.open("rb") as file:
-        data = file.read(HEADER_READ)
-        header = container.read_header(data, max_pixels)
-        last = container.pick(header, os.fstat(file.fileno()).st_size, layer)
-        end = header.layers[last].end
-        return data[:end] + file.read(max(0, end - len(data))), header, last
-
-
-def _metadata(path: Path, header: container.Header) -> bytes:
-    """What lies behind the layers of a file."""
-    behind = header.layers[-1].end
-    if path == STDIO or header.end == behind:
-        return b""
-    with path.open("rb") as file:
-        file.seek(behind)
-        return file.read(header.end - behind)
+    """As ``read_parts``, without metadata."""
+    return read_parts(path, layer, max_pixels)[:3]
 
 
 def identity(options: Options) -> str:
@@ -431,8 +470,9 @@ def _verify(loaded: Codec, data: bytes, layers: Sequence[np.ndarray], sections: 
             raise DamagedError(f"layer {k} in {path} does not decode to what the encoder reconstructed")
 
 
-def _older(output: Path, source: Path) -> bool:
-    return output.stat().st_mtime_ns < source.stat().st_mtime_ns
+def _changed(source: Path) -> int:
+    """When a file was written, in ns since 1970, taken before it is read; 0 for what has no age."""
+    return 0 if is_stream(source) else source.stat().st_mtime_ns
 
 
 def _encoded_alike(source: Path, target: Path, options: EncodeOptions) -> bool:
@@ -440,12 +480,19 @@ def _encoded_alike(source: Path, target: Path, options: EncodeOptions) -> bool:
 
     Which PSNR was aimed at, it does not tell.
     """
+    if is_stream(source):
+        return False
     try:
         with target.open("rb") as file:
             header = container.read_header(file.read(HEADER_READ), container.MAX_SIDE**2)
     except CompassError:
         return False
-    entries, size = header.layers, _picture_size(source)
+    return any(_made_alike(header, target, size, options) for size in _picture_sizes(source))
+
+
+def _made_alike(header: container.Header, target: Path, size: tuple[int, int], options: EncodeOptions) -> bool:
+    """The same for one (width, height) that the picture may have."""
+    entries = header.layers
     if options.scales:  # from which, and from the last, all other sizes follow
         sizes, scales, qualities = [size], list(options.scales), list(options.qualities)
     else:
@@ -472,19 +519,39 @@ def _encoded_alike(source: Path, target: Path, options: EncodeOptions) -> bool:
 
 
 def _decoded_alike(path: Path, entry: container.Layer) -> bool:
+    """Is there a picture such as one of this layer's size becomes? ICO and ICNS store sizes of their own; what Pillow
+    writes and does not read, as PDF, is known by its first bytes alone."""
     from PIL import Image
+
+    from compass_codec import pictures
 
     if not path.is_file():
         return False
+    size = (entry.width, entry.height)
     try:
-        with Image.open(path) as image:
-            return image.size == (entry.width, entry.height)
+        readable = pictures.check_format(path) in Image.OPEN
+        found: object = _stored_size(path) if readable else None
+        if found == size:
+            return True
+        blank = pictures.to_bytes(Image.new("RGB", size), path)
+        if readable:
+            return found == _stored_size(io.BytesIO(blank))
+        with path.open("rb") as file:
+            return file.read(8) == blank[:8]
     except Exception:  # whatever Pillow says of a broken file, it is no such picture
         return False
 
 
-def _picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) of a picture once it is upright, without reading its pixels if that can be."""
+def _stored_size(file: Path | BinaryIO) -> tuple[int, int]:
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return image.size
+
+
+def _picture_sizes(path: Path) -> Iterator[tuple[int, int]]:
+    """(width, height) of a picture once it is upright: what its head says, where that can be told, then what its pixels
+    say. The two differ for formats that Pillow turns or enlarges by itself. Raises PictureError."""
     from PIL import Image
 
     from compass_codec import pictures
@@ -492,6 +559,9 @@ def _picture_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            return (height, width) if image.getexif().get(ORIENTATION) in ROTATED else (width, height)
+            size = (height, width) if image.getexif().get(ORIENTATION) in ROTATED else (width, height)
     except Exception:  # Pillow has no error of its own for bad EXIF; read() says what is wrong, or that nothing is
-        return pictures.read(path).image.size
+        size = None
+    if size:
+        yield size
+    yield pictures.read(path).image.size

@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
+import re
+import stat
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
-from compass_codec import container, jobs
+from compass_codec import batch, container, jobs
 from compass_codec.errors import CompassError
 from compass_codec.jobs import HEADER_READ, STDIO, DecodeOptions, EncodeOptions, Job, Report
 
 __all__ = ["HEADER_READ", "STDIO"]
 
 
-class Source(click.Path):
+class File(click.Path):
+    """A path. ``-``, /dev/stdin and /dev/stdout are standard input or output, ./- is a file; addresses are refused."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, allow_dash=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(value)):
+            self.fail(f"{value}: is an address on the web; this takes files", param, ctx)
+        if str(value) in ("/dev/stdin", "/dev/stdout"):
+            return STDIO
+        path = super().convert(value, param, ctx)
+        return path.absolute() if path == STDIO and str(value) != "-" else path
+
+
+class Source(File):
     """A file, or as text the address of one on a web server."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if "://" in str(value) else super().convert(value, param, ctx)
+        if "://" not in str(value):
+            return super().convert(value, param, ctx)
+        try:
+            urlsplit(value)
+        except ValueError as e:
+            self.fail(f"{value}: {e}", param, ctx)
+        return value
 
 
 @contextmanager
@@ -41,13 +66,10 @@ def blame(path: Path | str) -> Iterator[None]:
     """What goes wrong inside is reported as one line that begins with the file's name."""
     try:
         yield
-    except BrokenPipeError:
+    except (BrokenPipeError, click.ClickException, click.exceptions.Exit, click.Abort):
         raise
     except Exception as e:
-        line = jobs.reason(path, e)
-        if line is None:
-            raise
-        raise click.ClickException(line) from e
+        raise click.ClickException(jobs.reason(path, e)) from e
 
 
 def check_target(path: Path, force: bool, source: Path) -> None:
@@ -82,16 +104,15 @@ def select(
     options: EncodeOptions | DecodeOptions,
     suffixes: Callable[[], frozenset[str]],
     extension: str,
-) -> list[Job]:
+) -> batch.Found:
     """The jobs that the arguments ask for: one, to ``target`` if that is given, or a batch."""
-    from compass_codec import batch
 
     if not files and files_from is None:
         raise click.UsageError("which files? Name some, or use --files-from")
     if files_from is None and out_dir is None and len(files) == 1:
-        if files[0].is_dir():
+        if stat.S_ISDIR(jobs.mode_of(files[0])):
             raise click.ClickException(f"{files[0]}: is a directory; --out-dir takes what is in it")
-        return [Job(files[0], target or files[0].with_suffix(extension), options)]
+        return batch.Found([Job(files[0], target or files[0].with_suffix(extension), options)])
     if target:
         raise click.UsageError("--output is for one file; use --out-dir")
     if STDIO in files:
@@ -105,15 +126,14 @@ def select(
         found = batch.make_jobs(files, listed, out_dir, suffixes, extension, options)
     except CompassError as e:
         raise click.ClickException(str(e)) from e
-    except OSError as e:
-        raise click.ClickException(f"{e.filename}: {e.strerror}") from e
-    if files and not found:
-        raise click.ClickException(f"{', '.join(map(str, files))}: no file of a known kind in it")
+    if files and not (found.jobs or found.failed):
+        left = f" ({found.note()})" if found.left_out else ""
+        raise click.ClickException(f"{', '.join(map(str, files))}: no file of a known kind in it{left}")
     return found
 
 
 def work(
-    todo: list[Job],
+    todo: batch.Found,
     engine: str,
     workers: int | None,
     as_json: bool,
@@ -122,24 +142,24 @@ def work(
     show_one: Callable[[Report], str],
 ) -> None:
     """Do the jobs and say what became of them; the exit code is 1 if any failed."""
-    from compass_codec import batch, cluster
+    from compass_codec import cluster
 
     run = cluster.run if engine == "ray" else batch.run
-    many = not todo or todo[0].options.batch
+    many = not todo.jobs or todo.jobs[0].options.batch
     bar: Any = None
     if many and not quiet and sys.stderr.isatty():
-        bar = click.progressbar(length=len(todo), show_pos=True, item_show_func=lambda text: text, file=sys.stderr)
+        bar = click.progressbar(
+            length=len(todo.jobs) + len(todo.failed), show_pos=True, item_show_func=lambda text: text, file=sys.stderr
+        )
 
     def say(text: str, err: bool = False) -> None:
-        # names that are no UTF-8 can be opened and not be printed
-        text = text.encode(errors="replace").decode()
         over_bar = bar and (err or sys.stdout.isatty())
         click.echo(f"\r\x1b[K{text}" if over_bar else text, err=err)
 
     started, states, size = time.perf_counter(), Counter[str](), 0
     try:
-        with bar or nullcontext(), closing(run(todo, workers)) as reports:
-            for report in reports:
+        with bar or nullcontext(), closing(run(todo.jobs, workers)) as reports:
+            for report in chain(todo.failed, reports):
                 states[report.state] += 1
                 size += report.size
                 for note in report.notes if not quiet else ():
@@ -159,7 +179,8 @@ def work(
     if many and not quiet:
         counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "nothing to do"
         seconds = time.perf_counter() - started
-        say(f"{counts}; {size} bytes written in {seconds:.1f} s", err=as_json)
+        left = f"; {todo.note()}" if todo.left_out else ""
+        say(f"{counts}; {size} bytes written in {seconds:.1f} s{left}", err=as_json)
     if states["failed"]:
         click.get_current_context().exit(1)
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from compass_codec.batch import Found
 from compass_codec.commands import values
 from compass_codec.commands.common import (
+    File,
     Source,
     batch_options,
     device_option,
@@ -25,14 +27,14 @@ from compass_codec.jobs import STDIO, DecodeOptions, Job, Report
 
 
 @click.command()
-@click.argument("files", nargs=-1, type=Source(path_type=Path, allow_dash=True))
+@click.argument("files", nargs=-1, type=Source())
 @click.option("-l", "--layer", type=click.IntRange(0), help="Which layer; default: the highest that the file holds.")
 @click.option("--all", "every", is_flag=True, help="Write every layer that the file holds.")
 @click.option("--best-effort", is_flag=True, help="From a damaged file, take the highest layer that is sound.")
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, allow_dash=True),
+    type=File(),
     help="Default: FILE with .layerK.png. With --all, .layerK goes before the extension.",
 )
 @click.option(
@@ -120,7 +122,7 @@ def decode(
         from compass_codec.remote import file_name
 
         name = file_name(str(files[0]))
-        todo = [Job(name, output or name.with_suffix(extension), options, str(files[0]))]
+        todo = Found([Job(name, output or name.with_suffix(extension), options, str(files[0]))])
     work(todo, engine, workers, as_json, quiet, _lines, _lines)
 
 

@@ -10,6 +10,7 @@ import click
 
 from compass_codec.commands import values
 from compass_codec.commands.common import (
+    File,
     batch_options,
     device_option,
     force_option,
@@ -28,7 +29,7 @@ from compass_codec.weights import DEFAULT
 
 
 @click.command()
-@click.argument("images", nargs=-1, type=click.Path(path_type=Path, allow_dash=True))
+@click.argument("images", nargs=-1, type=File())
 @click.option(
     "-s", "--scales", type=values.Value("S0,S1,...", values.scales), help="Size of each layer relative to the first."
 )
@@ -37,7 +38,7 @@ from compass_codec.weights import DEFAULT
 )
 @click.option("--widths", type=values.Value("W,...", values.widths), help="Width of each layer, as in srcset.")
 @click.option("--upscale", is_flag=True, help="With --sizes or --widths, enlarge smaller pictures.")
-@click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), help="Default: IMAGE with .cmps.")
+@click.option("-o", "--output", type=File(), help="Default: IMAGE with .cmps.")
 @click.option(
     "-q",
     "--quality",
@@ -181,7 +182,8 @@ def encode(
 
     todo = select(images, files_from, out_dir, output, options, picture_suffixes, ".cmps")
     if effort and not quiet and sys.stderr.isatty():
-        todo = [job if job.options.batch else replace(job, options=replace(options, progress=True)) for job in todo]
+        shown = replace(options, progress=True)
+        todo.jobs = [job if job.options.batch else replace(job, options=shown) for job in todo.jobs]
     ending = ", verified" if verify else ""
     work(todo, engine, workers, as_json, quiet, _line, lambda report: _table(report) + ending)
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 import click
 
 from compass_codec import container, jobs
-from compass_codec.commands.common import Source, blame, force_option, quiet_option, strip_option
+from compass_codec.commands.common import File, Source, blame, force_option, quiet_option, strip_option
 from compass_codec.jobs import STDIO
 
 
 @click.command()
-@click.argument("file", type=Source(path_type=Path, allow_dash=True))
+@click.argument("file", type=Source())
 @click.option("-l", "--layer", type=click.IntRange(0), required=True, help="The largest layer to keep.")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path, allow_dash=True), help="Default: FILE with .layerK.cmps."
-)
+@click.option("-o", "--output", type=File(), help="Default: FILE with .layerK.cmps.")
 @strip_option
 @force_option
 @quiet_option
@@ -57,13 +53,5 @@ def read_parts(path: Path | str, layer: int, strip: bool) -> tuple[bytes, bytes]
 
         found = read_prefix(path, layer, container.MAX_SIDE**2, metadata=not strip)
         return found.data[: found.header.layers[layer].end], found.tail
-    if path == STDIO:
-        return sys.stdin.buffer.read(), b""
-    with path.open("rb") as file:
-        header = container.read_header(file.read(jobs.HEADER_READ), container.MAX_SIDE**2)
-        last = container.pick(header, os.fstat(file.fileno()).st_size, layer)
-        file.seek(0)
-        data = file.read(header.layers[last].end)
-        end = header.layers[-1].end
-        file.seek(end)
-        return data, b"" if strip else file.read(header.end - end)
+    data, _, _, tail = jobs.read_parts(path, layer, container.MAX_SIDE**2, metadata=not strip)
+    return data, tail

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import click
 
 from compass_codec import container
 from compass_codec.commands.common import STDIO, Source, blame, table
+from compass_codec.jobs import standard
 from compass_codec.side import FULL_GAIN, FULL_STRENGTH, PLAIN, Side
 from compass_codec.weights import profile_of
 
 
 @click.command()
-@click.argument("file", type=Source(path_type=Path, allow_dash=True))
+@click.argument("file", type=Source())
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def info(file: Path | str, as_json: bool) -> None:
     """Show what FILE holds: sizes, scale factors, quality, alpha and metadata, and the bytes that each layer needs.
@@ -26,7 +26,7 @@ def info(file: Path | str, as_json: bool) -> None:
         if isinstance(file, str):
             header, size, states = fetch(file)
         else:
-            data = sys.stdin.buffer.read() if file == STDIO else file.read_bytes()
+            data = standard("input").read() if file == STDIO else file.read_bytes()
             header = container.read_header(data, max_pixels=container.MAX_SIDE**2)
             size, states = len(data), container.states(header, data)
     profile = profile_of(header.model)
