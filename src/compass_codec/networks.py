@@ -36,17 +36,17 @@ def stages(size: tuple[int, int], count: int) -> list[tuple[int, int]]:
     return sizes
 
 
-def level_of(lam: Tensor | float) -> Tensor:
-    """Real-valued index into LAMBDAS of a Lagrangian multiplier, linear in log(lambda) between neighbours."""
+def level_of(lam: Tensor | float, lambdas: Sequence[float] = LAMBDAS) -> Tensor:
+    """Real-valued index into ``lambdas`` of a Lagrangian multiplier, linear in log(lambda) between neighbours."""
     x = torch.as_tensor(lam, dtype=torch.float64).log()
-    knots = torch.tensor(LAMBDAS, dtype=torch.float64, device=x.device).log()
+    knots = torch.tensor(lambdas, dtype=torch.float64, device=x.device).log()
     i = torch.bucketize(x, knots[1:-1])
     return i + (x - knots[i]) / (knots[i + 1] - knots[i])
 
 
 def gain(table: Tensor, level: Tensor) -> Tensor:
     """Gains [B, M, 1, 1] at real levels [B], interpolated geometrically between rows of ``table``."""
-    i = level.floor().clamp(0, len(LAMBDAS) - 2).long()
+    i = level.floor().clamp(0, len(table) - 2).long()
     t = (level - i).to(table.dtype)[:, None]
     return ((1 - t) * table[i] + t * table[i + 1]).exp()[:, :, None, None]
 

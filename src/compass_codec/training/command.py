@@ -83,10 +83,13 @@ def fill(
     import torch
 
     from compass_codec.mean_scale import PARTS, RESTORATION
+    from compass_codec.training import lean
     from compass_codec.training.export import import_start, load_parts
     from compass_codec.training.start import block_transform, grown
     from compass_codec.weights import folder_or_default
 
+    if isinstance(stage, lean.LeanStage):
+        return lean.start(stage, weights, pictures, seed)
     if weights is not None and weights.is_file():
         import_start(stage, weights)
         found = {"base"}
@@ -157,6 +160,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 
     from compass_codec.mean_scale import PARTS, RESTORATION
     from compass_codec.training.export import device_name, export
+    from compass_codec.training.lean import LeanStage
     from compass_codec.weights import CARD, folder_or_default
 
     plan, name = asdict(run.plan), device_name(run.device)
@@ -172,7 +176,8 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     }
     run.put(run.ema)
     out.mkdir(parents=True, exist_ok=True)
-    folder = folder_or_default(weights)
+    lean = isinstance(run.stage, LeanStage)
+    folder = weights or out if lean else folder_or_default(weights)
     if folder.is_dir():
         others = [f"{part}.safetensors" for part in (*PARTS, RESTORATION) if part not in run.stage.trains]
         for file in [*others, CARD, "history.json"]:
@@ -182,7 +187,10 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 
 
 @click.command("train")
-@click.argument("stage", type=click.Choice(["base", "liff", "residual", "joint", "hyper", "detail", "restore"]))
+@click.argument(
+    "stage",
+    type=click.Choice(["base", "liff", "residual", "joint", "hyper", "detail", "restore", "lean", "lean-context"]),
+)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),

@@ -20,7 +20,9 @@ from compass_codec.mean_scale import PARTS, RESTORATION
 from compass_codec.networks import ImageCodec
 from compass_codec.pictures import write_file
 from compass_codec.restoration import Restoration
+from compass_codec.training import lean
 from compass_codec.training.density import FactorizedDensity
+from compass_codec.training.lean import LeanStage, RatedLean
 from compass_codec.training.stages import RatedCodec, Stage
 from compass_codec.weights import CARD, FORMAT, read_set
 
@@ -40,7 +42,7 @@ def z_table(density: FactorizedDensity) -> Tensor:
 
 def tensors_of(part: torch.nn.Module) -> dict[str, Tensor]:
     """The tensors of one weights file. Raises ValueError when a weight is not a finite float16."""
-    if isinstance(part, RatedCodec):
+    if isinstance(part, RatedCodec | RatedLean):
         tensors = {name: value.half() for name, value in part.codec.state_dict().items()}
         tensors |= {f"bottleneck.{name}": value.float() for name, value in part.bottleneck.state_dict().items()}
         tensors["tables.z"] = z_table(part.bottleneck)
@@ -64,7 +66,7 @@ def export(stage: Stage, folder: Path, card_entry: dict[str, Any] | None = None)
         path = folder / f"{part}.safetensors"
         write_file(path, save(tensors_of(getattr(stage, part))))
         written.append(path)
-    describe(folder)
+    lean.describe(stage, folder) if isinstance(stage, LeanStage) else describe(folder)
     if card_entry is not None:
         remember(folder, card_entry)
     return written
@@ -105,7 +107,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error
 
 
-def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+def fill_module(module: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Load ``module`` from those of ``tensors`` that it has a name for; a codec may be without details."""
     own = module.state_dict()
     if isinstance(module, ImageCodec) and "d_a.weight" not in tensors:
@@ -116,7 +118,7 @@ def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> No
     module.load_state_dict({name: tensors[name].to(value.dtype) for name, value in own.items()})
 
 
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
@@ -135,8 +137,8 @@ def load_parts(stage: Stage, folder: Path, size: str | None = None) -> set[str]:
         path = folder / f"{part}.safetensors"
         tensors, module = read_tensors(path), getattr(stage, part)
         if isinstance(module, RatedCodec):
-            _fill(module.codec, tensors, path)
-            _fill(module.bottleneck, _below(tensors, "bottleneck."), path)
+            fill_module(module.codec, tensors, path)
+            fill_module(module.bottleneck, below(tensors, "bottleneck."), path)
         elif isinstance(module, Restoration):
             load_restoration(stage, tensors, path)
         else:
@@ -152,7 +154,7 @@ def load_liff(stage: Stage, tensors: dict[str, Tensor], path: Path, size: str | 
     if size is not None and dimensions != SIZES[size]:
         return False
     stage.liff = LIFF(**dimensions)
-    _fill(stage.liff, tensors, path)
+    fill_module(stage.liff, tensors, path)
     return True
 
 
@@ -162,7 +164,7 @@ def load_restoration(stage: Stage, tensors: dict[str, Tensor], path: Path) -> No
     except KeyError as error:
         raise ValueError(f"{path}: not weights of this architecture (no {error})") from error
     stage.restoration = Restoration(**dimensions)
-    _fill(stage.restoration, tensors, path)
+    fill_module(stage.restoration, tensors, path)
 
 
 def import_start(stage: Stage, path: Path) -> None:
@@ -171,8 +173,8 @@ def import_start(stage: Stage, path: Path) -> None:
     Pictures are centred on zero here: the offset of 1/2 moves into the first and the last bias.
     """
     tensors = read_tensors(path)
-    _fill(stage.base.codec, tensors, path)
-    _fill(stage.base.bottleneck, _below(tensors, "entropy_bottleneck."), path)
+    fill_module(stage.base.codec, tensors, path)
+    fill_module(stage.base.bottleneck, below(tensors, "entropy_bottleneck."), path)
     with torch.no_grad():
         weights = dict(stage.base.codec.named_parameters())
         weights["g_a.0.bias"].add_(0.5 * weights["g_a.0.weight"].sum((1, 2, 3)))

@@ -111,6 +111,7 @@ class Stage(nn.Module):
 
     trains: tuple[str, ...] = ()
     layered = True  # whether a crop is reduced to lower layers
+    lambdas: tuple[float, ...] = LAMBDAS  # that have gains of their own
 
     def __init__(self) -> None:
         super().__init__()
@@ -413,10 +414,10 @@ def lower_rates(lam: Tensor) -> tuple[Tensor, Tensor]:
     return lam, level_of(lam).float()
 
 
-def draw_lambdas(batch: int, generator: torch.Generator) -> Tensor:
+def draw_lambdas(batch: int, generator: torch.Generator, lambdas: Sequence[float] = LAMBDAS) -> Tensor:
     """Log-uniform over the trained range, one from each of as many equal parts of it: less noise between batches."""
     t = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
-    return ((1 - t) * math.log(LAMBDAS[0]) + t * math.log(LAMBDAS[-1])).exp()
+    return ((1 - t) * math.log(lambdas[0]) + t * math.log(lambdas[-1])).exp()
 
 
 def draw_factors(generator: torch.Generator) -> tuple[float, float]:

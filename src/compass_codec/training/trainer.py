@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from compass_codec.networks import level_of
 from compass_codec.training.data import Pictures
+from compass_codec.training.lean import LeanContextStage, LeanStage
 from compass_codec.training.muon import Muon
 from compass_codec.training.stages import STAGES, Stage, draw_factors, draw_lambdas
 
@@ -142,8 +143,8 @@ class Run:
         self.generator.manual_seed(self._seed(1, self.rank))
         torch.manual_seed(self._seed(2, self.rank))
         x = self.pictures.sample(batch, at(self.plan.side, progress), self.generator)
-        lam = draw_lambdas(batch, self.generator)
-        rates = torch.stack((lam, level_of(lam).float())).to(self.device, non_blocking=True)
+        lam = draw_lambdas(batch, self.generator, self.stage.lambdas)
+        rates = torch.stack((lam, level_of(lam, self.stage.lambdas).float())).to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             loss, parts = self.model(x.contiguous(memory_format=torch.channels_last), *rates, factors)
         self.optimiser.zero_grad(set_to_none=True)
@@ -174,7 +175,7 @@ class Run:
         points = []
         for value in HELD_OUT_LAMBDAS:
             lam = torch.full((len(x),), value)
-            rates = torch.stack((lam, level_of(lam).float())).to(self.device)
+            rates = torch.stack((lam, level_of(lam, self.stage.lambdas).float())).to(self.device)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
                 loss, parts = self.stage(x, *rates, HELD_OUT_FACTORS)
             points.append({"lambda": value, "loss": float(loss), **{k: float(v) for k, v in parts.items()}})
@@ -332,4 +333,4 @@ class _StopSignal:
 
 
 def make_stage(name: str) -> Stage:
-    return STAGES[name]()
+    return (STAGES | {"lean": LeanStage, "lean-context": LeanContextStage})[name]()

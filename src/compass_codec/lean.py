@@ -1,0 +1,256 @@
+"""The backbone "lean": 1x1 and depthwise convolutions at 1/8 and 1/16 of the size, and a context model in four steps.
+
+Analysis and synthesis mirror each other: pixels are unshuffled by 8, blocks run at 1/8 and 1/16, and the latent y lies
+at 1/16. Hyper networks take y to z at 1/64 and back to features. The context model codes y in four steps: each step
+covers every 2x2 square of places, a quarter of the channels at each, so that it knows more of every neighbourhood and
+of every channel than the step before.
+
+Each block ends in a convolution that starts at zero: blocks can be added to a trained codec without changing what it
+computes. What leads to scales and means uses ReLU, and no normalisation, so that it has an integer form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compass_codec.networks import gain
+
+# The rate-distortion trade-offs that have gains of their own; between them gains are interpolated.
+LAMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)
+UNSHUFFLE = 8  # pixels along the side of a place at 1/8
+CELL = 16  # pixels along the side of a cell of y
+PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))  # first row and column of a phase: every second row and column from there
+STEPS = len(PHASES)
+EPSILON = 1e-6  # of the mean square in the norm
+
+
+def _depthwise(channels: int) -> nn.Conv2d:
+    """A depthwise 3x3 convolution that starts near the identity."""
+    layer = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+    assert layer.bias is not None
+    with torch.no_grad():
+        layer.weight.mul_(0.3)
+        layer.weight[:, 0, 1, 1] += 1
+        layer.bias.zero_()
+    return layer
+
+
+def _from_zero(layer: nn.Conv2d) -> nn.Conv2d:
+    """The layer, which adds nothing at first."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class GatedBlock(nn.Module):
+    """x + f(x): depthwise 3x3, RMS norm over channels, 1x1 to 2C, gate silu(a) b, rate-dependent gain, 1x1 to C."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.dw = _depthwise(channels)
+        self.norm = nn.Parameter(torch.ones(channels))
+        self.p1 = nn.Conv2d(channels, 2 * channels, 1)
+        self.p2 = _from_zero(nn.Conv2d(channels, channels, 1))
+        self.log_gain = nn.Parameter(torch.zeros(len(LAMBDAS), channels))
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        h = self.dw(x)
+        scale = (h.float().square().mean(1, keepdim=True) + EPSILON).rsqrt()
+        a, b = self.p1(h * scale.to(h.dtype) * self.norm[:, None, None].to(h.dtype)).chunk(2, 1)
+        return x + self.p2(F.silu(a) * b * gain(self.log_gain, level).to(a.dtype))
+
+
+class PlainBlock(nn.Module):
+    """x + f(x): depthwise 3x3, 1x1 to 2C, ReLU, 1x1 to C; its integer form is exact."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.dw = _depthwise(channels)
+        self.p1 = nn.Conv2d(channels, 2 * channels, 1)
+        self.p2 = _from_zero(nn.Conv2d(2 * channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.p2(F.relu(self.p1(self.dw(x))))
+
+
+def even(x: Tensor, multiple: int = 2) -> Tensor:
+    """Layer-wise padding (paper, 3.1): x with its last row and column repeated up to a multiple of each side."""
+    pad = (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple)
+    return F.pad(x, pad, mode="replicate") if any(pad) else x
+
+
+class LeanCodec(nn.Module):
+    """Transforms and entropy model of one lean codec.
+
+    ``c8`` and ``c16`` channels and ``n8`` and ``n16`` blocks at 1/8 and 1/16, on either side; ``m`` channels of y, a
+    multiple of 4; ``n`` of z; ``h`` in hyper networks; ``g`` in the context model. Pictures are [B, 3, H, W] centred on
+    zero, levels [B] real indices into LAMBDAS.
+    """
+
+    def __init__(
+        self,
+        c8: int = 144,
+        c16: int = 288,
+        n8: int = 5,
+        n16: int = 3,
+        m: int = 256,
+        n: int = 64,
+        h: int = 128,
+        g: int = 128,
+    ) -> None:
+        super().__init__()
+        if m % STEPS:
+            raise ValueError(f"{m} channels of y; the context model needs a multiple of {STEPS}")
+        self.dimensions = {"c8": c8, "c16": c16, "n8": n8, "n16": n16, "m": m, "n": n, "h": h, "g": g}
+        self.m, self.n = m, n
+        samples = 3 * UNSHUFFLE**2
+        self.embed = nn.Conv2d(samples, c8, 1)
+        self.a8 = nn.ModuleList(GatedBlock(c8) for _ in range(n8))
+        self.down = nn.Conv2d(c8, c16, 2, 2)
+        self.a16 = nn.ModuleList(GatedBlock(c16) for _ in range(n16))
+        self.to_y = nn.Conv2d(c16, m, 1)
+        self.from_y = nn.Conv2d(m, c16, 1)
+        self.s16 = nn.ModuleList(GatedBlock(c16) for _ in range(n16))
+        self.up = nn.ConvTranspose2d(c16, c8, 2, 2)
+        self.s8 = nn.ModuleList(GatedBlock(c8) for _ in range(n8))
+        self.out = nn.Conv2d(c8, samples, 1)
+        self.log_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
+        self.log_inv_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
+        self.h_a = nn.ModuleList([nn.Conv2d(m, h, 1), nn.Conv2d(h, h, 2, 2), nn.Conv2d(h, n, 2, 2)])
+        self.h_a_blocks = nn.ModuleList(PlainBlock(h) for _ in range(2))
+        self.h_s = nn.ModuleList([nn.ConvTranspose2d(n, h, 2, 2), nn.ConvTranspose2d(h, h, 2, 2)])
+        self.h_s_blocks = nn.ModuleList(PlainBlock(h) for _ in range(2))
+        self.h_p = nn.Conv2d(h, 2 * m, 1)
+        self.context = ContextModel(m, h, g)
+        # what brings y to about 1: one over the root of each channel's standard deviation at the start
+        self.y_scale: Tensor
+        self.register_buffer("y_scale", torch.ones(m))
+
+    def analysis(self, x: Tensor, level: Tensor) -> Tensor:
+        """Picture [B, 3, H, W] to latent y [B, M, ceil(H/16), ceil(W/16)], gain of ``level`` [B] applied."""
+        f = self.embed(F.pixel_unshuffle(even(x, UNSHUFFLE), UNSHUFFLE))
+        for block in self.a8:
+            f = block(f, level)
+        f = self.down(even(f))
+        for block in self.a16:
+            f = block(f, level)
+        y: Tensor = self.to_y(f).float() * gain(self.log_gain, level)
+        return y
+
+    def synthesis(self, y_hat: Tensor, level: Tensor, size: tuple[int, int]) -> Tensor:
+        """Quantised latent back to a picture of ``size`` (height, width)."""
+        h, w = size
+        f = self.from_y(y_hat * gain(self.log_inv_gain, level))
+        for block in self.s16:
+            f = block(f, level)
+        f = self.up(f)[..., : -(-h // UNSHUFFLE), : -(-w // UNSHUFFLE)]
+        for block in self.s8:
+            f = block(f, level)
+        return F.pixel_shuffle(self.out(f).float(), UNSHUFFLE)[..., :h, :w]
+
+    def hyper_analysis(self, y: Tensor) -> Tensor:
+        """Latent y to hyper-latent z [B, N, ceil(h/4), ceil(w/4)]."""
+        x = F.relu(self.h_a[0](y * self.y_scale[:, None, None]))
+        for block, down in zip(self.h_a_blocks, self.h_a[1:], strict=True):
+            x = down(even(block(x)))
+        z: Tensor = x
+        return z
+
+    def hyper_synthesis(self, z_hat: Tensor, size: tuple[int, int]) -> Tensor:
+        """Hyper-latent to features [B, h, *size], from which scales and means are made; ``size`` is that of y."""
+        half = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+        x = z_hat
+        for up, block, (rows, columns) in zip(self.h_s, self.h_s_blocks, (half, size), strict=True):
+            x = block(F.relu(up(x)[..., :rows, :columns]))
+        return x
+
+    def walk(
+        self,
+        features: Tensor,
+        code: Callable[[int, Tensor, Tensor, tuple[slice, ...]], Tensor],
+        with_context: bool = True,
+    ) -> Tensor:
+        """Go through the four steps of the context model; returns the latent that the decoder has, [B, M, h, w].
+
+        ``code`` is called for every step and phase with the step, log scales and means [B, M/4, rows, columns] of
+        symbols, and the part of [B, M, h, w] that they are; it returns the quantised latents there. Without context
+        all scales and means come from ``features`` alone.
+        """
+        size = features.shape[-2:]
+        scales, means = self.h_p(features).float().chunk(2, 1)
+        y_scale = self.y_scale[:, None, None]
+        known = features.new_zeros((len(features), self.m, *size), dtype=torch.float32)
+        for step in range(STEPS):
+            hidden = self.context(step, known * y_scale, features) if step and with_context else None
+            found = []
+            for phase, part in self.parts(step):
+                s, mean = scales[part], means[part]
+                if hidden is not None:
+                    more = self.context.parameters_of(step, phase, hidden[(..., *part[2:])]).float()
+                    s, mean = (a + b for a, b in zip((s, mean), more.chunk(2, 1), strict=True))
+                if s.numel():
+                    found.append((part, code(step, s, mean / y_scale[part[1]], part)))
+            known = known.clone()  # the steps before need what they saw for their gradients
+            for part, values in found:
+                known[part] = values
+        return known
+
+    def parts(self, step: int) -> list[tuple[int, tuple[slice, ...]]]:
+        """The phases of a step, and what of [B, M, h, w] is coded in each: channel group g at phase (step + g) % 4."""
+        quarter = self.m // STEPS
+        found: list[tuple[int, tuple[slice, ...]]] = []
+        for phase, (row, column) in enumerate(PHASES):
+            first = (phase - step) % STEPS * quarter
+            channels = slice(first, first + quarter)
+            found.append((phase, (slice(None), channels, slice(row, None, 2), slice(column, None, 2))))
+        return found
+
+
+class ContextModel(nn.Module):
+    """What the latents of earlier steps add to log scales and means; each step after the first has its own network."""
+
+    def __init__(self, m: int, h: int, g: int) -> None:
+        super().__init__()
+        self.quarter = m // STEPS
+        later = range(STEPS - 1)
+        self.known = nn.ModuleList(nn.Conv2d(m, g, 1, bias=False) for _ in later)
+        self.features = nn.ModuleList(nn.Conv2d(h, g, 1) for _ in later)
+        self.blocks = nn.ModuleList(PlainBlock(g) for _ in later)
+        # scales and means of the group of channels that each phase codes
+        self.out = nn.ModuleList(_from_zero(nn.Conv2d(g, STEPS * 2 * self.quarter, 1)) for _ in later)
+
+    def forward(self, step: int, known: Tensor, features: Tensor) -> Tensor:
+        """Known latents [B, M, h, w] (0 where unknown) and features [B, h, h, w] to hidden activations [B, g, h, w]."""
+        x = F.relu(self.known[step - 1](known) + self.features[step - 1](features))
+        hidden: Tensor = self.blocks[step - 1](x)
+        return hidden
+
+    def parameters_of(self, step: int, phase: int, hidden: Tensor) -> Tensor:
+        """Hidden activations at the places of a phase to what is added to log scales and means [B, 2 M/4, ...]."""
+        layer = self.out[step - 1]
+        rows = slice(phase * 2 * self.quarter, (phase + 1) * 2 * self.quarter)
+        assert isinstance(layer, nn.Conv2d) and layer.bias is not None
+        return F.conv2d(hidden, layer.weight[rows], layer.bias[rows])
+
+
+def multiply_accumulates(codec: LeanCodec, side: int = 256) -> dict[str, float]:
+    """kMAC a pixel of analysis, synthesis, hyper networks and context model."""
+    names = {"from_y": "synthesis", "s16": "synthesis", "up": "synthesis", "s8": "synthesis", "out": "synthesis"}
+    names |= {"h_a": "hyper", "h_a_blocks": "hyper", "h_s": "hyper", "h_s_blocks": "hyper", "h_p": "hyper"}
+    counted = dict.fromkeys(("analysis", "synthesis", "hyper", "context"), 0.0)
+    for name, layer in codec.named_modules():
+        if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            continue
+        first, *rest = name.split(".")
+        places = {"embed": 8, "a8": 8, "s8": 8, "out": 8, "up": 16, "down": 16}.get(first, 16)
+        if first in ("h_a", "h_s", "h_a_blocks", "h_s_blocks"):
+            at = {"h_a": (16, 32, 64), "h_s": (64, 32), "h_a_blocks": (16, 32), "h_s_blocks": (32, 16)}[first]
+            places = at[int(rest[0])]
+        share = STEPS if first == "context" and rest[0] == "out" else 1  # a phase has a quarter of the places
+        kind = names.get(first, "context" if first == "context" else "analysis")
+        counted[kind] += layer.weight.numel() / places**2 / share / 1000
+    return counted

@@ -1,0 +1,217 @@
+"""Training the base layer of the lean backbone: what it minimises, what it starts from, and its weights file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compass_codec.lean import LAMBDAS, UNSHUFFLE, LeanCodec
+from compass_codec.networks import lower_bound
+from compass_codec.pictures import write_file
+from compass_codec.training.data import Pictures
+from compass_codec.training.density import FactorizedDensity
+from compass_codec.training.stages import Stage, cost, encoded, gaussian_bits, round_ste
+from compass_codec.training.start import HAAR, LAMBDA_0, MIX, STEP
+from compass_codec.weights import CARD, FORMAT, read_set
+
+BACKBONE = "lean"
+LOG_SCALES = (math.log(0.06), math.log(256.0))  # that the networks may give
+LEAST = 0.05  # standard deviation of latents that the start leaves at zero
+GRAINY, GRAIN, COLOURED = 0.05, 4 / 255, 0.3  # lambda from where crops get grain; its most; its part that has colour
+
+
+class RatedLean(nn.Module):
+    """A LeanCodec with the density of its hyper-latent: what training needs beyond coding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codec = LeanCodec()
+        self.bottleneck = FactorizedDensity(self.codec.n)
+
+    def forward(self, x: Tensor, level: Tensor, with_context: bool) -> tuple[Tensor, Tensor]:
+        """Centred picture [B, 3, H, W], level [B] to (reconstruction, bits [B])."""
+        y_hat, bits = self.code(self.codec.analysis(x, level), with_context)
+        return self.codec.synthesis(y_hat, level, (x.shape[-2], x.shape[-1])), bits
+
+    def code(self, y: Tensor, with_context: bool) -> tuple[Tensor, Tensor]:
+        """Latent y [B, M, h, w] to (what the decoder has of it, bits [B])."""
+        z = self.codec.hyper_analysis(y)
+        with torch.autocast(y.device.type, enabled=False):
+            z = z.float()
+            noisy = z + torch.rand_like(z) - 0.5 if self.training else z.round()
+            likelihood = self.bottleneck(noisy.transpose(0, 1).flatten(1).unsqueeze(1))
+            bits = -lower_bound(likelihood, 1e-9).log2().reshape(z.shape[1], len(y), -1).sum((0, 2))
+
+        def code(step: int, log_scales: Tensor, means: Tensor, part: tuple[slice, ...]) -> Tensor:
+            nonlocal bits
+            scales, centred = log_scales.clamp(*LOG_SCALES).exp(), y[part] - means
+            with torch.no_grad():
+                change = encoded(centred, scales) - centred
+            noisy = centred + (torch.rand_like(centred) - 0.5 if self.training else change)
+            bits = bits + gaussian_bits(noisy, scales, torch.zeros_like(means)).sum((1, 2, 3))
+            return centred + change + means
+
+        features = self.codec.hyper_synthesis(round_ste(z), (y.shape[-2], y.shape[-1]))
+        return self.codec.walk(features, code, with_context), bits
+
+
+class LeanStage(Stage):
+    """The base codec without its context model: a step takes a third less time, and transforms learn as much."""
+
+    trains = ("base",)
+    layered = False
+    lambdas = LAMBDAS
+    with_context = False
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.base = RatedLean()  # type: ignore[assignment]
+
+    def freeze(self) -> None:
+        self.requires_grad_(True)
+        self.base.codec.context.requires_grad_(self.with_context)
+
+    def forward(
+        self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.training:
+            x = with_grain(x, lam)
+        rec, bits = self.base(x - 0.5, level, self.with_context)
+        return cost(x, rec + 0.5, bits, lam)
+
+
+class LeanContextStage(LeanStage):
+    """The base codec with its context model."""
+
+    with_context = True
+
+
+def with_grain(x: Tensor, lam: Tensor) -> Tensor:
+    """Crops [B, 3, H, W] with film-like grain where ``lam`` [B] is high enough to keep it: training pictures that were
+    reduced have little of their own."""
+    amount = GRAIN * torch.rand(len(x), 1, 1, 1, device=x.device) * (lam > GRAINY)[:, None, None, None]
+    grain = torch.randn_like(x[:, :1]) + COLOURED * torch.randn_like(x)
+    return (x + amount * grain).clamp(0, 1)
+
+
+def dct(side: int) -> Tensor:
+    """The orthonormal DCT-II: rows [side, side] are basis vectors."""
+    k, n = torch.arange(side, dtype=torch.float32)[:, None], torch.arange(side, dtype=torch.float32)[None]
+    rows = (math.pi * (2 * n + 1) * k / (2 * side)).cos() * math.sqrt(2 / side)
+    rows[0] /= math.sqrt(2)
+    return rows
+
+
+@torch.no_grad()
+def linear_start(codec: LeanCodec, crops: Tensor) -> None:
+    """Make ``codec`` an orthonormal block transform followed by a plain quantiser, in place.
+
+    The first 1x1 convolution is an 8x8 DCT on a luma/chroma mix, the stride-2 convolution a 2x2 Haar packet, of both
+    the channels with the most energy on ``crops`` [B, 3, H, W] in 0..1, H and W multiples of 16; the way back is the
+    transpose. Channels between layers are divided by the root of their standard deviation. Gains start at
+    sqrt(lambda / 0.013), scales at each latent's standard deviation.
+    """
+    basis = torch.einsum("ab,pq,oc->oapcbq", dct(UNSHUFFLE), dct(UNSHUFFLE), MIX).flatten(3).flatten(0, 2)
+    f, c8, c16 = F.pixel_unshuffle(crops - 0.5, UNSHUFFLE), len(codec.embed.weight), len(codec.down.weight)
+    f, basis8, s8 = _strongest(F.conv2d(f, basis[:, :, None, None]), basis, c8)
+    _set(codec.embed, (basis8 * s8[:, None])[:, :, None, None])
+    _set(codec.out, (basis8 / s8[:, None]).T[:, :, None, None])
+    packet = torch.einsum("ij,kuv->ikjuv", torch.eye(c8), HAAR).flatten(0, 1)
+    f, packet16, s16 = _strongest(F.conv2d(f, packet, stride=2), packet, c16)
+    _set(codec.down, packet16 * s16[:, None, None, None] / s8[None, :, None, None])
+    _set(codec.up, packet16 / s16[:, None, None, None] * s8[None, :, None, None])
+    used = torch.arange(min(codec.m, c16))
+    for layer, scale, noise in ((codec.to_y, STEP / s16, 2e-3), (codec.from_y, s16 / STEP, 2e-4)):
+        weight = torch.randn_like(layer.weight) * noise
+        weight[used, used, 0, 0] = scale[used]
+        _set(layer, weight)
+    deviation = torch.full((codec.m,), LEAST)
+    deviation[used] = (STEP * f.std((0, 2, 3)))[used].clamp(min=LEAST)
+    codec.y_scale.copy_(deviation.clamp(min=0.5).rsqrt())
+    log_gain = torch.tensor([0.5 * math.log(lam / LAMBDA_0) for lam in LAMBDAS])[:, None]
+    codec.log_gain.copy_(log_gain.expand_as(codec.log_gain))
+    codec.log_inv_gain.copy_(-log_gain.expand_as(codec.log_inv_gain))
+    assert codec.h_p.bias is not None
+    codec.h_p.weight.mul_(0.1)
+    codec.h_p.bias.copy_(torch.cat([deviation.log(), torch.zeros_like(deviation)]))
+
+
+def _strongest(x: Tensor, basis: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``count`` channels of x with the most energy, their rows of ``basis``, and what each is to be scaled by."""
+    energy = x.square().mean((0, 2, 3))
+    keep = energy.argsort(descending=True)[:count]
+    return x[:, keep], basis[keep], energy[keep].sqrt().clamp(min=1e-3).rsqrt()
+
+
+def _set(layer: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor) -> None:
+    layer.weight.copy_(weight)
+    assert layer.bias is not None
+    layer.bias.zero_()
+
+
+def start(stage: LeanStage, weights: Path | None, pictures: Pictures, seed: int) -> str:
+    """Give ``stage`` something to start from; returns what, in words.
+
+    ``weights``: the folder of a lean set, or a file with parameters of a LeanCodec, of which those that are there are
+    taken over the linear start; gains of fewer levels go on as between their last two.
+    Raises ValueError or a CompassError where it cannot be used.
+    """
+    from compass_codec.training.export import below, fill_module, read_tensors
+
+    rated: Any = stage.base
+    codec: LeanCodec = rated.codec
+    crops = pictures.sample(16, 256, torch.Generator().manual_seed(seed)).cpu()
+    torch.manual_seed(seed)
+    linear_start(codec, crops)
+    if weights is None:
+        return "base from the linear start"
+    if weights.is_dir():
+        found = read_set(weights)
+        if found.backbone != BACKBONE:
+            raise ValueError(
+                f"{weights / CARD}: weights of the backbone {found.backbone}; this stage trains {BACKBONE}"
+            )
+        path = weights / "base.safetensors"
+        tensors = read_tensors(path)
+        fill_module(codec, tensors, path)
+        fill_module(rated.bottleneck, below(tensors, "bottleneck."), path)
+        return "base from weights"
+    tensors = read_tensors(weights)
+    own, taken = codec.state_dict(), 0
+    for name, value in tensors.items():
+        if "log_" in name:
+            value = _more_levels(value.float(), name.startswith("log_"))
+        if name in own and own[name].shape == value.shape:
+            own[name].copy_(value)
+            taken += 1
+    if not taken:
+        raise ValueError(f"{weights}: no parameter of a lean codec")
+    return f"{taken} of {len(own)} tensors of base from a file, the others from the linear start"
+
+
+def _more_levels(gains: Tensor, of_latent: bool) -> Tensor:
+    """Log gains [levels, channels] with as many levels as LAMBDAS has; those of y rise on, others repeat the last."""
+    step = gains[-1] - gains[-2] if of_latent else torch.zeros_like(gains[-1])
+    more = [gains[-1] + (k + 1) * step for k in range(len(LAMBDAS) - len(gains))]
+    return torch.cat([gains, torch.stack(more)]) if more else gains
+
+
+def describe(stage: LeanStage, folder: Path) -> None:
+    """Write ``folder``/model.json for the parts that ``stage`` trains, unless there is one."""
+    if (folder / CARD).exists():
+        read_set(folder)
+        return
+    spec: dict[str, Any] = {
+        "profile": "new",
+        "backbone": BACKBONE,
+        "purpose": "made by compass train",
+        "format": FORMAT,
+    }
+    spec |= {"parts": list(stage.trains), "base": stage.base.codec.dimensions}
+    write_file(folder / CARD, (json.dumps(spec, indent=1) + "\n").encode())
