@@ -767,3 +767,11 @@ def test_deeper_samples_of_heic_and_jpeg_2000_are_told():
     assert pictures.read(io.BytesIO(data)).notes == []
     image = Image.open(io.BytesIO(data))
     assert pictures._bits(image, data) == 8 and pictures._bits(image, data[:42] + b"\x0f" + data[43:]) == 16
+
+
+def test_icns_holds_one_size(tmp_path):
+    """Pillow fills the file up with enlarged pictures, which would be read in place of this one."""
+    name = tmp_path / "a.icns"
+    assert Image.open(io.BytesIO(pictures.to_bytes(Image.new("RGB", (1024, 1024)), name))).size == (1024, 1024)
+    with pytest.raises(PictureError, match="ICNS cannot hold a picture of 32 x 32"):
+        pictures.to_bytes(Image.new("RGB", (32, 32)), name)

@@ -519,8 +519,8 @@ def _made_alike(header: container.Header, target: Path, size: tuple[int, int], o
 
 
 def _decoded_alike(path: Path, entry: container.Layer) -> bool:
-    """Is there a picture such as one of this layer's size becomes? ICO and ICNS store sizes of their own; what Pillow
-    writes and does not read, as PDF, is known by its first bytes alone."""
+    """Is there a picture of this layer's size? What Pillow writes and does not read, as PDF, is known by its first bytes
+    alone."""
     from PIL import Image
 
     from compass_codec import pictures
@@ -529,24 +529,14 @@ def _decoded_alike(path: Path, entry: container.Layer) -> bool:
         return False
     size = (entry.width, entry.height)
     try:
-        readable = pictures.check_format(path) in Image.OPEN
-        found: object = _stored_size(path) if readable else None
-        if found == size:
-            return True
+        if pictures.check_format(path) in Image.OPEN:
+            with Image.open(path) as image:
+                return image.size == size
         blank = pictures.to_bytes(Image.new("RGB", size), path)
-        if readable:
-            return found == _stored_size(io.BytesIO(blank))
         with path.open("rb") as file:
             return file.read(8) == blank[:8]
     except Exception:  # whatever Pillow says of a broken file, it is no such picture
         return False
-
-
-def _stored_size(file: Path | BinaryIO) -> tuple[int, int]:
-    from PIL import Image
-
-    with Image.open(file) as image:
-        return image.size
 
 
 def _picture_sizes(path: Path) -> Iterator[tuple[int, int]]:

@@ -508,6 +508,10 @@ def check_format(path: Path) -> str:
     return _check_suffix(path.suffix.lower())
 
 
+# Pillow fills an ICNS file up with enlarged pictures, and reads the largest of them.
+ICNS_SIDE = 1024
+
+
 @cache
 def _check_suffix(suffix: str) -> str:
     register()
@@ -517,7 +521,7 @@ def _check_suffix(suffix: str) -> str:
     if suffix in NOT_WRITTEN:
         raise PictureError(f"{suffix} is not written: {NOT_WRITTEN[suffix]}")
     # some can only be written by programs that are not here, or hold no colours
-    _save(Image.new("RGB", (16, 16)), name, suffix, None, [])
+    _save(Image.new("RGB", (ICNS_SIDE,) * 2 if name == "ICNS" else (16, 16)), name, suffix, None, [])
     return name
 
 
