@@ -40,6 +40,7 @@ LAYOUT = 1  # of a record; new measures or another meaning take a new number
 CODEC = (
     "arrays",
     "codec",
+    "colour",
     "container",
     "contexts",
     "entropy",
