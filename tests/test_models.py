@@ -1,6 +1,5 @@
 """Sets of weights: which are found, which one a file is decoded with, and what is said of a broken one."""
 
-import asyncio
 import json
 import shutil
 import subprocess
@@ -58,7 +57,7 @@ def decoded(path) -> dict[str, np.ndarray]:
             "Python": np.asarray(compass_codec.decode(data, 0, "cpu")),
             "a codec of the default set": np.asarray(shared("cpu").decode(data, 0)),
             "Pillow": np.asarray(image),
-            "server": np.asarray(asyncio.run(layers.get(server.load(path), 0))),
+            "server": np.asarray(layers.start(server.load(path), 0).result(60)),
         }
 
 

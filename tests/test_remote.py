@@ -322,7 +322,8 @@ def test_decode_from_the_web(tmp_path, monkeypatch, small_file):
         result = compass("decode", server.url)
         assert result.code == 1 and result.err == f"compass: {server.url}: the server answers 404 Not Found\n"
     result = compass("decode", "http://[::1/x.cmps")
-    assert result.code == 1 and result.err == "compass: http://[::1/x.cmps: cannot be fetched (Invalid IPv6 URL)\n"
+    assert result.code == 2
+    assert result.err == "compass: Invalid value for '[FILES]...': http://[::1/x.cmps: Invalid IPv6 URL\n"
 
 
 def test_info_from_the_web(tmp_path, small_file):

@@ -519,8 +519,8 @@ def _made_alike(header: container.Header, target: Path, size: tuple[int, int], o
 
 
 def _decoded_alike(path: Path, entry: container.Layer) -> bool:
-    """Is there a picture of this layer's size? What Pillow writes and does not read, as PDF, is known by its first bytes
-    alone."""
+    """Is there a picture of this layer's size? What Pillow writes and does not read, such as PDF, is known by its first
+    bytes alone."""
     from PIL import Image
 
     from compass_codec import pictures
