@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compass_codec.lean import LAMBDAS, UNSHUFFLE, LeanCodec
-from compass_codec.networks import lower_bound
 from compass_codec.pictures import write_file
 from compass_codec.training.data import Pictures
 from compass_codec.training.density import FactorizedDensity
-from compass_codec.training.stages import Stage, cost, encoded, gaussian_bits, round_ste
+from compass_codec.training.stages import Stage, cost, encoded, gaussian_bits, hyper_bits, round_ste
 from compass_codec.training.start import HAAR, LAMBDA_0, MIX, STEP
 from compass_codec.weights import CARD, FORMAT, read_set
 
@@ -42,11 +41,8 @@ class RatedLean(nn.Module):
     def code(self, y: Tensor, with_context: bool) -> tuple[Tensor, Tensor]:
         """Latent y [B, M, h, w] to (what the decoder has of it, bits [B])."""
         z = self.codec.hyper_analysis(y)
-        with torch.autocast(y.device.type, enabled=False):
-            z = z.float()
-            noisy = z + torch.rand_like(z) - 0.5 if self.training else z.round()
-            likelihood = self.bottleneck(noisy.transpose(0, 1).flatten(1).unsqueeze(1))
-            bits = -lower_bound(likelihood, 1e-9).log2().reshape(z.shape[1], len(y), -1).sum((0, 2))
+        bits = hyper_bits(self.bottleneck, z)
+        z = z.float()
 
         def code(step: int, log_scales: Tensor, means: Tensor, part: tuple[slice, ...]) -> Tensor:
             nonlocal bits

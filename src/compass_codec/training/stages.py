@@ -49,6 +49,15 @@ def encoded(y: Tensor, scales: Tensor) -> Tensor:
     return (below + (y.abs() - below > least)).copysign(y)
 
 
+def hyper_bits(bottleneck: FactorizedDensity, z: Tensor) -> Tensor:
+    """Bits [B] of the hyper-latent z [B, N, h, w]: with uniform noise in training, rounded otherwise."""
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.float()
+        noisy = z + torch.rand_like(z) - 0.5 if bottleneck.training else z.round()
+        likelihood = bottleneck(noisy.transpose(0, 1).flatten(1).unsqueeze(1))
+        return -lower_bound(likelihood, 1e-9).log2().reshape(z.shape[1], len(z), -1).sum((0, 2))
+
+
 class RatedCodec(nn.Module):
     """An ImageCodec with the density of its hyper-latent: what training needs beyond coding."""
 
@@ -68,11 +77,8 @@ class RatedCodec(nn.Module):
     def code(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Latent y [B, M, h, w] to (what the decoder has of it, bits [B])."""
         z = self.codec.hyper_analysis(y)
-        with torch.autocast(y.device.type, enabled=False):
-            z = z.float()
-            noisy = z + torch.rand_like(z) - 0.5 if self.training else z.round()
-            likelihood = self.bottleneck(noisy.transpose(0, 1).flatten(1).unsqueeze(1))
-            z_bits = -lower_bound(likelihood, 1e-9).log2().reshape(z.shape[1], len(y), -1).sum((0, 2))
+        z_bits = hyper_bits(self.bottleneck, z)
+        z = z.float()
         scales, means = self.codec.hyper_synthesis(round_ste(z).to(y.dtype), (y.shape[-2], y.shape[-1]))
         y, scales, means = y.float(), scales.float(), means.float()
         centred = y - means
