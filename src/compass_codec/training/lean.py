@@ -58,7 +58,7 @@ class RatedLean(nn.Module):
 
 
 class LeanStage(Stage):
-    """The base codec without its context model: a step takes a third less time, and transforms learn as much."""
+    """The base codec without its context model, whose networks then cost a step nothing."""
 
     trains = ("base",)
     layered = False
