@@ -194,6 +194,35 @@ def encode(z: np.ndarray, y: np.ndarray, index: np.ndarray, tables: Tables) -> b
     return _zigzag(np.array([len(values)])) + _zigzag(values) + words
 
 
+class Encoder:
+    """Writes one layer's symbols: z first, then y in as many parts as scale indices become known."""
+
+    def __init__(self, tables: Tables) -> None:
+        self.tables, self.coder, self.escapes = tables, stream.queue.RangeEncoder(), list[np.ndarray]()
+
+    def _put(self, table: Table, symbols: np.ndarray) -> None:
+        for at in range(0, len(symbols), PIECE):
+            positions, escaped = table.indices(symbols[at : at + PIECE])
+            self.coder.encode(positions, table.model)
+            self.escapes.append(escaped)
+
+    def z(self, z: np.ndarray) -> None:
+        """The hyper-latent's symbols [channels, height, width], int32."""
+        for table, channel in zip(self.tables.z, z, strict=True):
+            self._put(table, channel.ravel())
+
+    def y(self, index: np.ndarray, symbols: np.ndarray) -> None:
+        """Symbols of the latent, int32, and their scale indices, uint8, of one shape."""
+        for number, where in groups(index):
+            self._put(self.tables.y[number], symbols.ravel()[where])
+
+    def data(self) -> bytes:
+        """All that was put."""
+        values = np.concatenate([np.empty(0, np.int32), *self.escapes])
+        words = self.coder.get_compressed().astype(">u4").tobytes()
+        return _zigzag(np.array([len(values)])) + _zigzag(values) + words[:-3] + words[-3:].rstrip(b"\0")
+
+
 class Decoder:
     """Reads one layer's symbols back: z first, then y once the scale indices are known from z."""
 

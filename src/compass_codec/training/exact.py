@@ -1,0 +1,112 @@
+"""Integer twins of trained networks: units of activations from pictures, and weights packed for exact.Conv."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compass_codec.entropy import LEVELS, SCALE_RANGE
+from compass_codec.exact import ACTIVATION, pack
+from compass_codec.lean import LAMBDAS, PHASES, STEPS, LeanCodec, PlainBlock
+from compass_codec.lean_codec import FINE, MEAN_UNIT
+
+KEPT = 0.9999  # of an activation's values lie within its range; the rest is clamped
+SCALE_STEP = math.log(SCALE_RANGE[1] / SCALE_RANGE[0]) / (LEVELS - 1)
+
+
+class Ranges:
+    """Magnitudes within which nearly all values of an activation lie, gathered from several pictures."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[float]] = defaultdict(list)
+
+    def see(self, name: str, x: Tensor) -> None:
+        flat = x.detach().abs().flatten()
+        self.found[name].append(float(flat.kthvalue(max(1, math.ceil(KEPT * len(flat)))).values))
+
+    def unit(self, name: str) -> float:
+        """What an integer of the activation stands for."""
+        return max(1e-6, *self.found[name], 0.0) / ACTIVATION
+
+
+@torch.no_grad()
+def integers(codec: LeanCodec, latents: list[Tensor]) -> dict[str, Tensor]:
+    """The tensors of a lean_codec.Entropy for ``codec``, whose activations are measured on ``latents``: y
+    [B, M, h, w] of pictures at all rates."""
+    ranges, known = Ranges(), torch.full((codec.m,), 1e-3)
+    hooks = [hook for name, block in _blocks(codec) for hook in _watch(ranges, name, block)]
+    for y in latents:
+        z = codec.hyper_analysis(y).round()
+        features = codec.hyper_synthesis(z, (y.shape[-2], y.shape[-1]))
+
+        def code(step: int, log_scales: Tensor, means: Tensor, part: tuple[slice, ...], y: Tensor = y) -> Tensor:
+            return (y[part] - means).round() + means
+
+        y_hat = codec.walk(features, code)
+        each = (y_hat * codec.y_scale[:, None, None]).abs().transpose(0, 1).flatten(1)
+        known = torch.maximum(known, each.kthvalue(math.ceil(0.999 * each.shape[1]), 1).values)
+    for hook in hooks:
+        hook.remove()
+    return _pack(codec, ranges, known / ACTIVATION)
+
+
+def _blocks(codec: LeanCodec) -> list[tuple[str, Any]]:
+    return [(f"block.{k}", b) for k, b in enumerate(codec.h_s_blocks)] + [
+        (f"context.{k}", b) for k, b in enumerate(codec.context.blocks)
+    ]
+
+
+def _watch(ranges: Ranges, name: str, block: PlainBlock) -> list[Any]:
+    def stream(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        ranges.see(name, inputs[0])
+        ranges.see(name, output)
+
+    def inner(part: str) -> Callable[..., None]:
+        return lambda module, inputs, output: ranges.see(f"{name}.{part}", output.relu() if part == "p1" else output)
+
+    return [
+        block.register_forward_hook(stream),
+        block.dw.register_forward_hook(inner("dw")),
+        block.p1.register_forward_hook(inner("p1")),
+    ]
+
+
+def _pack(codec: LeanCodec, ranges: Ranges, known: Tensor) -> dict[str, Tensor]:
+    """``known``: units of the known latents [M], already multiplied by y_scale."""
+    tensors = {"known": codec.y_scale / known}
+
+    def put(name: str, weight: Tensor, bias: Tensor, unit_in: Tensor | float, unit_out: Tensor | float) -> None:
+        tensors.update({f"{name}.{key}": value for key, value in pack(weight, bias, unit_in, unit_out).items()})
+
+    for name, block in _blocks(codec):
+        put(f"{name}.dw", block.dw.weight, block.dw.bias, ranges.unit(name), ranges.unit(f"{name}.dw"))
+        put(f"{name}.p1", block.p1.weight, block.p1.bias, ranges.unit(f"{name}.dw"), ranges.unit(f"{name}.p1"))
+        put(f"{name}.p2", block.p2.weight, block.p2.bias, ranges.unit(f"{name}.p1"), ranges.unit(name))
+    unit: float = 1.0
+    for k, up in enumerate(codec.h_s):  # as 1x1 convolutions, of which pixel_shuffle makes rows and columns
+        weight = up.weight.permute(1, 2, 3, 0).reshape(-1, up.weight.shape[0], 1, 1)
+        put(f"up.{k}", weight, up.bias.repeat_interleave(4), unit, unit := ranges.unit(f"block.{k}"))
+    m, quarter = codec.m, codec.m // STEPS
+    scale_units, mean_units = torch.full((m,), SCALE_STEP / FINE), codec.y_scale / MEAN_UNIT
+    # log scales as indices: the lowest is 0, and half a level rounds to the nearest
+    offset = torch.cat([torch.full((m,), SCALE_STEP / 2 - math.log(SCALE_RANGE[0])), torch.zeros(m)])
+    put("first", codec.h_p.weight, codec.h_p.bias + offset, unit, torch.cat([scale_units, mean_units]))
+    model = codec.context
+    for k in range(STEPS - 1):
+        weight = torch.cat([model.known[k].weight, model.features[k].weight], 1)
+        units = torch.cat([known, known.new_full((model.features[k].weight.shape[1],), unit)])
+        put(f"into.{k}", weight, model.features[k].bias, units, ranges.unit(f"context.{k}"))
+        groups = [(phase - k - 1) % STEPS for phase in range(len(PHASES))]
+        rows = [u[g * quarter : (g + 1) * quarter] for g in groups for u in (scale_units, mean_units)]
+        put(f"more.{k}", model.out[k].weight, model.out[k].bias, ranges.unit(f"context.{k}"), torch.cat(rows))
+    return tensors
+
+
+def rates() -> Tensor:
+    """Levels that latents for ``integers`` should have: all of them."""
+    return torch.arange(len(LAMBDAS), dtype=torch.float32)
