@@ -39,7 +39,7 @@ def _depthwise(channels: int) -> nn.Conv2d:
     return layer
 
 
-def _from_zero(layer: nn.Conv2d) -> nn.Conv2d:
+def from_zero(layer: nn.Conv2d) -> nn.Conv2d:
     """The layer, which adds nothing at first."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -47,21 +47,25 @@ def _from_zero(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 class GatedBlock(nn.Module):
-    """x + f(x): depthwise 3x3, RMS norm over channels, 1x1 to 2C, gate silu(a) b, rate-dependent gain, 1x1 to C."""
+    """x + f(x): depthwise 3x3, RMS norm over channels, 1x1 to 2C, gate silu(a) b, gain of the rate where ``rated``, 1x1
+    to C."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, rated: bool = True) -> None:
         super().__init__()
         self.dw = _depthwise(channels)
         self.norm = nn.Parameter(torch.ones(channels))
         self.p1 = nn.Conv2d(channels, 2 * channels, 1)
-        self.p2 = _from_zero(nn.Conv2d(channels, channels, 1))
-        self.log_gain = nn.Parameter(torch.zeros(len(LAMBDAS), channels))
+        self.p2 = from_zero(nn.Conv2d(channels, channels, 1))
+        self.log_gain = nn.Parameter(torch.zeros(len(LAMBDAS), channels)) if rated else None
 
-    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+    def forward(self, x: Tensor, level: Tensor | None = None) -> Tensor:
         h = self.dw(x)
         scale = (h.float().square().mean(1, keepdim=True) + EPSILON).rsqrt()
         a, b = self.p1(h * scale.to(h.dtype) * self.norm[:, None, None].to(h.dtype)).chunk(2, 1)
-        return x + self.p2(F.silu(a) * b * gain(self.log_gain, level).to(a.dtype))
+        gated = F.silu(a) * b
+        if self.log_gain is not None and level is not None:
+            gated = gated * gain(self.log_gain, level).to(a.dtype)
+        return x + self.p2(gated)
 
 
 class PlainBlock(nn.Module):
@@ -71,10 +75,15 @@ class PlainBlock(nn.Module):
         super().__init__()
         self.dw = _depthwise(channels)
         self.p1 = nn.Conv2d(channels, 2 * channels, 1)
-        self.p2 = _from_zero(nn.Conv2d(2 * channels, channels, 1))
+        self.p2 = from_zero(nn.Conv2d(2 * channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.p2(F.relu(self.p1(self.dw(x))))
+
+
+def eighth(x: Tensor) -> Tensor:
+    """A picture [B, 3, H, W] as 192 channels at 1/8 of its size, rounded up."""
+    return F.pixel_unshuffle(even(x, UNSHUFFLE), UNSHUFFLE)
 
 
 def even(x: Tensor, multiple: int = 2) -> Tensor:
@@ -89,6 +98,10 @@ class LeanCodec(nn.Module):
     ``c8`` and ``c16`` channels and ``n8`` and ``n16`` blocks at 1/8 and 1/16, on either side; ``m`` channels of y, a
     multiple of 4; ``n`` of z; ``h`` in hyper networks; ``g`` in the context model. Pictures are [B, 3, H, W] centred on
     zero, levels [B] real indices into LAMBDAS.
+
+    A ``conditional`` codec is for enhancement layers: its pictures are what a prediction lacks, and analysis and
+    synthesis also see that prediction, centred on zero, through convolutions that start at zero. So it starts as the
+    codec of the residual. The entropy model never sees the prediction, which is floating point.
     """
 
     def __init__(
@@ -101,12 +114,14 @@ class LeanCodec(nn.Module):
         n: int = 64,
         h: int = 128,
         g: int = 128,
+        conditional: bool = False,
     ) -> None:
         super().__init__()
         if m % STEPS:
             raise ValueError(f"{m} channels of y; the context model needs a multiple of {STEPS}")
         self.dimensions = {"c8": c8, "c16": c16, "n8": n8, "n16": n16, "m": m, "n": n, "h": h, "g": g}
-        self.m, self.n = m, n
+        self.dimensions["conditional"] = conditional
+        self.m, self.n, self.conditional = m, n, conditional
         samples = 3 * UNSHUFFLE**2
         self.embed = nn.Conv2d(samples, c8, 1)
         self.a8 = nn.ModuleList(GatedBlock(c8) for _ in range(n8))
@@ -118,6 +133,9 @@ class LeanCodec(nn.Module):
         self.up = nn.ConvTranspose2d(c16, c8, 2, 2)
         self.s8 = nn.ModuleList(GatedBlock(c8) for _ in range(n8))
         self.out = nn.Conv2d(c8, samples, 1)
+        if conditional:
+            self.embed_p = from_zero(nn.Conv2d(samples, c8, 1))
+            self.p8 = from_zero(nn.Conv2d(samples, c8, 1))
         self.log_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
         self.log_inv_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
         self.h_a = nn.ModuleList([nn.Conv2d(m, h, 1), nn.Conv2d(h, h, 2, 2), nn.Conv2d(h, n, 2, 2)])
@@ -130,9 +148,15 @@ class LeanCodec(nn.Module):
         self.y_scale: Tensor
         self.register_buffer("y_scale", torch.ones(m))
 
-    def analysis(self, x: Tensor, level: Tensor) -> Tensor:
-        """Picture [B, 3, H, W] to latent y [B, M, ceil(H/16), ceil(W/16)], gain of ``level`` [B] applied."""
-        f = self.embed(F.pixel_unshuffle(even(x, UNSHUFFLE), UNSHUFFLE))
+    def analysis(self, x: Tensor, level: Tensor, prediction: Tensor | None = None) -> Tensor:
+        """Picture [B, 3, H, W] to latent y [B, M, ceil(H/16), ceil(W/16)], gain of ``level`` [B] applied.
+
+        A conditional codec takes the layer less its ``prediction`` [B, 3, H, W], and that prediction less 1/2.
+        """
+        f = self.embed(eighth(x))
+        if self.conditional:
+            assert prediction is not None
+            f = f + self.embed_p(eighth(prediction))
         for block in self.a8:
             f = block(f, level)
         f = self.down(even(f))
@@ -141,13 +165,19 @@ class LeanCodec(nn.Module):
         y: Tensor = self.to_y(f).float() * gain(self.log_gain, level)
         return y
 
-    def synthesis(self, y_hat: Tensor, level: Tensor, size: tuple[int, int]) -> Tensor:
-        """Quantised latent back to a picture of ``size`` (height, width)."""
+    def synthesis(
+        self, y_hat: Tensor, level: Tensor, size: tuple[int, int], prediction: Tensor | None = None
+    ) -> Tensor:
+        """Quantised latent back to a picture of ``size`` (height, width): of a conditional codec, to what is added to
+        its ``prediction``, given as in ``analysis``."""
         h, w = size
         f = self.from_y(y_hat * gain(self.log_inv_gain, level))
         for block in self.s16:
             f = block(f, level)
         f = self.up(f)[..., : -(-h // UNSHUFFLE), : -(-w // UNSHUFFLE)]
+        if self.conditional:
+            assert prediction is not None
+            f = f + self.p8(eighth(prediction))
         for block in self.s8:
             f = block(f, level)
         return F.pixel_shuffle(self.out(f).float(), UNSHUFFLE)[..., :h, :w]
@@ -221,7 +251,7 @@ class ContextModel(nn.Module):
         self.features = nn.ModuleList(nn.Conv2d(h, g, 1) for _ in later)
         self.blocks = nn.ModuleList(PlainBlock(g) for _ in later)
         # scales and means of the group of channels that each phase codes
-        self.out = nn.ModuleList(_from_zero(nn.Conv2d(g, STEPS * 2 * self.quarter, 1)) for _ in later)
+        self.out = nn.ModuleList(from_zero(nn.Conv2d(g, STEPS * 2 * self.quarter, 1)) for _ in later)
 
     def forward(self, step: int, known: Tensor, features: Tensor) -> Tensor:
         """Known latents [B, M, h, w] (0 where unknown) and features [B, h, h, w] to hidden activations [B, g, h, w]."""
@@ -240,13 +270,14 @@ class ContextModel(nn.Module):
 def multiply_accumulates(codec: LeanCodec, side: int = 256) -> dict[str, float]:
     """kMAC a pixel of analysis, synthesis, hyper networks and context model."""
     names = {"from_y": "synthesis", "s16": "synthesis", "up": "synthesis", "s8": "synthesis", "out": "synthesis"}
+    names["p8"] = "synthesis"
     names |= {"h_a": "hyper", "h_a_blocks": "hyper", "h_s": "hyper", "h_s_blocks": "hyper", "h_p": "hyper"}
     counted = dict.fromkeys(("analysis", "synthesis", "hyper", "context"), 0.0)
     for name, layer in codec.named_modules():
         if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             continue
         first, *rest = name.split(".")
-        places = {"embed": 8, "a8": 8, "s8": 8, "out": 8, "up": 16, "down": 16}.get(first, 16)
+        places = 8 if first in ("embed", "embed_p", "a8", "s8", "p8", "out") else 16
         if first in ("h_a", "h_s", "h_a_blocks", "h_s_blocks"):
             at = {"h_a": (16, 32, 64), "h_s": (64, 32), "h_a_blocks": (16, 32), "h_s_blocks": (32, 16)}[first]
             places = at[int(rest[0])]

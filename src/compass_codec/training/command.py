@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Nothing above needs torch, so that listing the commands stays quick.
 
+LEAN = ("lean", "lean-context", "lean-layers", "lean-residual")
 DETAIL_BATCH = 8  # crops of those that details are found from
 
 
@@ -189,7 +190,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 @click.command("train")
 @click.argument(
     "stage",
-    type=click.Choice(["base", "liff", "residual", "joint", "hyper", "detail", "restore", "lean", "lean-context"]),
+    type=click.Choice(["base", "liff", "residual", "joint", "hyper", "detail", "restore", *LEAN]),
 )
 @click.option(
     "--data",

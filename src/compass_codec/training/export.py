@@ -56,13 +56,13 @@ def tensors_of(part: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def export(stage: Stage, folder: Path, card_entry: dict[str, Any] | None = None) -> list[Path]:
-    """Write the parts that ``stage`` trains to ``folder``; returns the files. model.json there then names the
-    parts that the set has; it is made if it is not there. ``card_entry`` says how they were trained and is appended to
-    ``folder``/history.json.
+    """Write the parts that ``stage`` trains to ``folder``, and the base that lean layers are for; returns the files.
+    model.json there then names the parts that the set has; it is made if it is not there. ``card_entry`` says how they
+    were trained and is appended to ``folder``/history.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for part in stage.trains:
+    for part in stage.writes if isinstance(stage, LeanStage) else stage.trains:
         path = folder / f"{part}.safetensors"
         write_file(path, save(tensors_of(getattr(stage, part))))
         written.append(path)

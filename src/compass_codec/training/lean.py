@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compass_codec.lean import LAMBDAS, UNSHUFFLE, LeanCodec
+from compass_codec.lean_liff import LeanLIFF
+from compass_codec.networks import level_of
 from compass_codec.pictures import write_file
 from compass_codec.training.data import Pictures
 from compass_codec.training.density import FactorizedDensity
-from compass_codec.training.stages import Stage, cost, encoded, gaussian_bits, hyper_bits, round_ste
+from compass_codec.training.stages import (
+    REPEAT,
+    Stage,
+    cost,
+    encoded,
+    gaussian_bits,
+    hyper_bits,
+    round_ste,
+    shrink,
+    to_8bit,
+)
 from compass_codec.training.start import HAAR, LAMBDA_0, MIX, STEP
 from compass_codec.weights import CARD, FORMAT, read_set
 
 BACKBONE = "lean"
+PARTS = ("base", "residual", "liff")
 LOG_SCALES = (math.log(0.06), math.log(256.0))  # that the networks may give
 LEAST = 0.05  # standard deviation of latents that the start leaves at zero
 GRAINY, GRAIN, COLOURED = 0.05, 4 / 255, 0.3  # lambda from where crops get grain; its most; its part that has colour
@@ -28,15 +42,18 @@ GRAINY, GRAIN, COLOURED = 0.05, 4 / 255, 0.3  # lambda from where crops get grai
 class RatedLean(nn.Module):
     """A LeanCodec with the density of its hyper-latent: what training needs beyond coding."""
 
-    def __init__(self) -> None:
+    def __init__(self, **dimensions: int) -> None:
         super().__init__()
-        self.codec = LeanCodec()
+        self.codec = LeanCodec(**dimensions)  # type: ignore[arg-type]
         self.bottleneck = FactorizedDensity(self.codec.n)
 
-    def forward(self, x: Tensor, level: Tensor, with_context: bool) -> tuple[Tensor, Tensor]:
-        """Centred picture [B, 3, H, W], level [B] to (reconstruction, bits [B])."""
-        y_hat, bits = self.code(self.codec.analysis(x, level), with_context)
-        return self.codec.synthesis(y_hat, level, (x.shape[-2], x.shape[-1])), bits
+    def forward(
+        self, x: Tensor, level: Tensor, with_context: bool, prediction: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Centred picture, or layer less its prediction, [B, 3, H, W], level [B], and the centred prediction of a
+        conditional codec, to (reconstruction, bits [B])."""
+        y_hat, bits = self.code(self.codec.analysis(x, level, prediction), with_context)
+        return self.codec.synthesis(y_hat, level, (x.shape[-2], x.shape[-1]), prediction), bits
 
     def code(self, y: Tensor, with_context: bool) -> tuple[Tensor, Tensor]:
         """Latent y [B, M, h, w] to (what the decoder has of it, bits [B])."""
@@ -60,7 +77,8 @@ class RatedLean(nn.Module):
 class LeanStage(Stage):
     """The base codec without its context model, whose networks then cost a step nothing."""
 
-    trains = ("base",)
+    trains: tuple[str, ...] = ("base",)
+    writes: tuple[str, ...] = ("base",)  # parts that are exported
     layered = False
     lambdas = LAMBDAS
     with_context = False
@@ -86,6 +104,87 @@ class LeanContextStage(LeanStage):
     """The base codec with its context model."""
 
     with_context = True
+
+
+class LeanLayersStage(LeanStage):
+    """LIFF and the codec of enhancement layers together, through recursive layers, above a frozen base (paper, eq. 5).
+
+    The loss sums the cost of the enhancement layers, each with its share of the top layer's pixels.
+    """
+
+    trains = ("residual", "liff")
+    writes = PARTS  # a whole set, with the base that the others were trained above
+    layered = True
+    with_context = True
+    conditional = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.residual = RatedLean(conditional=self.conditional)  # type: ignore[assignment]
+        self.liff = LeanLIFF()  # type: ignore[assignment]
+
+    def freeze(self) -> None:
+        for name, child in self.named_children():
+            child.requires_grad_(name in self.trains)
+
+    @staticmethod
+    def draw_factors(generator: torch.Generator) -> tuple[float, ...]:
+        """Steps between layers from the top down, the second in half of the draws only.
+
+        The first is 1 exactly in one of 6, else U(1.1, 1.5), where layers cost the most, or U(1, 4), as often. The
+        second is 1 exactly in one of 6, else U(1, 2).
+        """
+        kind, first, deeper, again, second = torch.rand(5, generator=generator).tolist()
+        small = kind < (1 + REPEAT) / 2
+        factor = 1.0 if kind < REPEAT else 1.1 + 0.4 * first if small else 1 + 3 * first
+        return (factor,) if deeper < 0.5 else (factor, 1.0 if again < REPEAT else 1 + second)
+
+    @torch.no_grad()
+    def lower(self, x: Tensor, level: Tensor) -> Tensor:
+        """What the decoder shows of the base layer of x."""
+        mode = self.base.training
+        self.base.eval()
+        rec = to_8bit(self.base(x - 0.5, level, True)[0] + 0.5)
+        self.base.train(mode)
+        return rec
+
+    def forward(
+        self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.training:
+            x = with_grain(x, lam)
+        layers, total = [(x, lam, level)], 1.0
+        for factor in factors:
+            total *= factor
+            if factor == 1:  # the same size again above it, at a better quality
+                lam = self.lambdas[0] * (lam / self.lambdas[0]) ** torch.rand_like(lam)
+                level = level_of(lam, self.lambdas).float()
+            layers.append((shrink(x, total), lam, level))
+        target, _, level = layers.pop()
+        rec = self.lower(target, level)
+        loss = x.new_zeros(())
+        parts: dict[str, Tensor] = {}
+        for target, lam, level in reversed(layers):
+            known = self.liff(rec, (target.shape[-2], target.shape[-1]))
+            change, bits = self.residual(target - known, level, True, known - 0.5)
+            part, parts = cost(target, known + change, bits, lam)
+            loss = loss + target.shape[-2] * target.shape[-1] / (x.shape[-2] * x.shape[-1]) * part
+            rec = to_8bit(known + change)
+        return loss, parts
+
+
+class LeanResidualStage(LeanLayersStage):
+    """The same with a codec that does not see the prediction, to measure what seeing it gives."""
+
+    conditional = False
+
+
+STAGES: dict[str, type[LeanStage]] = {
+    "lean": LeanStage,
+    "lean-context": LeanContextStage,
+    "lean-layers": LeanLayersStage,
+    "lean-residual": LeanResidualStage,
+}
 
 
 def with_grain(x: Tensor, lam: Tensor) -> Tensor:
@@ -154,32 +253,36 @@ def _set(layer: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor) -> None:
 def start(stage: LeanStage, weights: Path | None, pictures: Pictures, seed: int) -> str:
     """Give ``stage`` something to start from; returns what, in words.
 
-    ``weights``: the folder of a lean set, or a file with parameters of a LeanCodec, of which those that are there are
-    taken over the linear start; gains of fewer levels go on as between their last two.
+    ``weights``: the folder of a lean set; a checkpoint of a run, whose base is taken as its EMA has it; or a file with
+    parameters of a base, of which those that are there are taken over the linear start; gains of fewer levels go on as
+    between their last two. What a folder lacks of enhancement layers starts as the base codec and as bicubic
+    interpolation.
     Raises ValueError or a CompassError where it cannot be used.
     """
-    from compass_codec.training.export import below, fill_module, read_tensors
+    if not isinstance(stage, LeanLayersStage):
+        return _start_base(stage, weights, pictures, seed)
+    if weights is None:
+        raise ValueError("enhancement layers are trained above a trained base: name its weights")
+    return ", ".join([_start_base(stage, weights, pictures, seed), *_start_layers(stage, weights)])
 
+
+def _start_base(stage: LeanStage, weights: Path | None, pictures: Pictures, seed: int) -> str:
+    from compass_codec.training.export import below, read_tensors
+
+    if weights is not None and weights.is_dir():
+        stage.base = _rated(weights, "base")  # type: ignore[assignment]
+        return "base from weights"
     rated: Any = stage.base
-    codec: LeanCodec = rated.codec
     crops = pictures.sample(16, 256, torch.Generator().manual_seed(seed)).cpu()
     torch.manual_seed(seed)
-    linear_start(codec, crops)
+    linear_start(rated.codec, crops)
     if weights is None:
         return "base from the linear start"
-    if weights.is_dir():
-        found = read_set(weights)
-        if found.backbone != BACKBONE:
-            raise ValueError(
-                f"{weights / CARD}: weights of the backbone {found.backbone}; this stage trains {BACKBONE}"
-            )
-        path = weights / "base.safetensors"
-        tensors = read_tensors(path)
-        fill_module(codec, tensors, path)
-        fill_module(rated.bottleneck, below(tensors, "bottleneck."), path)
-        return "base from weights"
     tensors = read_tensors(weights)
-    own, taken = codec.state_dict(), 0
+    if run := below(tensors, "weights.base.") | below(tensors, "ema.base."):
+        tensors = {name.removeprefix("codec."): value for name, value in run.items()}
+    own, taken = rated.codec.state_dict(), 0
+    own |= {f"bottleneck.{name}": value for name, value in rated.bottleneck.state_dict().items()}
     for name, value in tensors.items():
         if "log_" in name:
             value = _more_levels(value.float(), name.startswith("log_"))
@@ -191,6 +294,47 @@ def start(stage: LeanStage, weights: Path | None, pictures: Pictures, seed: int)
     return f"{taken} of {len(own)} tensors of base from a file, the others from the linear start"
 
 
+def _start_layers(stage: LeanLayersStage, weights: Path) -> list[str]:
+    from compass_codec.training.export import fill_module, read_tensors
+
+    dimensions: dict[str, int] = {**stage.base.codec.dimensions, "conditional": stage.conditional}  # type: ignore
+    residual = RatedLean(**dimensions)
+    residual.load_state_dict(stage.base.state_dict(), strict=False)  # all but what sees the prediction
+    words = ["residual from base", "liff from bicubic"]
+    if (weights / "residual.safetensors").exists():
+        residual, words[0] = _rated(weights, "residual", conditional=stage.conditional), "residual from weights"
+    if (path := weights / "liff.safetensors").exists():
+        stage.liff = _made(weights, "liff", LeanLIFF)  # type: ignore[assignment]
+        fill_module(stage.liff, read_tensors(path), path)
+        words[1] = "liff from weights"
+    stage.residual = residual  # type: ignore[assignment]
+    return words
+
+
+def _made(folder: Path, part: str, kind: Callable[..., Any], **more: bool) -> Any:
+    """A network of the dimensions that model.json in ``folder`` names for ``part``, and of ``more``."""
+    found = read_set(folder)
+    if found.backbone != BACKBONE:
+        raise ValueError(f"{folder / CARD}: weights of the backbone {found.backbone}; this stage trains {BACKBONE}")
+    try:
+        return kind(**{**found.spec[part], **more})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder / CARD}: {part} {found.spec.get(part)!r} cannot be used") from error
+
+
+def _rated(folder: Path, part: str, **more: bool) -> RatedLean:
+    """The codec ``part`` of the set in ``folder``; it starts blind to the prediction where that one is."""
+    from compass_codec.training.export import below, fill_module, read_tensors
+
+    path = folder / f"{part}.safetensors"
+    rated: RatedLean = _made(folder, part, RatedLean, **more)
+    tensors = read_tensors(path)
+    sees = {name: v for name, v in rated.codec.state_dict().items() if name.startswith(("embed_p.", "p8."))}
+    fill_module(rated.codec, sees | tensors, path)
+    fill_module(rated.bottleneck, below(tensors, "bottleneck."), path)
+    return rated
+
+
 def _more_levels(gains: Tensor, of_latent: bool) -> Tensor:
     """Log gains [levels, channels] with as many levels as LAMBDAS has; those of y rise on, others repeat the last."""
     step = gains[-1] - gains[-2] if of_latent else torch.zeros_like(gains[-1])
@@ -199,15 +343,15 @@ def _more_levels(gains: Tensor, of_latent: bool) -> Tensor:
 
 
 def describe(stage: LeanStage, folder: Path) -> None:
-    """Write ``folder``/model.json for the parts that ``stage`` trains, unless there is one."""
+    """Bring ``folder``/model.json up to date with the parts that are there, and with the dimensions of those that
+    ``stage`` writes."""
     if (folder / CARD).exists():
-        read_set(folder)
-        return
-    spec: dict[str, Any] = {
-        "profile": "new",
-        "backbone": BACKBONE,
-        "purpose": "made by compass train",
-        "format": FORMAT,
-    }
-    spec |= {"parts": list(stage.trains), "base": stage.base.codec.dimensions}
-    write_file(folder / CARD, (json.dumps(spec, indent=1) + "\n").encode())
+        spec = dict(read_set(folder).spec)
+    else:
+        spec = {"profile": "new", "backbone": BACKBONE, "purpose": "made by compass train", "format": FORMAT}
+    new = spec | {"parts": [part for part in PARTS if (folder / f"{part}.safetensors").exists()]}
+    for part in stage.writes:
+        network = getattr(stage, part)
+        new[part] = getattr(network, "codec", network).dimensions
+    if new != spec:
+        write_file(folder / CARD, (json.dumps(new, indent=1) + "\n").encode())

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compass_codec.networks import level_of
+from compass_codec.training import lean
 from compass_codec.training.data import Pictures
-from compass_codec.training.lean import LeanContextStage, LeanStage
 from compass_codec.training.muon import Muon
 from compass_codec.training.stages import STAGES, Stage, draw_factors, draw_lambdas
 
@@ -139,7 +139,8 @@ class Run:
             group["lr"] = lr * group["factor"]
         batch = at(self.plan.batch, progress)
         # the sizes of layers must agree between processes, crops and noise must not
-        factors = draw_factors(self.generator.manual_seed(self._seed(0, 0)))
+        draw = getattr(self.stage, "draw_factors", draw_factors)
+        factors = draw(self.generator.manual_seed(self._seed(0, 0)))
         self.generator.manual_seed(self._seed(1, self.rank))
         torch.manual_seed(self._seed(2, self.rank))
         x = self.pictures.sample(batch, at(self.plan.side, progress), self.generator)
@@ -333,4 +334,4 @@ class _StopSignal:
 
 
 def make_stage(name: str) -> Stage:
-    return (STAGES | {"lean": LeanStage, "lean-context": LeanContextStage})[name]()
+    return (STAGES | lean.STAGES)[name]()
