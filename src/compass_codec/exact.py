@@ -80,4 +80,4 @@ def pack(weight: Tensor, bias: Tensor, unit_in: Tensor | float, unit_out: Tensor
     scale = (step / out).float()
     # half of the output's unit rounds; it is a part of a sum, which the step keeps small
     shift = ((offset + out / 2) / step).round()
-    return {"weight": integers.to(torch.int8), "bias": shift.to(torch.int32), "scale": scale}
+    return {"weight": integers.to(torch.int8).contiguous(), "bias": shift.to(torch.int32), "scale": scale}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,13 +19,16 @@ from compass_codec import entropy, flow, strips
 from compass_codec.arrays import to_bytes, to_device, to_host, to_tensor
 from compass_codec.exact import ACTIVATION, Block, Conv
 from compass_codec.layer import LATENT_LIMIT, MAGNITUDES, thresholds
-from compass_codec.lean import CELL, EPSILON, LAMBDAS, PHASES, STEPS, UNSHUFFLE, GatedBlock, LeanCodec, even
+from compass_codec.lean import CELL, EPSILON, LAMBDAS, PHASES, STEPS, UNSHUFFLE, GatedBlock, LeanCodec, eighth
+from compass_codec.lean_liff import LeanLIFF
 from compass_codec.networks import gain, level_of
 
 FINE = 16  # parts of the distance between two scale levels in which log scales are added up
 MEAN_UNIT = 64  # means are multiples of one over it
 MEAN_LIMIT = 2**15 - 1  # of means in these units, and of symbols that an encoder makes
-SKIPPED = 6  # symbols of lower scale indices are zero and are not coded
+SKIPPED = 3  # symbols of lower scale indices are zero and are not coded
+EXACT = "exact."  # what the names of an Entropy's tensors start with in a set
+PARTS = ("base", "residual", "liff")
 CELLS = {"cpu": 1024, "cuda": 1 << 16}  # of y in a strip: what is in hand then stays in a processor's cache
 
 
@@ -57,7 +60,7 @@ class Entropy(nn.Module):
         at: Iterator[flow.Strip] = flow.cut(z, self._rows(z) // 16 + 1)
         at = flow.each(lambda x: x.float().clamp(-ACTIVATION, ACTIVATION), at)
         for up, block, (rows, columns) in zip(self.up, self.blocks, (half, size), strict=True):
-            at = flow.within(rows, columns, flow.each(lambda x, up=up: F.pixel_shuffle(up(x), 2), at))
+            at = flow.within(rows, columns, flow.each(_doubled(up), at))
             at = flow.blocks([block], at)
         return flow.gather(flow.each(lambda x: x.to(torch.int16), at))
 
@@ -65,9 +68,7 @@ class Entropy(nn.Module):
     def _rows(x: Tensor) -> int:
         return max(1, CELLS[x.device.type] // x.shape[-1])
 
-    def walk(
-        self, features: Tensor, y: Tensor, code: Callable[[Tensor, Tensor, Tensor], Tensor]
-    ) -> None:
+    def walk(self, features: Tensor, y: Tensor, code: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         """Go through the steps of the context model, as LeanCodec.walk does.
 
         ``y`` [1, M, h, w] float32 becomes the latent that the decoder has, place by place. ``code`` is called once a
@@ -80,12 +81,19 @@ class Entropy(nn.Module):
             found = []
             for phase, (row, column) in enumerate(PHASES):
                 group = (phase - step) % STEPS
-                place = (slice(None), slice(group * quarter, (group + 1) * quarter), slice(row, None, 2), slice(column, None, 2))
+                place = (
+                    slice(None),
+                    slice(group * quarter, (group + 1) * quarter),
+                    slice(row, None, 2),
+                    slice(column, None, 2),
+                )
                 at = (slice(None), slice(None), *place[2:])
                 f = features[at].float()
                 if not f.numel():
                     continue
-                scales, means = (self.first(f, slice(k * self.m + place[1].start, k * self.m + place[1].stop)) for k in (0, 1))
+                scales, means = (
+                    self.first(f, slice(k * self.m + place[1].start, k * self.m + place[1].stop)) for k in (0, 1)
+                )
                 if hidden is not None:
                     rows = slice(2 * quarter * phase, 2 * quarter * (phase + 1))
                     more = self.more[step - 1](hidden[at].float(), rows).chunk(2, 1)
@@ -114,6 +122,10 @@ class Entropy(nn.Module):
         return flow.gather(flow.each(_short, flow.blocks([self.context[step - 1]], inputs())))
 
 
+def _doubled(up: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.pixel_shuffle(up(x), 2)
+
+
 def _short(x: Tensor) -> Tensor:
     return x.to(torch.int16)
 
@@ -136,33 +148,58 @@ class Prepared:
         apply = F.conv_transpose2d if isinstance(layer, nn.ConvTranspose2d) else F.conv2d
         return lambda x: apply(x, weight, bias, stride=layer.stride)
 
-    def analysis(self, pixels: Iterator[flow.Strip]) -> Iterator[flow.Strip]:
-        """Strips of a centred picture, whole cells of 8, to strips of y (float32)."""
+    def _eighth(self, x: Tensor) -> Tensor:
+        return eighth(x).to(self.kind, memory_format=torch.channels_last)
+
+    def analysis(self, pixels: Iterable[tuple[Tensor, Tensor, bool]]) -> Iterator[flow.Strip]:
+        """Strips of a layer less its prediction, of that prediction less 1/2, and whether they are the last, to strips
+        of y (float32). Strips but the last have multiples of 8 rows."""
         c = self.codec
         embed = self._linear(c.embed)
-        at = flow.each(lambda x: embed(F.pixel_unshuffle(x, UNSHUFFLE).to(self.kind, memory_format=torch.channels_last)), pixels)
-        at = flow.each(self._linear(c.down), flow.even(flow.blocks(self.a8, at)))
+        embed_p = self._linear(c.embed_p) if c.conditional else None
+
+        def embedded() -> Iterator[flow.Strip]:
+            for x, known, last in pixels:
+                f = embed(self._eighth(x))
+                yield f if embed_p is None else f.add_(embed_p(self._eighth(known))), last
+
+        at = flow.each(self._linear(c.down), flow.even(flow.blocks(self.a8, embedded())))
         to_y = self._linear(c.to_y)
         return flow.each(lambda x: to_y(x).float().mul_(self.gain), flow.blocks(self.a16, at))
 
-    def synthesis(self, y: Iterator[flow.Strip], size: tuple[int, int]) -> Iterator[flow.Strip]:
-        """Strips of the quantised latent to strips [1, 3, rows, W] of a picture of ``size``, float32."""
+    def synthesis(
+        self, y: Iterator[flow.Strip], prediction: Iterable[Tensor], size: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        """Strips of the quantised latent and of the prediction to strips [1, 3, rows, W] of the layer, float32."""
         c = self.codec
+        seen, below = (strips.Rows(part) for part in strips.fork(prediction))
         from_y, out = self._linear(c.from_y), self._linear(c.out)
         at = flow.each(lambda x: from_y((x * self.inverse).to(self.kind, memory_format=torch.channels_last)), y)
         at = flow.each(self._linear(c.up), flow.blocks(self.s16, at))
         at = flow.within(-(-size[0] // UNSHUFFLE), -(-size[1] // UNSHUFFLE), at)
-        at = flow.blocks(self.s8, at)
-        return flow.within(*size, flow.each(lambda x: F.pixel_shuffle(out(x).float(), UNSHUFFLE), at))
+        if c.conditional:
+            at = self._conditioned(at, seen, size[0])
+        row = 0
+        for f, _ in flow.blocks(self.s8, at):
+            strip = F.pixel_shuffle(out(f).float(), UNSHUFFLE)[:, :, : size[0] - row, : size[1]]
+            row += strip.shape[2]
+            yield strip + below.take(strip.shape[2])
+
+    def _conditioned(self, at: Iterable[flow.Strip], seen: strips.Rows, height: int) -> Iterator[flow.Strip]:
+        p8, row = self._linear(self.codec.p8), 0
+        for f, last in at:
+            rows = min(f.shape[2] * UNSHUFFLE, height - row)
+            row += rows
+            yield p8(self._eighth(seen.take(rows) - 0.5)).add_(f), last
 
 
-def _block(block: GatedBlock, level: Tensor, kind: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _block(block: Any, level: Tensor, kind: torch.dtype) -> Callable[[Tensor], Tensor]:
     """A block on [1, C, rows + 2, W], the row above and the one below with it, to [1, C, rows, W]."""
     c = len(block.norm)
     dw, p1, p2 = block.dw, block.p1, block.p2
     first = (p1.weight[..., 0, 0] * block.norm).to(kind)
     last = (p2.weight[..., 0, 0] * gain(block.log_gain, level).view(-1)).to(kind)
-    biases = [layer.bias.to(kind) for layer in (dw, p1, p2)]
+    biases = [layer.bias.to(kind) for layer in (dw, p1, p2) if layer.bias is not None]
     taps = dw.weight.to(kind, memory_format=torch.channels_last)
 
     def apply(x: Tensor) -> Tensor:
@@ -237,12 +274,14 @@ class LeanLayer:
         """Rows of y in a strip."""
         return max(1, CELLS[self.device.type] // -(-width // CELL))
 
-    def _pixels(self, picture: np.ndarray, known: strips.Rows, size: tuple[int, int]) -> Iterator[flow.Strip]:
-        """Strips of a layer less its prediction, centred, whole cells of 8."""
+    def _pixels(
+        self, picture: np.ndarray, prediction: strips.Rows, size: tuple[int, int]
+    ) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """What Prepared.analysis takes."""
         for first, end in strips.spans(-(-size[0] // CELL), self._rows(size[1])):
             rows = slice(first * CELL, min(size[0], end * CELL))
-            x = to_tensor(picture[rows], self.device).float().div_(255)
-            yield even(x.sub_(known.take(rows.stop - rows.start)), UNSHUFFLE), rows.stop == size[0]
+            x, known = to_tensor(picture[rows], self.device).float().div_(255), prediction.take(rows.stop - rows.start)
+            yield x.sub_(known), known - 0.5, rows.stop == size[0]
 
     def _hyper_analysis(self, y: Tensor) -> Tensor:
         """Latent to the symbols of z, float32."""
@@ -260,9 +299,43 @@ class LeanLayer:
         self, networks: Prepared, y: Tensor, prediction: Iterable[Tensor], size: tuple[int, int]
     ) -> np.ndarray:
         """The quantised latent and strips of the prediction to the layer. Encoder and decoder both come here."""
-        known, row = strips.Rows(prediction), 0
-        done = np.empty((*size, 3), np.uint8)
-        for strip, _ in networks.synthesis(flow.cut(y, self._rows(size[1])), size):
+        done, row = np.empty((*size, 3), np.uint8), 0
+        for strip in networks.synthesis(flow.cut(y, self._rows(size[1])), prediction, size):
             rows = slice(row, row := row + strip.shape[2])
-            done[rows] = to_bytes(strip + known.take(strip.shape[2]))
+            done[rows] = to_bytes(strip)
         return done
+
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def build(
+    spec: dict[str, Any], tensors: dict[str, dict[str, Tensor]], device: torch.device, precision: str
+) -> tuple[LeanLayer, LeanLayer, LeanLIFF]:
+    """The base codec, the codec of enhancement layers and LIFF of a set on ``device``, out of the tensors of its parts;
+    their dimensions are in ``spec``, its model.json. ``precision``: see weights.load. Raises KeyError, ValueError,
+    TypeError or RuntimeError where something is missing or does not fit."""
+    if missing := [part for part in PARTS if part not in tensors]:
+        raise ValueError(f"no part {missing[0]}")
+    kind: torch.dtype = getattr(torch, precision)
+    base, residual = (
+        _layer(spec[part], tensors[part], device, torch.float32 if part == "base" else kind) for part in PARTS[:2]
+    )
+    return base, residual, _fill(lambda: LeanLIFF(**spec["liff"]), tensors["liff"], device).to(kind)
+
+
+def _layer(
+    dimensions: dict[str, Any], tensors: dict[str, Tensor], device: torch.device, kind: torch.dtype
+) -> LeanLayer:
+    codec = _fill(lambda: LeanCodec(**dimensions), tensors, device)
+    exact = {name.removeprefix(EXACT): value for name, value in tensors.items() if name.startswith(EXACT)}
+    tables = entropy.Tables(*(tensors[f"tables.{key}"].numpy() for key in ("z", "y", "y_lengths")))
+    return LeanLayer(codec, Entropy(exact, codec.m).to(device), tables, kind)
+
+
+def _fill(make: Callable[[], N], tensors: dict[str, Tensor], device: torch.device) -> N:
+    """The network that ``make`` makes, holding ``tensors``, without ever drawing random weights."""
+    with torch.device("meta"):
+        network = make()
+    network.load_state_dict({key: tensors[key].float() for key in network.state_dict()}, assign=True)
+    return network.requires_grad_(False).eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 DEFAULT = "paper"  # the profile that encodes when none is named
 # Name of a backbone: the module whose build(spec, tensors, device, precision) makes the networks of a set, as
 # mean_scale.build does.
-BACKBONES = {"mean_scale": "compass_codec.mean_scale"}
+BACKBONES = {"mean_scale": "compass_codec.mean_scale", "lean": "compass_codec.lean_codec"}
 PATH = "COMPASS_MODELS"  # environment variable: folders of sets, or sets, separated as in PATH
 CARD = "model.json"
 FORMAT = 1  # of model.json
@@ -262,7 +262,7 @@ def load(found: ModelSet, device: torch.device, precision: str = "float32") -> W
     try:
         with torch.inference_mode():
             base, residual, liff = importlib.import_module(module).build(found.spec, tensors, device, precision)
-    except (RuntimeError, KeyError, ValueError, IndexError) as e:
+    except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as e:
         raise WeightsError(f"{found.folder}: these weights cannot be used ({_line(e)})") from e
     return Weights(base, residual, liff, _start_of_hash(files), precision)
 

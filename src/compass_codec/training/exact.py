@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compass_codec.entropy import LEVELS, SCALE_RANGE
 from compass_codec.exact import ACTIVATION, pack
 from compass_codec.lean import LAMBDAS, PHASES, STEPS, LeanCodec, PlainBlock
-from compass_codec.lean_codec import FINE, MEAN_UNIT
+from compass_codec.lean_codec import EXACT, FINE, MEAN_UNIT
 
 KEPT = 0.9999  # of an activation's values lie within its range; the rest is clamped
 SCALE_STEP = math.log(SCALE_RANGE[1] / SCALE_RANGE[0]) / (LEVELS - 1)
@@ -32,6 +32,26 @@ class Ranges:
     def unit(self, name: str) -> float:
         """What an integer of the activation stands for."""
         return max(1e-6, *self.found[name], 0.0) / ACTIVATION
+
+
+FACTORS = (1.0, 1.25, 1.5, 2.0, 3.0)  # of the enhancement layers that activations are measured on
+SHARE = 2  # crops of each lambda
+
+
+@torch.no_grad()
+def of_part(stage: Any, part: str) -> dict[str, Tensor]:
+    """The integer tensors of the codec ``part`` of a LeanStage, measured on the crops that it started with."""
+    if (x := stage.crops) is None:
+        raise ValueError("no pictures to measure activations on, so these weights are not exported")
+    x = x.to(stage.base.codec.y_scale.device)
+    mode, latents = stage.training, []
+    stage.eval()
+    for k in range(len(LAMBDAS)):
+        crops = x[torch.arange(SHARE * k, SHARE * (k + 1)) % len(x)]
+        latents.append(stage.latents(part, crops, crops.new_full((SHARE,), float(k)), FACTORS[k % len(FACTORS)]))
+    found = integers(getattr(stage, part).codec, latents)
+    stage.train(mode)
+    return {f"{EXACT}{name}": value for name, value in found.items()}
 
 
 @torch.no_grad()
@@ -76,7 +96,7 @@ def _watch(ranges: Ranges, name: str, block: PlainBlock) -> list[Any]:
     ]
 
 
-def _pack(codec: LeanCodec, ranges: Ranges, known: Tensor) -> dict[str, Tensor]:
+def _pack(codec: Any, ranges: Ranges, known: Tensor) -> dict[str, Tensor]:
     """``known``: units of the known latents [M], already multiplied by y_scale."""
     tensors = {"known": codec.y_scale / known}
 
@@ -105,8 +125,3 @@ def _pack(codec: LeanCodec, ranges: Ranges, known: Tensor) -> dict[str, Tensor]:
         rows = [u[g * quarter : (g + 1) * quarter] for g in groups for u in (scale_units, mean_units)]
         put(f"more.{k}", model.out[k].weight, model.out[k].bias, ranges.unit(f"context.{k}"), torch.cat(rows))
     return tensors
-
-
-def rates() -> Tensor:
-    """Levels that latents for ``integers`` should have: all of them."""
-    return torch.arange(len(LAMBDAS), dtype=torch.float32)

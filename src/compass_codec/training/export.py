@@ -20,7 +20,7 @@ from compass_codec.mean_scale import PARTS, RESTORATION
 from compass_codec.networks import ImageCodec
 from compass_codec.pictures import write_file
 from compass_codec.restoration import Restoration
-from compass_codec.training import lean
+from compass_codec.training import exact, lean
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.lean import LeanStage, RatedLean
 from compass_codec.training.stages import RatedCodec, Stage
@@ -34,9 +34,9 @@ REACH = 32  # hyper-latent symbols -REACH..REACH have a frequency of their own; 
 @torch.no_grad()
 def z_table(density: FactorizedDensity) -> Tensor:
     """Integer frequencies of each channel's symbols -REACH..REACH and an escape, int32 [C, 2 * REACH + 2]."""
-    exact = copy.deepcopy(density).cpu().double()
+    density = copy.deepcopy(density).cpu().double()
     n = torch.arange(-REACH, REACH + 1, dtype=torch.float64)
-    mass = exact(n.expand(len(exact.quantiles), 1, -1))[:, 0]
+    mass = density(n.expand(len(density.quantiles), 1, -1))[:, 0]
     return torch.from_numpy(np.stack([frequencies(row) for row in mass.numpy()]))
 
 
@@ -64,7 +64,10 @@ def export(stage: Stage, folder: Path, card_entry: dict[str, Any] | None = None)
     written = []
     for part in stage.writes if isinstance(stage, LeanStage) else stage.trains:
         path = folder / f"{part}.safetensors"
-        write_file(path, save(tensors_of(getattr(stage, part))))
+        tensors = tensors_of(getattr(stage, part))
+        if isinstance(stage, LeanStage) and part != "liff":
+            tensors |= exact.of_part(stage, part)
+        write_file(path, save(tensors))
         written.append(path)
     lean.describe(stage, folder) if isinstance(stage, LeanStage) else describe(folder)
     if card_entry is not None:

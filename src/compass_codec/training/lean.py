@@ -83,6 +83,8 @@ class LeanStage(Stage):
     lambdas = LAMBDAS
     with_context = False
 
+    crops: Tensor | None = None  # [B, 3, 256, 256] in 0..1, that activations of the exported weights are measured on
+
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.base = RatedLean()  # type: ignore[assignment]
@@ -98,6 +100,12 @@ class LeanStage(Stage):
             x = with_grain(x, lam)
         rec, bits = self.base(x - 0.5, level, self.with_context)
         return cost(x, rec + 0.5, bits, lam)
+
+    def latents(self, part: str, x: Tensor, level: Tensor, factor: float) -> Tensor:
+        """The latent [B, M, h, w] that the codec ``part`` makes of crops, for an enhancement layer a step of
+        ``factor`` above the base layer."""
+        y: Tensor = self.base.codec.analysis(x - 0.5, level)
+        return y
 
 
 class LeanContextStage(LeanStage):
@@ -138,6 +146,13 @@ class LeanLayersStage(LeanStage):
         small = kind < (1 + REPEAT) / 2
         factor = 1.0 if kind < REPEAT else 1.1 + 0.4 * first if small else 1 + 3 * first
         return (factor,) if deeper < 0.5 else (factor, 1.0 if again < REPEAT else 1 + second)
+
+    def latents(self, part: str, x: Tensor, level: Tensor, factor: float) -> Tensor:
+        if part == "base":
+            return super().latents(part, x, level, factor)
+        known = self.liff(self.lower(shrink(x, factor), level), (x.shape[-2], x.shape[-1]))
+        codec: LeanCodec = self.residual.codec  # type: ignore[assignment]
+        return codec.analysis(x - known, level, known - 0.5)
 
     @torch.no_grad()
     def lower(self, x: Tensor, level: Tensor) -> Tensor:
@@ -259,23 +274,24 @@ def start(stage: LeanStage, weights: Path | None, pictures: Pictures, seed: int)
     interpolation.
     Raises ValueError or a CompassError where it cannot be used.
     """
+    stage.crops = pictures.sample(16, 256, torch.Generator().manual_seed(seed)).cpu()
     if not isinstance(stage, LeanLayersStage):
-        return _start_base(stage, weights, pictures, seed)
+        return _start_base(stage, weights, seed)
     if weights is None:
         raise ValueError("enhancement layers are trained above a trained base: name its weights")
-    return ", ".join([_start_base(stage, weights, pictures, seed), *_start_layers(stage, weights)])
+    return ", ".join([_start_base(stage, weights, seed), *_start_layers(stage, weights)])
 
 
-def _start_base(stage: LeanStage, weights: Path | None, pictures: Pictures, seed: int) -> str:
+def _start_base(stage: LeanStage, weights: Path | None, seed: int) -> str:
     from compass_codec.training.export import below, read_tensors
 
     if weights is not None and weights.is_dir():
         stage.base = _rated(weights, "base")  # type: ignore[assignment]
         return "base from weights"
     rated: Any = stage.base
-    crops = pictures.sample(16, 256, torch.Generator().manual_seed(seed)).cpu()
+    assert stage.crops is not None
     torch.manual_seed(seed)
-    linear_start(rated.codec, crops)
+    linear_start(rated.codec, stage.crops)
     if weights is None:
         return "base from the linear start"
     tensors = read_tensors(weights)
