@@ -86,6 +86,7 @@ class Tables:
     """All tables of one codec: ``z[channel]``, ``y[scale index]``, and ``all_y``, those of y and behind them, for the
     first few scale indices, one for each context: LEVELS + scale index * contexts.COUNT + context.
 
+    Symbols of scale indices below ``skipped`` are zero and are not coded.
     ``weights`` int8 [phases - 1, M, 8] are those of contexts.Neighbourhood; without them nothing has a context. Raises
     ValueError for tables that do not fit together.
     """
@@ -97,7 +98,9 @@ class Tables:
         y_lengths: np.ndarray,
         y_contexts: np.ndarray | None = None,
         weights: np.ndarray | None = None,
+        skipped: int = 0,
     ) -> None:
+        self.skipped = skipped
         self.z = [Table(freq) for freq in z]
         self.y = [Table(freq) for freq in np.split(y, np.cumsum(y_lengths)[:-1])]
         # in units of 1 / contexts.UNIT; what escapes counts as the first that does
@@ -214,7 +217,8 @@ class Encoder:
     def y(self, index: np.ndarray, symbols: np.ndarray) -> None:
         """Symbols of the latent, int32, and their scale indices, uint8, of one shape."""
         for number, where in groups(index):
-            self._put(self.tables.y[number], symbols.ravel()[where])
+            if number >= self.tables.skipped:
+                self._put(self.tables.y[number], symbols.ravel()[where])
 
     def data(self) -> bytes:
         """All that was put."""
@@ -276,8 +280,10 @@ class Decoder:
         """The latent's symbols, in the shape of their scale indices ``index`` (uint8)."""
 
         def code(table: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-            found = np.empty(table.size, np.int32)
+            found = np.zeros(table.size, np.int32)
             for number, where in groups(table):
+                if number < self.tables.skipped:
+                    continue
                 count = len(where) if where.dtype != bool else np.count_nonzero(where)
                 found[where] = self._group(self.tables.all_y[number], count)
             return found.reshape(table.shape)

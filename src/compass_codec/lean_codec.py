@@ -236,10 +236,8 @@ class LeanLayer:
         coder.z(to_host(z[0]).astype(np.int32))
 
         def code(index: Tensor, means: Tensor, own: Tensor) -> Tensor:
-            coded = index >= SKIPPED
-            symbols = torch.zeros_like(own)
-            symbols[coded] = put = self._quantise((own - means)[coded], index[coded])
-            coder.y(to_host(index[coded]), to_host(put.to(torch.int32)))
+            symbols = self._quantise(own.sub_(means), index)
+            coder.y(to_host(index), to_host(symbols.to(torch.int32)))
             return symbols.add_(means)
 
         self.exact.walk(self.exact.features(z, (y.shape[2], y.shape[3])), y, code)
@@ -258,10 +256,7 @@ class LeanLayer:
         y = torch.zeros(1, self.codec.m, h, w, device=self.device)
 
         def code(index: Tensor, means: Tensor, _: Tensor) -> Tensor:
-            coded = index >= SKIPPED
-            symbols = decoder.y(to_host(index[coded])).astype(np.float32)
-            means[coded] += to_device(symbols, self.device)
-            return means
+            return means.add_(to_device(decoder.y(to_host(index)), self.device))
 
         self.exact.walk(self.exact.features(z, (h, w)), y, code)
         return y
@@ -293,7 +288,8 @@ class LeanLayer:
         below = magnitude.floor()
         column = below.clamp(max=MAGNITUDES - 1).to(torch.uint8)
         least = self.thresholds[(index * MAGNITUDES + column).int()]
-        return below.add_(magnitude.sub_(below) > least).copysign_(centred).clamp_(-LATENT_LIMIT, LATENT_LIMIT)
+        symbols = below.add_(magnitude.sub_(below) > least).copysign_(centred).clamp_(-LATENT_LIMIT, LATENT_LIMIT)
+        return symbols.mul_(index >= SKIPPED)
 
     def _reconstruct(
         self, networks: Prepared, y: Tensor, prediction: Iterable[Tensor], size: tuple[int, int]
@@ -329,7 +325,7 @@ def _layer(
 ) -> LeanLayer:
     codec = _fill(lambda: LeanCodec(**dimensions), tensors, device)
     exact = {name.removeprefix(EXACT): value for name, value in tensors.items() if name.startswith(EXACT)}
-    tables = entropy.Tables(*(tensors[f"tables.{key}"].numpy() for key in ("z", "y", "y_lengths")))
+    tables = entropy.Tables(*(tensors[f"tables.{key}"].numpy() for key in ("z", "y", "y_lengths")), skipped=SKIPPED)
     return LeanLayer(codec, Entropy(exact, codec.m).to(device), tables, kind)
 
 

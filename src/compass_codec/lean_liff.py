@@ -32,10 +32,9 @@ LOOK_UP_PIXELS, CUBIC_COLUMNS, FEATURE_PIXELS = 2**15, 128, 2**17
 class AlongAxis(nn.Module):
     """Functions of the place along one axis: cosines of frequencies ``orders`` plus a learned correction."""
 
-    def __init__(self, orders: Tensor, hidden: int) -> None:
+    def __init__(self, orders: list[int], hidden: int) -> None:
         super().__init__()
-        self.orders: Tensor
-        self.register_buffer("orders", orders.float(), persistent=False)
+        self.orders = orders
         self.first, self.second = nn.Linear(3, hidden), nn.Linear(hidden, hidden)
         self.last = nn.Linear(hidden, len(orders))
         nn.init.zeros_(self.last.weight)
@@ -43,7 +42,7 @@ class AlongAxis(nn.Module):
 
     def forward(self, offset: Tensor, cell: float, across: float) -> Tensor:
         """Offsets [N] in -1..1, the cell along this axis and across it, to values [N, taps]."""
-        cosines = (0.5 * math.pi * self.orders.float() * (offset[:, None] + 1)).cos()
+        cosines = (0.5 * math.pi * offset.new_tensor(self.orders) * (offset[:, None] + 1)).cos()
         cells = offset.new_tensor([cell, across]).expand(len(offset), 2)
         h = torch.cat([offset[:, None], cells], 1).to(self.first.weight.dtype)
         h = F.silu(self.second(F.silu(self.first(h))))
@@ -63,9 +62,9 @@ class LeanLIFF(nn.Module):
         self.embed = nn.Conv2d(12, channels, 1)
         self.blocks = nn.ModuleList(GatedBlock(channels, rated=False) for _ in range(blocks))
         self.out = from_zero(nn.Conv2d(channels, 4 * 3 * taps, 1))  # rows, columns, colours, taps
-        order, side = torch.arange(taps), math.isqrt(taps - 1) + 1
-        self.rows_phi = AlongAxis(order.div(side, rounding_mode="floor"), hidden)
-        self.columns_phi = AlongAxis(order % side, hidden)
+        side = math.isqrt(taps - 1) + 1
+        self.rows_phi = AlongAxis([k // side for k in range(taps)], hidden)
+        self.columns_phi = AlongAxis([k % side for k in range(taps)], hidden)
 
     def features(self, low: Tensor) -> Tensor:
         """Lower layer [B, 3, h, w], centred on zero, to features [B, h, w, 3 * taps]."""
