@@ -23,8 +23,6 @@ from compass_codec.measure.protocol import (
     LEVELS,
     OURS,
     PADDED,
-    UNFILTERED,
-    UNRESTORED,
     Scales,
     layers_of,
     sizes_of,
@@ -42,22 +40,18 @@ CODEC = (
     "codec",
     "colour",
     "container",
-    "contexts",
     "entropy",
-    "filters",
     "hyper",
     "layer",
     "liff",
     "mean_scale",
     "networks",
     "pictures",
-    "restoration",
-    "side",
     "strips",
     "weights",
 )
 # Seconds of one core for a megapixel, for the progress bar alone.
-SECONDS = {OURS: 7.0, PADDED: 9.0, BICUBIC: 4.0, UNFILTERED: 7.0, UNRESTORED: 7.0}
+SECONDS = {OURS: 7.0, PADDED: 9.0, BICUBIC: 4.0}
 MS_SSIM_SIDE = 161  # five scales of windows of 11 samples need this many
 
 
