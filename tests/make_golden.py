@@ -1,7 +1,7 @@
 """Writes the golden files: ``python tests/make_golden.py``, once for each set of weights.
 
 Each is a .cmps file, the SHA-256 of the symbols of every layer, and the pictures it decodes to (float32, CPU). The
-smaller of those without side information is also walked through in docs/format.md, which is brought up to date.
+smallest is also walked through in docs/format.md, which is brought up to date.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KINDS = {
     "portrait": ((97, 61), [1, 1.6, 3.2], 55),
     "fine": ((64, 64), [1, 2], 100),
     "coarse": ((130, 75), [1, 1.37, 2.9, 2.9], 5),
-    "filtered": ((200, 150), [1, 2], 80),
+    "large": ((200, 150), [1, 2], 80),
     "dot": ((1, 1), [1, 4], 50),
     "small": ((8, 8), [1, 8], 50),
 }
@@ -33,9 +33,6 @@ def symbol_hashes(codec: Codec, data: bytes) -> list[str]:
     """SHA-256 over the symbols of z, then of y, as little-endian int32, of each layer."""
     header, hashes = container.read_header(data), []
     for k, entry in enumerate(header.layers):
-        if entry.side.empty:
-            hashes.append("")
-            continue
         layer = codec.residual if k else codec.base
         z, y, *_ = layer.parse(container.payload(header, data, k), (entry.height, entry.width))
         digest = hashlib.sha256()
@@ -72,9 +69,14 @@ class Walk:
 
 
 def plain_example(data: bytes) -> str:
-    """A walk through a file without sections or side information."""
+    """A walk through a file without sections."""
     header, walk = container.read_header(data), Walk(data)
-    for count, what in ((4, 'magic "CMPS"'), (1, "version 1"), (1, "flags"), (6, f"model {header.model}")):
+    for count, what in (
+        (4, 'magic "CMPS"'),
+        (1, f"version {container.VERSION}"),
+        (1, "flags"),
+        (6, f"model {header.model}"),
+    ):
         walk.take(count, what)
     walk.take(1, f"{len(header.layers)} layers")
     for k, layer in enumerate(header.layers):
@@ -98,7 +100,7 @@ def example_with_sections(data: bytes) -> str:
     alpha = pictures.alpha_to_bytes(np.full((1, 1), 128, np.uint8))
     full = container.attach(data, container.Sections(alpha={0: alpha}, xmp=b"<x/>"))
     header, plain, walk = container.read_header(full), container.read_header(data), Walk(full)
-    walk.take(5, 'magic "CMPS", version 1')
+    walk.take(5, f'magic "CMPS", version {container.VERSION}')
     walk.take(1, "* flags: there is a table of sections")
     walk.take(7, "model, 2 layers")
     entries = plain.length - 4 - walk.at

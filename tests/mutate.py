@@ -20,7 +20,6 @@ from PIL import Image
 from compass_codec import container, pictures
 from compass_codec.codec import Codec
 from compass_codec.errors import CompassError
-from compass_codec.side import FULL_GAIN, FULL_STRENGTH, MAX_FILTER, MAX_STRENGTH, Side
 
 MAX_PIXELS = 4096  # forged sizes above this are refused; those below cost little to decode
 SLOWEST = 10.0  # seconds of processor time a case may take
@@ -28,19 +27,15 @@ MEMORY = 200 << 20  # bytes of memory that all cases together may add
 
 
 def sign(header: container.Header, data: bytes, fields: dict[int, dict[str, Any]], parts: list[bytes]) -> bytes:
-    """A file whose header says what ``fields`` say, and whose checksums are all right. A part without bytes is an empty
-    layer."""
-    sizes, scales, qualities, sides = [], [], [], []
+    """A file whose header says what ``fields`` say, and whose checksums are all right."""
+    sizes, scales, qualities = [], [], []
     for k, entry in enumerate(header.layers[: len(parts)]):
         changed = fields.get(k, {})
         sizes.append((changed.get("width", entry.width), changed.get("height", entry.height)))
         scales.append(entry.scale)
         qualities.append(entry.quality)
-        filtered = changed.get("filter", entry.side.filter)
-        strength = changed.get("strength", entry.side.strength) if parts[k] else FULL_STRENGTH
-        sides.append(Side(changed.get("gain", entry.side.gain), not parts[k], filtered, strength))
     found = container.sections(header, bytes(data))
-    return container.write(header.model, sizes, scales, qualities, parts, found, sides)
+    return container.write(header.model, sizes, scales, qualities, parts, found)
 
 
 def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
@@ -49,7 +44,7 @@ def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
     header = container.read_header(bytes(data))
     parts = [container.payload(header, bytes(data), k) for k in range(len(header.layers))]
     k = int(rng.integers(len(parts)))
-    kind = int(rng.integers(16))
+    kind = int(rng.integers(14))
     if kind == 0:  # flipped bits
         for i in rng.integers(0, 8 * len(data), rng.integers(1, 9)):
             data[i // 8] ^= 1 << int(i % 8)
@@ -81,7 +76,7 @@ def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
         parts[k] = rng.bytes(int(rng.integers(1, 300)))
         data = bytearray(sign(header, data, {}, parts))
     elif kind == 10:  # flipped bits in a layer
-        part = bytearray(parts[k] or rng.bytes(30))
+        part = bytearray(parts[k])
         for i in rng.integers(0, 8 * len(part), rng.integers(1, 5)):
             part[i // 8] ^= 1 << int(i % 8)
         parts[k] = bytes(part)
@@ -98,19 +93,6 @@ def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
         else:
             part = bytearray([pictures.alpha_to_bytes(alpha), rng.bytes(50)][rng.integers(2)])
         data = bytearray(container.attach(bytes(data), container.Sections(alpha={k: bytes(part)})))
-    elif kind == 13:  # other gains and strengths, and a layer without bytes
-        gains = {i: {"gain": int(rng.integers(FULL_GAIN + 1))} for i in range(1, len(parts))}
-        for i in range(len(parts)):
-            gains.setdefault(i, {})["strength"] = int(rng.integers(MAX_STRENGTH + 1))
-        if rng.integers(2):
-            parts[k] = b""
-        data = bytearray(sign(header, data, gains, parts))
-    elif kind == 14:  # a filter of noise, or with flipped bits
-        part = bytearray(header.layers[k].side.filter or rng.bytes(30))
-        for i in rng.integers(0, 8 * len(part), rng.integers(1, 5)):
-            part[i // 8] ^= 1 << int(i % 8)
-        changed = [bytes(part), rng.bytes(int(rng.integers(0, MAX_FILTER + 1)))][rng.integers(2)]
-        data = bytearray(sign(header, data, {k: {"filter": changed}}, parts))
     else:  # noise for metadata
         noise = container.Sections(*(rng.bytes(int(rng.integers(1, 300))) for _ in range(3)))
         data = bytearray(container.attach(bytes(data), noise))
@@ -166,9 +148,7 @@ def samples(codec: Codec) -> list[bytes]:
 
     kinds = [((64, 64), [1, 2], 50), ((24, 17), [1, 1.5, 2.5], 40), ((16, 16), [1, 2], 90), ((9, 30), [1], 10)]
     files = [codec.encode(crop(*size), scales, quality).data for size, scales, quality in kinds]
-    first = container.read_header(files[0])
-    parts = [container.payload(first, files[0], 0), b""]
-    return [*files, sign(first, files[0], {1: {"gain": 5}}, parts), with_everything(codec, crop(32, 24))]
+    return [*files, with_everything(codec, crop(32, 24))]
 
 
 def with_everything(codec: Codec, image: Image.Image) -> bytes:

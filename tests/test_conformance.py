@@ -115,9 +115,8 @@ def test_precision_is_that_which_is_fastest(monkeypatch, asked, units, best):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: here, raising=False)
     codec = Codec.load("cpu", precision=asked)
     expected = getattr(torch, best if asked == "auto" else asked)
-    assert codec.residual.codec.pixel_type == codec.liff.mlp_last.weight.dtype == expected
-    assert codec.residual.restorer.first.weight.dtype == expected
-    assert codec.base.codec.pixel_type == codec.base.restorer.first.weight.dtype == torch.float32
+    assert codec.residual.codec.pixel_type == codec.predictor.mlp_last.weight.dtype == expected
+    assert codec.base.codec.pixel_type == torch.float32
 
 
 def test_older_pytorch_does_not_say_what_is_faster(monkeypatch):
@@ -153,9 +152,8 @@ def test_precision_may_differ_between_encoder_and_decoder(codec, short, writes, 
 def test_a_search_takes_gradients_in_float32(short):
     codec, _ = short
     search = Search(codec.residual)
-    networks = (codec.residual.restorer, search.restorer, search.codec)
-    types = [{p.dtype for p in network.parameters()} for network in networks]
-    assert codec.residual.codec.pixel_type in types[0] and types[1:] == [{torch.float32}] * 2
+    types = [{p.dtype for p in network.parameters()} for network in (codec.residual.codec, search.codec)]
+    assert codec.residual.codec.pixel_type in types[0] and types[1] == {torch.float32}
     encoded = codec.encode(crop(40, 30), [1, 2], 60, effort=1)
     assert np.array_equal(codec.decode(encoded.data), encoded.layers[-1])
 
@@ -179,9 +177,9 @@ def test_bfloat16_shows_in_a_base_layer():
     with torch.inference_mode():  # as weights are made, without which not every convolution takes them
         wrong.base.codec.pixels_in(torch.bfloat16)
     check_symbols(wrong)
-    golden = expected("filtered")
+    golden = expected("large")
     above, base = (
-        [(found != seen).mean() for found, seen in zip(pictures(codec, "filtered"), golden, strict=True)]
+        [(found != seen).mean() for found, seen in zip(pictures(codec, "large"), golden, strict=True)]
         for codec in (short, wrong)
     )
     assert above[0] == 0 < above[1] < 0.15 and base[0] > 0.25

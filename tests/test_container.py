@@ -15,7 +15,6 @@ from compass_codec.errors import (
     OptionError,
     TruncatedError,
 )
-from compass_codec.side import Side
 
 MODEL = "0123456789ab"
 SIZES = [(20, 15), (40, 30), (64, 48)]
@@ -110,7 +109,8 @@ def test_damage_names_the_layers_that_decode():
     ("at", "value", "error"),
     [
         (0, b"PNG!", FormatError),
-        (4, b"\x02", FormatError),  # version
+        (4, b"\x01", FormatError),  # version
+        (4, b"\x03", FormatError),
         (5, b"\x02", FormatError),  # flags
         (5, b"\xff", FormatError),
         (12, b"\x00", FormatError),  # layers
@@ -120,6 +120,7 @@ def test_damage_names_the_layers_that_decode():
         (13, b"\x7f", FormatError),  # layer 0 wider than layer 1
         (15, b"\x00", FormatError),  # scale 0
         (16, b"\x7f", FormatError),  # scale 1e127
+        (19, b"\x00", FormatError),  # a layer without bytes
     ],
 )
 def test_forged_headers(at, value, error):
@@ -147,122 +148,6 @@ def test_every_scale_that_is_read_can_be_written(digits, exponent):
     scale = container._from_decimal(digits, exponent)
     data = container.write(MODEL, SIZES[:1], [scale], [60], PAYLOADS[:1])
     assert container.read_header(data).layers[0].scale == scale
-
-
-SIDES = [Side(), Side(gain=0), Side(empty=True)]
-
-
-def with_sides(sides=SIDES, sections=None) -> bytes:
-    payloads = [b"" if side.empty else part for side, part in zip(sides, PAYLOADS, strict=True)]
-    return container.write(MODEL, SIZES, [1, 2.0, 3.2], [60, 60, 55.25], payloads, sections, sides)
-
-
-@pytest.mark.parametrize(
-    ("sides", "table"),
-    [
-        (SIDES, b"\x01\x02\x01\x02\x00\x02\x01"),
-        ([Side(empty=True), Side(15, True), Side(7)], b"\x01\x03\x00\x01\x01\x03\x0f\x02\x02\x07"),
-        ([Side(filter=b"ab"), Side(3, True, b"c"), Side()], b"\x01\x02\x00\x04\x02ab\x01\x07\x03\x01c"),
-        ([Side(strength=0), Side(3, strength=32), Side()], b"\x01\x02\x00\x08\x00\x01\x0a\x03\x20"),
-        ([Side(), Side(3, False, b"c", 17), Side()], b"\x01\x01\x01\x0e\x03\x11\x01c"),
-        ([Side(), Side(), Side(filter=b"f" * 127)], b"\x01\x01\x02\x04\x7f" + b"f" * 127),
-    ],
-)
-def test_side_information(sides, table):
-    """Its bytes lie behind the layer entries, and it comes along whatever becomes of the file."""
-    data = with_sides(sides)
-    header = container.read_header(data)
-    assert [e.side for e in header.layers] == sides and data[5] == container.WITH_SIDE
-    assert data[: header.length - 4].endswith(table)
-    assert header.end == len(data) and container.states(header, data) == ["ok"] * 3
-    for k, side in enumerate(sides):
-        assert container.payload(header, data, k) == (b"" if side.empty else PAYLOADS[k])
-        small = container.extract(data[: header.layers[k].end], k)
-        assert [e.side for e in container.read_header(small).layers] == sides[: k + 1]
-        assert container.extract(small, k, strip=True) == small
-    full = container.attach(data, container.Sections(icc=b"icc", xmp=b"xmp", alpha={0: b"a", 2: b"b"}))
-    assert full[5] == container.WITH_SIDE | container.WITH_SECTIONS
-    assert [e.side for e in container.read_header(full).layers] == sides
-    assert container.attach(full, container.Sections()) == data
-
-
-def test_bits_of_side_information():
-    """What is said of a layer, without the two bytes that begin it all."""
-    for side in (Side(), Side(3), Side(empty=True), Side(filter=b"abc"), Side(0, True, b"a"), Side(strength=5)):
-        more = len(with_sides([Side(), Side(gain=9), side])) - len(with_sides([Side(), Side(gain=9), Side()]))
-        assert side.bits == 8 * (more + (len(PAYLOADS[2]) if side.empty else 0))
-
-
-def test_no_side_information_no_byte():
-    assert with_sides([Side()] * 3) == example()
-    # nor in a file of the lower layers, where it is of a layer above
-    assert container.extract(with_sides(), 0) == container.extract(example(), 0)
-
-
-@pytest.mark.parametrize("sections", [None, container.Sections(alpha={1: b"alpha"})])
-def test_every_flipped_bit_of_side_information_is_found(sections):
-    data = with_sides(sections=sections)
-    header = container.read_header(data)
-    for i in range(8 * header.length):
-        broken = bytearray(data)
-        broken[i // 8] ^= 1 << i % 8
-        with pytest.raises(CompassError):
-            container.read_header(bytes(broken))
-    for size in range(header.length):
-        with pytest.raises(CompassError):
-            container.read_header(data[:size])
-
-
-@pytest.mark.parametrize(
-    ("table", "words"),
-    [
-        (b"\x00\x01\x01\x02\x00", "version 0; this program reads version 1"),
-        (b"\x02\x01\x01\x02\x00", "version 2"),
-        (b"\x01\x00", "is empty"),
-        (b"\x01\x01\x03\x02\x00", "of layer 3 where"),  # no such layer
-        (b"\x01\x01\xff\x02\x00", "of layer 255 where"),
-        (b"\x01\x02\x01\x02\x00\x01\x02\x00", "of layer 1 where"),  # twice
-        (b"\x01\x02\x02\x02\x00\x01\x02\x00", "of layer 1 where"),  # not rising
-        (b"\x01\x01\x01\x00", "layer 1 is out of range"),  # says nothing
-        (b"\x01\x01\x01\x10", "layer 1 is out of range"),  # a bit that is not known
-        (b"\x01\x01\x01\x08\x10", "strength of restoration of layer 1"),  # the full one
-        (b"\x01\x01\x00\x08\x21", "strength of restoration of layer 0"),
-        (b"\x01\x01\x01\x09\x08", "strength of restoration of layer 1"),  # of an empty layer
-        (b"\x01\x01\x01\x04\x00", "filter of layer 1 has 0 bytes"),
-        (b"\x01\x01\x01\x04\x80" + b"f" * 128, "filter of layer 1 has 128 bytes"),
-        (b"\x01\x01\x01\x82\x00", "layer 1 is out of range"),
-        (b"\x01\x01\x00\x02\x00", "gain of layer 0"),
-        (b"\x01\x01\x01\x02\x10", "gain of layer 1"),  # the full one
-        (b"\x01\x01\x01\x02\x11", "gain of layer 1"),
-        (b"\x01\x01\x01\x02\xff", "gain of layer 1"),
-        (b"\x01\x01\x01\x01", "layer 1 17 bytes and calls it empty"),
-        (b"\x01\x11" + b"\x01\x02\x00" * 17, "layer 1 where"),
-    ],
-)
-def test_forged_side_information(table, words):
-    plain = example()
-    length = container.read_header(plain).length
-    head = plain[:5] + bytes([container.WITH_SIDE]) + plain[6 : length - 4] + table
-    with pytest.raises(FormatError, match=words):
-        container.read_header(head + struct.pack("<I", zlib.crc32(head)) + plain[length:])
-
-
-def test_no_bytes_only_where_the_header_says_so():
-    """A length of 0 without the bit, with and without a table."""
-    data = with_sides()
-    head = bytearray(data[: container.read_header(data).length - 4])
-    for forged in (head[:5] + b"\x00" + head[6:-7], head[:-7] + b"\x01\x01" + head[-5:-2]):
-        with pytest.raises(FormatError, match="layer 2 0 bytes and calls it not empty"):
-            container.read_header(bytes(forged) + struct.pack("<I", zlib.crc32(forged)) + data[len(head) + 4 :])
-    with pytest.raises(AssertionError):
-        container.write(MODEL, SIZES, [1, 2, 3], [60] * 3, [b"", b"x", b"y"])
-
-
-def test_an_empty_layer_is_there_as_soon_as_the_one_below_it():
-    data = with_sides()
-    header = container.read_header(data)
-    assert header.layers[2].end == header.layers[1].end and container.pick(header, header.layers[1].end, None) == 2
-    assert container.pick(header, header.layers[1].end - 1, None) == 0
 
 
 def test_empty():

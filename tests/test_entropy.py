@@ -1,11 +1,9 @@
 """Symbols survive the range coder, and cost what their probabilities say."""
 
-from contextlib import suppress
-
 import numpy as np
 import pytest
 
-from compass_codec import contexts, entropy
+from compass_codec import entropy
 from compass_codec.errors import CompassError, DamagedError
 
 CHANNELS = 3
@@ -65,73 +63,6 @@ def test_rate_is_the_entropy(tables):
         part = y[index == i] + table.width
         ideal += (entropy.PRECISION - np.log2(table.freq[part.clip(0, 2 * table.width + 1)])).sum()
     assert 8 * len(entropy.encode(z, y, index, tables)) == pytest.approx(ideal, rel=1e-3)
-
-
-@pytest.fixture(scope="module")
-def with_contexts(tables) -> entropy.Tables:
-    """The first scale indices have them: the wider and the more lopsided the later the context."""
-    y, lengths = entropy.gaussian_tables()
-    levels = 20
-    parts = []
-    for table in tables.y[:levels]:
-        n = np.arange(-table.width, table.width + 1)
-        for context in range(contexts.COUNT):
-            scale = 0.3 + context / 8
-            pmf = np.exp(-np.abs(n) / scale) * np.where(n > 0, 1.0 + context % 4, 1.0)
-            parts.append(entropy.frequencies(0.9999 * pmf / pmf.sum()))
-    weights = np.random.default_rng(6).integers(-40, 40, (3, 5, 8)).astype(np.int8)
-    return entropy.Tables(np.stack([t.freq for t in tables.z]), y, lengths, np.concatenate(parts), weights)
-
-
-class TestContexts:
-    @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (7, 9), (40, 50)])
-    def test_round_trip(self, with_contexts, shape):
-        z, y, index = symbols(1, *shape)
-        index %= 30  # some have contexts, some do not
-        y[0, 0, 0] = 2**20
-        kept = y.copy()
-        got = read(entropy.encode(z, y, index, with_contexts), with_contexts, z, index)
-        assert (got[0] == z).all() and (got[1] == kept).all() and (y == kept).all()
-
-    def test_blocks_of_channels(self, with_contexts, monkeypatch):
-        z, y, index = symbols(2, 8, 8)
-        whole = entropy.encode(z, y, index, with_contexts)
-        monkeypatch.setattr(entropy, "PIECE", 128)
-        data = entropy.encode(z, y, index, with_contexts)
-        assert data != whole and (read(data, with_contexts, z, index)[1] == y).all()
-
-    def test_context_by_hand(self):
-        """One symbol of the last phase, all around it known."""
-        y = np.zeros((1, 3, 3), np.int32)
-        y[0] = [[1, -2, 0], [0, 0, 3], [0, 1, -300]]
-        weights = np.zeros((3, 1, 8), np.int32)
-        weights[0] = [10, 0, 5, 0, 0, 0, 0, 1]
-        around = contexts.Neighbourhood(np.full((1, 3, 3), 64, np.int32), weights)
-        around.put(0, y[:, ::2, ::2])
-        context, sign = around.look(1)
-        # corners 1, 0, 0, 255 of 1 each expected: 16 * (64 * 256 + 32) // 288 = 912; 10 - 255 = -245 in units of 72
-        assert (context, sign) == (7 * 4 + 3, -1)
-        around.put(1, y[:, 1::2, 1::2])
-        context, sign = around.look(2)
-        # beside (0, 1): 1 and 0, below it 0 (each twice); 16 * (64 * 2 + 32) // (6 * 64 + 32) = 6
-        assert (context[0, 0, 0], sign[0, 0, 0]) == (2 * 4, 1)
-
-    def test_tables_that_do_not_fit(self, tables):
-        y, lengths = entropy.gaussian_tables()
-        with pytest.raises(ValueError, match="do not fit"):
-            entropy.Tables(np.stack([t.freq for t in tables.z]), y, lengths, y[:100], np.zeros((3, 5, 8), np.int8))
-        first = np.tile(tables.y[0].freq, contexts.COUNT)
-        with pytest.raises(ValueError, match="do not fit"):
-            entropy.Tables(np.stack([t.freq for t in tables.z]), y, lengths, first, np.zeros((3, 5, 4), np.int8))
-
-    def test_garbage(self, with_contexts):
-        rng = np.random.default_rng(4)
-        z, _, index = symbols(5, 6, 6)
-        index %= 30
-        for _ in range(100):
-            data = rng.integers(0, 256, rng.integers(0, 60)).astype(np.uint8).tobytes()
-            with suppress(DamagedError):
-                assert read(data, with_contexts, z, index)[1].shape == index.shape
 
 
 def test_tables_are_whole_and_near_the_normal_distribution():

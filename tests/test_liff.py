@@ -51,7 +51,9 @@ def test_factored_equals_naive(liff, low, high):
 def test_shipped_weights_too(codec):
     x = torch.rand(1, 3, 10, 12)
     with torch.inference_mode():
-        torch.testing.assert_close(codec.liff(x, (16, 27)), naive.liff(codec.liff, x, (16, 27)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            codec.predictor(x, (16, 27)), naive.liff(codec.predictor, x, (16, 27)), atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("factor", [1.2, 2.0, 4.0])
@@ -59,7 +61,7 @@ def test_shipped_weights_in_a_larger_picture(codec, factor):
     """Far from the corner, where positions in float32 have lost digits: those here have not."""
     x, high = torch.rand(1, 3, round(20 / factor), round(384 / factor)), (20, 384)
     with torch.inference_mode():
-        found, expected = codec.liff(x, high), naive.liff(codec.liff, x, high)
+        found, expected = codec.predictor(x, high), naive.liff(codec.predictor, x, high)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     if factor == 1.2:
         assert (bicubic(x, high) - bicubic(x.double(), high)).abs().max() > 1e-5

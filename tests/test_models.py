@@ -24,7 +24,7 @@ SPEC = {"profile": "idle", "backbone": "idle", "purpose": "a test", "parts": ["n
 
 
 def build(spec, tensors, device, precision):
-    """The backbone "idle", which has networks of its own: those installed, but no restoration and a grey base."""
+    """The backbone "idle", which has networks of its own: those installed, but a grey base."""
     assert spec["profile"] == "idle" and list(tensors) == ["nothing"]
     folder = weights.choose(model="paper").folder
     networks = {part: load_file(folder / f"{part}.safetensors") for part in mean_scale.PARTS}

@@ -332,7 +332,7 @@ def test_info_from_the_web(tmp_path, small_file):
     with serving(BIG) as server:
         result = compass("info", server.url)
         assert server.sent == 512 and result.out.splitlines()[1:] == local[1:]
-        assert result.out.startswith(f"{server.url}: compass version 1, {len(BIG)} bytes")
+        assert result.out.startswith(f"{server.url}: compass version 2, {len(BIG)} bytes")
         facts = json.loads(compass("info", server.url, "--json").out)
         assert facts["size"] == len(BIG) and {layer["state"] for layer in facts["layers"]} == {"not read"}
     with serving(BIG[: END[1] + 9]) as server:

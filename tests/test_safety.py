@@ -130,8 +130,8 @@ def test_full_disk_is_one_line(tmp_path):
 def test_not_enough_memory_is_one_line(tmp_path, small_file):
     (tmp_path / "x.cmps").write_bytes(small_file)
     code = (
-        "import sys, torch; from compass_codec import cli, codec\n"
-        "codec.LayerCodec.reconstruct = lambda *a: torch.empty(2**60)\ncli.main()"
+        "import sys, torch; from compass_codec import cli, layer\n"
+        "layer.MeanScaleLayer.reconstruct = lambda *a: torch.empty(2**60)\ncli.main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "decode", str(tmp_path / "x.cmps")], capture_output=True, text=True

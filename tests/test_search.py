@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from conftest import compass, crop
 
-from compass_codec import container, contexts, entropy, filters, search
+from compass_codec import container, entropy, search
 from compass_codec.errors import OptionError
 from compass_codec.measure import effort as efforts
 from compass_codec.networks import quality_to_lambda
@@ -171,35 +171,15 @@ def test_a_lower_layer_that_got_worse_stays(codec, monkeypatch):
     assert upper[0] != upper[1] and costs(found, layers, 60) < costs(plain, layers, 60)
 
 
-def drawn_filter(seed: int = 0) -> filters.Filter:
-    rng = np.random.default_rng(seed)
-    weights = rng.integers(-20, 20, (filters.BOUNDS, len(filters.TAPS)), np.int32)
-    return filters.Filter(7, weights, rng.integers(-20, 20, (3, 4), np.int32))
-
-
-def test_filtered_is_the_filter_of_the_decoder():
-    layer, found = np.array(crop(70, 50)), drawn_filter()
-    x = torch.from_numpy(layer).permute(2, 0, 1)[None] / 255
-    soft = 255 * search.filtered(found, x)[0].permute(1, 2, 0).clamp(0, 1).numpy()
-    exact = filters.apply(found, layer)
-    assert np.abs(soft - exact).max() < 0.51 and np.abs(exact.astype(int) - layer).mean() > 1
-    # so does one that lacks some of it
-    found = filters.Filter(3, found.weights * np.array([[1], [0], [0]], np.int32), np.zeros((3, 4), np.int32))
-    soft = 255 * search.filtered(found, x)[0].permute(1, 2, 0).clamp(0, 1).numpy()
-    assert np.abs(soft - filters.apply(found, layer)).max() < 0.51
-
-
-@pytest.mark.parametrize("adjust", [None, drawn_filter(1)])
-def test_curvature(codec, adjust):
+def test_curvature(codec):
     """It is about how far a step really changes the picture, and the same channel's differs from place to place."""
     own, level = search.Search(codec.base), codec.base.level(60)
     pixels = torch.from_numpy(np.array(crop(128, 96))).permute(2, 0, 1)[None] / 255
     with torch.inference_mode():
         y = own.codec.analysis(pixels, level).round()
     with search.gradients():
-        job = search.Job(
-            np.array(crop(128, 96)), torch.zeros(1, 3, 96, 128), adjust, 16, 60, 1.0, torch.Generator(), math.inf
-        )
+        known = torch.zeros(1, 3, 96, 128)
+        job = search.Job(np.array(crop(128, 96)), known, 60, 1.0, torch.Generator(), math.inf)
         tile = search.Tile((96, 128), (0, 2), (0, 2))
         found = own.curvature(y.clone(), job, tile, job.known).detach()
     assert found.shape == y.shape
@@ -256,8 +236,11 @@ def test_layer_weights(codec):
         encoded = codec.encode_layers(layers, [1, 2], 60, 1, layer_weights=weights)
         header = container.read_header(encoded.data)
         payloads = [container.payload(header, encoded.data, k) for k in (0, 1)]
-        sides = [entry.side for entry in header.layers]
-        return [search.cost(*each, 60) for each in zip(payloads, encoded.layers, sides, layers, strict=True)]
+        coded = zip(payloads, encoded.layers, strict=True)
+        return [
+            search.CodedLayer.of(each, picture, quality_to_lambda(60)).cost
+            for each, picture in zip(coded, layers, strict=True)
+        ]
 
     lower, upper = layer_costs([20, 1]), layer_costs([1, 20])
     assert lower[0] < upper[0] and upper[1] < lower[1]
@@ -267,10 +250,8 @@ def test_layer_weights(codec):
 
 
 def test_bits_are_those_of_the_coder(codec):
-    """A million equal symbols take what the table says, where nothing has a context."""
-    parts = [[table.freq for table in tables] for tables in (codec.base.tables.z, codec.base.tables.y)]
-    lengths = np.array([len(freq) for freq in parts[1]])
-    tables = entropy.Tables(np.stack(parts[0]), np.concatenate(parts[1]), lengths)
+    """A million equal symbols take what the table says."""
+    tables = codec.base.tables
     bits = search.table_bits(tables.y)
     reach = bits.shape[1] // 2
     for row, symbol in ((10, 0), (30, 1), (50, -20)):
@@ -278,24 +259,6 @@ def test_bits_are_those_of_the_coder(codec):
         z = np.zeros((128, 1, 1), np.int32)
         short, long = (len(entropy.encode(z, y[:n], np.full(y[:n].shape, row, np.uint8), tables)) for n in (1, 192))
         assert 8 * (long - short) == pytest.approx(191 * 900 * float(bits[row, symbol + reach]), rel=1e-3, abs=64)
-
-
-def test_bits_are_those_of_the_contexts(codec):
-    """What the search believes symbols cost is what they take, whatever is beside them."""
-    tables, own = codec.base.tables, search.Search(codec.base)
-    rng = np.random.default_rng(0)
-    index = rng.integers(0, 60, (own.codec.m, 13, 14)).astype(np.uint8)
-    # larger on the left and of one sign on the right, so that many contexts occur
-    y = np.rint(rng.normal(np.arange(14) / 9, 3 - np.arange(14) / 6, index.shape)).astype(np.int32)
-    y[np.abs(y) > 2 + index // 8] = 0  # nothing escapes
-    level, symbols = (torch.from_numpy(part.astype(np.int64))[None] for part in (index, y))
-    context, sign = own.around(level, symbols)
-    assert len(context.unique()) == contexts.COUNT + 1 and (sign < 0).any()
-    believed = search.bits_of(own.y_bits, own.table(level, context), sign * symbols).sum()
-    z = np.zeros((128, 1, 1), np.int32)
-    empty = len(entropy.encode(z, y[:, :0], index[:, :0], tables))
-    taken = 8 * (len(entropy.encode(z, y.copy(), index, tables)) - empty)
-    assert taken == pytest.approx(float(believed), rel=1e-3, abs=64)
 
 
 def test_command(tmp_path):

@@ -20,7 +20,6 @@ from test_pictures import exif_bytes, mask
 from compass_codec import container, pictures
 from compass_codec.container import Sections
 from compass_codec.errors import CompassError, DamagedError, FormatError, LayerError, LimitError, TruncatedError
-from compass_codec.side import PLAIN, SIDE_VERSION, Side
 
 FULL = Sections(b"profile", b"II*\0 exif", b"<x:xmpmeta/>", {0: b"a0", 1: b"alpha 1", 2: b"alpha of 2"})
 ICC, EXIF, XMP, ALPHA = 1, 2, 3, 4
@@ -471,99 +470,3 @@ def test_damaged_sections(encoded, tmp_path, index, best):
     source = pictures.read(tmp_path / "out.png")
     assert source.alpha is not None
     assert [source.icc is None, source.exif is None, source.xmp is None] == [index == 0, index == 4, index == 5]
-
-
-@pytest.fixture(scope="module")
-def repeated(tmp_path_factory) -> Path:
-    """Three layers of which the last, of the size of the one below it and of low quality, is empty; with alpha."""
-    path = tmp_path_factory.mktemp("repeated") / "in.png"
-    image = crop(48, 32)
-    image.putalpha(mask(image.size))
-    image.save(path)
-    result = compass("encode", path, "--scales", "1,2,2", "-q", "80,100,1", "--verify", "--device", "cpu")
-    assert result.code == 0 and "verified" in result.out, result.err
-    return path.with_suffix(".cmps")
-
-
-def test_info_shows_side_information(repeated, tmp_path):
-    facts = json.loads(compass("info", repeated, "--json").out)["layers"]
-    assert [(e["empty"], e["gain"]) for e in facts[:2]] == [(False, 1.0)] * 2
-    assert all(0 <= e["restoration"] <= 2 for e in facts) and facts[2]["restoration"] == 1.0
-    assert facts[2]["empty"] and facts[2]["length"] == 0 and 0 <= facts[2]["gain"] <= 1
-    assert "layer 2: " in compass("info", repeated).out and "nothing is added" in compass("info", repeated).out
-    # less restoration, a gain, and a layer of interpolation alone
-    header = container.read_header(example())
-    rest = [[getattr(e, name) for e in header.layers] for name in ("scale", "quality")]
-    sides = [Side(), Side(4, strength=12), Side(0, True)]
-    (tmp_path / "x.cmps").write_bytes(container.write(MODEL, SIZES, *rest, [*PAYLOADS[:2], b""], sides=sides))
-    lines = compass("info", tmp_path / "x.cmps").out.splitlines()
-    assert not [line for line in lines if line.startswith("layer 0: ")]
-    assert lines[-2:] == [
-        "layer 1: LIFF's part of the prediction x 0.25, restoration x 0.75",
-        "layer 2: no LIFF, nothing is added to the prediction",
-    ]
-
-
-def test_side_information_through_the_commands(repeated, tmp_path):
-    """Every layer of the file, of extracts and of files that were cut is the same picture."""
-    data = repeated.read_bytes()
-    layers = container.read_header(data).layers
-    assert compass("decode", repeated, "--all", "-o", tmp_path / "all.png").code == 0
-    for k in range(3):
-        assert compass("extract", repeated, "--layer", k, "-o", tmp_path / f"x{k}.cmps").code == 0
-        (tmp_path / f"c{k}.cmps").write_bytes(data[: layers[k].end])
-        for name in (f"x{k}", f"c{k}"):
-            assert compass("decode", tmp_path / f"{name}.cmps", "-o", tmp_path / f"{name}.png").code == 0
-            assert (tmp_path / f"{name}.png").read_bytes() == (tmp_path / f"all.layer{k}.png").read_bytes()
-    assert [container.read_header((tmp_path / f"x{k}.cmps").read_bytes()).layers[-1].side.empty for k in range(3)] == [
-        False, False, True
-    ]  # fmt: skip
-    # without its alpha the empty layer is not whole
-    (tmp_path / "cut.cmps").write_bytes(data[: layers[2].end - 1])
-    assert "layer 1," in compass("decode", tmp_path / "cut.cmps", "-o", tmp_path / "cut.png").out
-
-
-def test_the_empty_layer_in_pillow_and_the_viewer(repeated, tmp_path):
-    from PIL import Image
-
-    import compass_codec.pillow  # noqa: F401
-
-    with Image.open(repeated) as image:
-        assert image.n_frames == 3
-        image.seek(2)
-        assert image.size == (48, 32) and image.convert("RGB").getextrema()
-    assert compass("view", repeated, "-o", tmp_path / "x.html").code == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"version": 2}, "side information of version 2"),
-        ({"bits": 16}, "side information of layer 2 is out of range"),
-        ({"bits": 9}, "strength of restoration of layer 2 is out of range"),
-        ({"bits": 0}, "side information of layer 2 is out of range"),
-        ({"layer": 3}, "side information of layer 3"),
-        ({"flags": 5}, "features that this program does not know"),
-        ({"sign": False, "layer": 1}, "header is damaged"),
-    ],
-)
-def test_what_is_wrong_with_side_information_is_one_line(repeated, tmp_path, change, words):
-    header = container.read_header(repeated.read_bytes())
-    parts = [container.payload(header, repeated.read_bytes(), k) for k in range(3)]
-    sizes = [(e.width, e.height) for e in header.layers]
-    rest = [[getattr(e, name) for e in header.layers] for name in ("scale", "quality")]
-    sides = [PLAIN, PLAIN, Side(empty=True)]
-    data = bytearray(container.write(header.model, sizes, *rest, parts, sides=sides))
-    header = container.read_header(bytes(data))
-    table = data.index(bytes([SIDE_VERSION, 1, 2]), 13)
-    at = {"flags": 5, "version": table, "layer": table + 2, "bits": table + 3}
-    for name, value in change.items():
-        if name != "sign":
-            data[at[name]] = value
-    if change.get("sign", True):
-        data[header.length - 4 : header.length] = struct.pack("<I", zlib.crc32(data[: header.length - 4]))
-    (tmp_path / "x.cmps").write_bytes(data)
-    for command in (("decode", "-o", tmp_path / "x.png"), ("info",), ("extract", "--layer", 0, "-o", tmp_path / "y")):
-        result = compass(command[0], tmp_path / "x.cmps", *command[1:])
-        assert result.code == 1 and words in result.err and len(result.err.splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["x.cmps"]

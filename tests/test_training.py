@@ -24,20 +24,18 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from compass_codec import contexts
 from compass_codec.codec import Codec
 from compass_codec.entropy import PRECISION, scale_levels
 from compass_codec.liff import LIFF, SIZES, bicubic
 from compass_codec.mean_scale import PARTS
 from compass_codec.networks import LAMBDAS, ImageCodec, level_of
-from compass_codec.restoration import Restoration
 from compass_codec.training import stages
-from compass_codec.training.command import add_details, fill, train
+from compass_codec.training.command import train
 from compass_codec.training.data import HELD_OUT, Pictures
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.export import REACH, export, import_start, load_parts, z_table
 from compass_codec.training.stages import draw_lambdas
-from compass_codec.training.start import block_transform, grown, noise_pictures
+from compass_codec.training.start import block_transform, noise_pictures
 from compass_codec.training.trainer import Plan, Run, at, learning_rate, make_stage
 
 CPU = torch.device("cpu")
@@ -136,51 +134,6 @@ class TestStart:
         assert torch.allclose(ratio, torch.tensor((LAMBDAS[-1] / LAMBDAS[0]) ** 0.5))
         assert torch.equal(codec.log_inv_gain, -codec.log_gain)
 
-    def test_details_cost_less_than_they_bring(self, small, pictures, tmp_path):
-        stage = started("base")
-        run = Run(Plan("base", steps=9, batch=(2,), side=(64,)), stage, pictures, tmp_path, CPU)
-        before = run.held_out()
-        assert add_details(stage, PARTS, pictures, 1) == ["details of base from principal components"]
-        assert add_details(stage, PARTS, pictures, 1) == []
-        run.ema = {n: p.detach().clone() for n, p in run.trained.items()}
-        after = run.held_out()
-        print(
-            [
-                (b["loss"], a["loss"], a["bpp"] - b["bpp"], a["psnr"] - b["psnr"])
-                for a, b in zip(after, before, strict=True)
-            ]
-        )
-        assert after[2]["loss"] < 0.9 * before[2]["loss"] and after[1]["loss"] < before[1]["loss"]
-        assert after[0]["loss"] < 1.01 * before[0]["loss"]
-        assert after[2]["psnr"] > before[2]["psnr"] + 1
-        basis = stage.base.codec.d_a.weight.flatten(1)
-        torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis)), atol=1e-4, rtol=0)
-        assert (stage.base.codec.log_gain_d.diff(dim=0) > 0).all()
-
-    def test_an_untrained_codec_gets_no_details_yet(self, small, pictures, tmp_path):
-        stage = make_stage("base")
-        assert "details" not in fill(stage, tmp_path, pictures, 1)
-        run = Run(Plan("base", steps=2, batch=(2,), side=(64,)), stage, pictures, tmp_path, CPU)
-        run.advance(0.5)
-        assert not stage.base.codec.d_a.weight.any() and not stage.base.codec.h_d.weight.any()
-        assert "base.codec.d_a.weight" not in run.trained and "base.codec.h_s.0.weight" in run.trained
-        run.put(run.ema)
-        export(stage, tmp_path)
-        stage = make_stage("hyper")
-        assert "details of base from" in fill(stage, tmp_path, pictures, 1)
-        run = Run(Plan("hyper", steps=2, batch=(2,), side=(64,)), stage, pictures, tmp_path, CPU)
-        assert {n for n in run.trained if "h_d" in n} == {"base.codec.h_d.weight", "base.codec.h_d.bias"}
-
-    def test_weights_without_details(self, small, tmp_path):
-        stage = started("base")
-        tensors = {k: v for k, v in stage.base.codec.state_dict().items() if not k.startswith(("d_", "h_d"))}
-        tensors = {k: v for k, v in tensors.items() if not k.endswith("_d")}
-        tensors |= {f"bottleneck.{k}": v for k, v in stage.base.bottleneck.state_dict().items()}
-        save_file(tensors, tmp_path / "base.safetensors")
-        other = make_stage("base")
-        assert load_parts(other, tmp_path) == {"base"} and not other.base.codec.d_a.weight.any()
-        assert torch.equal(other.base.codec.g_a[2].weight, stage.base.codec.g_a[2].weight)
-
     def test_training_rounds_as_the_encoder_does(self):
         """Up to what the tables it is coded with differ from a normal distribution."""
         codec = Codec.load("cpu")
@@ -234,12 +187,10 @@ class TestPictures:
 
 
 class TestLearning:
-    @pytest.mark.parametrize("name", ["base", "liff", "residual", "joint", "hyper", "detail", "restore"])
+    @pytest.mark.parametrize("name", ["base", "liff", "residual", "joint", "hyper"])
     def test_stage_lowers_its_held_out_loss(self, small, pictures, tmp_path, name):
-        plan = Plan(name, steps=48 if name in ("liff", "restore") else 16, batch=(3,), side=(64,), lr=5e-4, ema=0.5)
+        plan = Plan(name, steps=48 if name == "liff" else 16, batch=(3,), side=(64,), lr=5e-4, ema=0.5)
         stage = started(name)
-        if name == "detail":
-            add_details(stage, PARTS, pictures, 1)
         run = Run(plan, stage, pictures, tmp_path, CPU)
         frozen = {n: p.clone() for n, p in run.stage.named_parameters() if not p.requires_grad}
         before = sum(p["loss"] for p in run.held_out())
@@ -265,47 +216,6 @@ class TestLearning:
         changed = {n for n, p in run.stage.named_parameters() if not torch.equal(p, before[n])}
         assert changed and all(".codec.h_" in n or ".bottleneck." in n for n in changed)
         assert {n.split(".")[0] for n in changed} == {"base", "residual"}
-
-    def test_restore_stage_keeps_crops(self, small, pictures, tmp_path):
-        stage = started("restore")
-        stage.NEW = 2
-        run = Run(Plan("restore", steps=6, batch=(3,), side=(64, 96)), stage, pictures, tmp_path, CPU)
-        before = {n: p.detach().clone() for n, p in run.stage.named_parameters()}
-        sizes = []
-        for _ in range(6):
-            run.advance(run.progress())
-            sizes.append((len(stage.kept), stage.kept[0][0].shape[-1]))
-        assert sizes == [(3, 64), (3, 64), (6, 64), (6, 64), (3, 96), (3, 96)]
-        changed = {n for n, p in run.stage.named_parameters() if not torch.equal(p, before[n])}
-        assert changed == set(run.trained) and all(n.startswith("restoration.") for n in changed)
-
-    def test_other_stages_train_through_restoration(self, small, pictures, tmp_path):
-        """What it shows counts, in the loss and as the layer below."""
-        x, rates = pictures.sample(2, 64, torch.Generator().manual_seed(1)), torch.tensor([0.013, 0.02])
-        losses = []
-        for trained in (False, True):
-            stage = started("joint")
-            if trained:
-                for restorer in stage.restoration.children():
-                    torch.nn.init.normal_(restorer.last.weight, std=0.1)
-            stage.freeze()
-            stage.eval()
-            with torch.no_grad():
-                below = stage.lower(x, level_of(rates).float())
-                losses.append((below, stage(x, rates, level_of(rates).float(), (1.5, 1.2))[0]))
-        assert not torch.equal(losses[0][0], losses[1][0]) and losses[0][1] != losses[1][1]
-
-    def test_detail_stage_leaves_the_other_transforms(self, small, pictures, tmp_path):
-        stage = started("detail")
-        assert len(add_details(stage, PARTS, pictures, 1)) == 2
-        run = Run(Plan("detail", steps=2, batch=(2,), side=(64,)), stage, pictures, tmp_path, CPU)
-        before = {n: p.detach().clone() for n, p in run.stage.named_parameters()}
-        run.advance(0.5)
-        changed = {n for n, p in run.stage.named_parameters() if not torch.equal(p, before[n])}
-        for part in ("base", "residual"):
-            details = {f"{part}.codec.{n}" for n in ("d_a.weight", "d_s.weight", "log_gain_d", "log_inv_gain_d")}
-            assert details | {f"{part}.codec.h_d.weight"} <= changed
-        assert all(".d_" in n or ".h_d." in n or n.endswith("gain_d") for n in changed)
 
     def test_muon_learns(self, small, pictures, tmp_path):
         plan = Plan("base", steps=20, batch=(4,), side=(64,), lr=5e-4, ema=0.5, optimiser="muon")
@@ -483,16 +393,16 @@ def test_what_is_kept_can_be_used_under_autocast():
 class TestExport:
     def test_codec_reads_what_training_writes(self, tmp_path):
         stage = started("base")
-        for name in ("base", "liff", "residual", "restoration"):
+        for name in ("base", "liff", "residual"):
             stage.trains = (name,)
             export(stage, tmp_path, {"stage": name})
         sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
-        assert len(sizes) == 4 and max(sizes) < 15e6
+        assert len(sizes) == 3 and max(sizes) < 15e6
         assert [entry["stage"] for entry in json.loads((tmp_path / "history.json").read_text())] == [
-            "base", "liff", "residual", "restoration",
+            "base", "liff", "residual",
         ]  # fmt: skip
         other = make_stage("joint")
-        assert load_parts(other, tmp_path) == {"base", "residual", "liff", "restoration"}
+        assert load_parts(other, tmp_path) == {"base", "residual", "liff"}
         for name, value in other.state_dict().items():
             expected = stage.state_dict()[name]
             assert torch.equal(value, expected if ".bottleneck." in name else expected.half().float())
@@ -548,28 +458,6 @@ class TestExport:
         assert load_parts(stage, tmp_path) == {"liff"}
         assert LIFF.dimensions(stage.liff.state_dict()) == SIZES["small"]
 
-    def test_restoration_grows(self, small, tmp_path):
-        """Larger networks restore as those did that they grew from, until they are trained, and can be loaded."""
-        stage = started("restore")
-        for parameter in stage.restoration.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-        larger = grown(stage.restoration, 40, 3)
-        assert Restoration.dimensions(larger.state_dict()) == {"channels": 40, "blocks": 3}
-        x, known, level = *torch.rand(2, 2, 3, 20, 30), torch.tensor([0.5, 4.0])
-        for part in ("base", "residual"):
-            before, after = (getattr(r, part)(x, known, level) for r in (stage.restoration, larger))
-            assert before.any() and torch.allclose(before, after, atol=1e-5)
-            after.square().sum().backward()
-            assert getattr(larger, part).last.weight.grad[:, 32:].any()
-        for smaller in (16, 3), (40, 1):
-            with pytest.raises(ValueError, match="does not shrink"):
-                grown(stage.restoration, *smaller)
-        stage.restoration = larger
-        export(stage, tmp_path)
-        other = make_stage("base")
-        assert load_parts(other, tmp_path) == {"restoration"}
-        assert Restoration.dimensions(other.restoration.state_dict()) == {"channels": 40, "blocks": 3}
-
     def test_weights_of_another_shape(self, small, tmp_path):
         save_file({"first.weight": torch.zeros(3)}, tmp_path / "liff.safetensors")
         with pytest.raises(ValueError, match=r"liff\.safetensors: not weights of this architecture"):
@@ -604,11 +492,10 @@ class TestCommand:
         """What its model.json says besides is that of the set it went on from."""
         spec = {"profile": "mine", "backbone": "mean_scale", "purpose": "", "parts": [*PARTS], "format": 1, "more": 1}
         (tmp_path / "model.json").write_text(json.dumps(spec))
-        stage = make_stage("restore")
-        for trains, parts in (("liff",), PARTS), (("restoration",), (*PARTS, "restoration")):
-            stage.trains = trains
-            export(stage, tmp_path)
-            assert json.loads((tmp_path / "model.json").read_text()) == spec | {"parts": [*parts]}
+        export(make_stage("liff"), tmp_path)
+        assert json.loads((tmp_path / "model.json").read_text()) == spec
+        export(make_stage("liff"), tmp_path / "new")
+        assert json.loads((tmp_path / "new" / "model.json").read_text())["parts"] == [*PARTS]
 
     def test_bad_weights_are_one_line(self, small, folder, tmp_path):
         (tmp_path / "base.safetensors").write_bytes(b"damaged")
@@ -616,14 +503,8 @@ class TestCommand:
             output = self.run("base", "--data", folder, "--resume", tmp_path / "run", "--weights", weights)
             assert output.startswith("Error: ") and str(weights) in output and output.count("\n") == 1
 
-    def test_details_of_nothing_are_one_line(self, small, folder, tmp_path):
-        (tmp_path / "none").mkdir()
-        weights = ["--weights", tmp_path / "none", "--device", "cpu"]
-        output = self.run("detail", "--data", folder, "--resume", tmp_path / "run", *weights)
-        assert output == "Error: the detail stage needs trained weights of base and residual\n"
-
     def test_bad_options(self, folder, tmp_path):
-        for option in (["--side", "0"], ["--batch", "a"], ["--minutes", "0"], ["--lr", "-1"], ["--restoration", "48"]):
+        for option in (["--side", "0"], ["--batch", "a"], ["--minutes", "0"], ["--lr", "-1"]):
             assert "Invalid value" in self.run("base", "--data", folder, "--resume", tmp_path, *option)
 
 
@@ -637,8 +518,8 @@ def test_make_train_runs_its_stages_in_turn(folder, tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}  # as if not run by make
     recipe = subprocess.run(["make", "-n", "train", *variables], cwd=ROOT, env=env, capture_output=True, text=True)
     lines = [shlex.split(line) for line in recipe.stdout.splitlines() if " train " in line or ".training." in line]
-    assert [line[2] for line in lines[:-1]] == ["base", "liff", "residual", "joint", "detail", "restore"]
-    assert sum(int(line[line.index("--minutes") + 1]) for line in lines[:-1]) == 28
+    assert [line[2] for line in lines[:-1]] == ["base", "liff", "residual", "joint"]
+    assert sum(int(line[line.index("--minutes") + 1]) for line in lines[:-1]) == 23
     for line in lines[:-1]:
         for option, value in ("--minutes", "9"), ("--batch", "1"), ("--side", "64"):
             line[line.index(option) + 1] = value
@@ -650,8 +531,8 @@ def test_make_train_runs_its_stages_in_turn(folder, tmp_path):
     result = CliRunner().invoke(tables, [*lines[-1][3:], *options], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     history = json.loads((tmp_path / "weights/history.json").read_text())
-    assert [entry["stage"] for entry in history[-7:]] == [*(line[2] for line in lines[:-1]), "tables"]
-    for part in (*PARTS, "restoration"):
+    assert [entry["stage"] for entry in history[-5:]] == [*(line[2] for line in lines[:-1]), "tables"]
+    for part in PARTS:
         before, after = (load_file(f / f"{part}.safetensors") for f in (folder_or_default(None), tmp_path / "weights"))
         assert any(not torch.equal(after[name], value) for name, value in before.items()), part
     assert Codec.load("cpu", tmp_path / "weights").encode(Image.new("RGB", (64, 64)), [1, 2], 50).layers
@@ -664,7 +545,7 @@ class TestTables:
         monkeypatch.setattr("compass_codec.layer.BEYOND", 0)
         from compass_codec.entropy import gaussian_tables
         from compass_codec.training.export import describe
-        from compass_codec.training.tables import WITH_CONTEXTS, main
+        from compass_codec.training.tables import main
         from compass_codec.weights import folder_or_default
 
         for part in PARTS:
@@ -674,7 +555,7 @@ class TestTables:
         for part in ("base", "residual"):
             file = tmp_path / f"{part}.safetensors"
             tensors = load_file(file) | {"tables.y": torch.from_numpy(ideal)}
-            save_file({k: v for k, v in tensors.items() if k not in ("tables.y_contexts", "tables.y_weights")}, file)
+            save_file(tensors, file)
         image = Image.open(folder / "noise1.png").crop((0, 0, 160, 128))  # the portraits are held out
         before = Codec.load("cpu", tmp_path).encode(image, [1, 2], 20)
         args = [str(tmp_path), "--data", str(folder), "--crops", "128", "--side", "96"]
@@ -691,31 +572,6 @@ class TestTables:
             tensors = load_file(tmp_path / f"{part}.safetensors")
             assert (tensors["tables.z"].sum(1) == 2**PRECISION).all()
             assert all(t.sum() == 2**PRECISION and t.min() > 0 for t in tensors["tables.y"].split(lengths.tolist()))
-            each = np.repeat(lengths[:WITH_CONTEXTS], contexts.COUNT).tolist()
-            assert all(t.sum() == 2**PRECISION and t.min() > 0 for t in tensors["tables.y_contexts"].split(each))
-
-    def test_contexts_save_bytes(self, folder):
-        """Symbols that follow their neighbours cost less with contexts counted from such symbols than without."""
-        from compass_codec.entropy import Decoder, Tables, encode
-        from compass_codec.training.tables import Counts
-
-        def draw(seed: int) -> tuple[np.ndarray, np.ndarray]:
-            rng = np.random.default_rng(seed)
-            calm = np.kron(rng.uniform(0.2, 3, (1, 4, 4)), np.ones((1, 8, 8)))
-            smooth = np.kron(rng.normal(size=(192, 16, 16)), np.ones((1, 2, 2)))
-            return np.rint(calm * smooth).astype(np.int32), np.full(smooth.shape, 18, np.uint8)
-
-        counts = Counts(Codec.load("cpu").base)
-        counts.y = [draw(seed) for seed in range(4)]
-        found, lengths = counts.tables(), np.array([len(t.freq) for t in counts.layer.tables.y])
-        plain = Tables(found["z"], found["y"], lengths)
-        tables = Tables(found["z"], found["y"], lengths, found["y_contexts"], found["y_weights"])
-        y, index = draw(9)
-        z = np.zeros((len(found["z"]), 1, 1), np.int32)
-        data = encode(z, y, index, tables)
-        assert len(data) < 0.9 * len(encode(z, y, index, plain))
-        decoder = Decoder(data, tables, 1, y.size)
-        assert (decoder.z(*z.shape) == z).all() and (decoder.y(index) == y).all()
 
     def test_bad_folder_is_one_line(self, tmp_path, folder):
         from compass_codec.training.tables import main
@@ -726,12 +582,12 @@ class TestTables:
 
 class TestAverage:
     def sets(self, tmp_path) -> tuple[Path, Path]:
-        """Two sets of LIFF and restoration, that of "new" twice as large as that of "old" wherever it is not zero."""
+        """Two sets of LIFF and base codec, that of "new" twice as large as that of "old" wherever it is not zero."""
         from compass_codec.weights import folder_or_default
 
         for name, times in (("old", 1), ("new", 2)):
             (tmp_path / name).mkdir()
-            for part in ("liff", "restoration"):
+            for part in ("liff", "base"):
                 tensors = load_file(folder_or_default(None) / f"{part}.safetensors")
                 tensors = {k: v * times for k, v in tensors.items()} | {"tables": torch.tensor([times])}
                 save_file(tensors, tmp_path / name / f"{part}.safetensors")
@@ -744,7 +600,7 @@ class TestAverage:
 
     def test_mean_of_the_parts_that_are_named(self, tmp_path):
         old, new = self.sets(tmp_path)
-        before, other = load_file(new / "liff.safetensors"), (new / "restoration.safetensors").read_bytes()
+        before, other = load_file(new / "liff.safetensors"), (new / "base.safetensors").read_bytes()
         assert self.run(old, new, "--part", "liff", "--share", "0.25") == ""
         after = load_file(new / "liff.safetensors")
         assert after.keys() == before.keys()
@@ -754,15 +610,15 @@ class TestAverage:
             else:
                 assert value.dtype == torch.float16
                 torch.testing.assert_close(value.double(), before[name].double() * 0.875, rtol=1e-3, atol=1e-7)
-        assert (new / "restoration.safetensors").read_bytes() == other
+        assert (new / "base.safetensors").read_bytes() == other
         entry = json.loads((new / "history.json").read_text())[-1]
         assert entry["stage"] == "average" and entry["parts"] == ["liff"] and entry["share_of_old"] == 0.25
 
     def test_other_architectures_are_refused_and_nothing_changes(self, tmp_path):
         old, new = self.sets(tmp_path)
-        shutil.copy(old / "restoration.safetensors", old / "liff.safetensors")
+        shutil.copy(old / "base.safetensors", old / "liff.safetensors")
         before = {path.name: path.read_bytes() for path in new.iterdir()}
-        output = self.run(old, new, "--part", "restoration", "--part", "liff")
+        output = self.run(old, new, "--part", "base", "--part", "liff")
         assert (
             output.startswith(f"Error: {old / 'liff.safetensors'}: not weights of the same") and output.count("\n") == 1
         )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compass_codec import container, filters, pictures, strips
-from compass_codec.arrays import to_bytes, to_tensor
+from compass_codec import container, pictures, strips
+from compass_codec.arrays import to_tensor
 from compass_codec.errors import FormatError, LimitError, OptionError
-from compass_codec.layer import LayerCodec
-from compass_codec.liff import combine
-from compass_codec.networks import quality_to_lambda
-from compass_codec.pictures import squared_error
-from compass_codec.side import FULL_GAIN, Side
 from compass_codec.weights import ModelSet, Weights, choose
 from compass_codec.weights import load as load_weights
 
@@ -32,13 +26,10 @@ if TYPE_CHECKING:
     from PIL import Image
     from typing_extensions import Buffer
 
+    from compass_codec.search import Progress
+
 DEFAULT_QUALITY = 60.0
 EFFORTS = range(10)
-# Gains of LIFF in sixteenths. What predicts best is not quite what costs least, so that without trying only a gain far
-# below the full one is taken: at most this. An effort tries to lower it in this step.
-FAR_BELOW, GAIN_STEP = 8, 4
-# Another strength of restoration is tried where it should lower the cost by this share. It takes a decoding.
-WORTH = 1 / 400
 
 
 @dataclass(frozen=True)
@@ -72,36 +63,6 @@ def check_layer_weights(weights: Sequence[float], count: int) -> list[float]:
     return list(weights)
 
 
-def best_gain(picture: np.ndarray, interpolated: Tensor, added: Tensor) -> float:
-    """The multiple of ``added`` that takes ``interpolated``, both [1, 3, height, width] in 0..1, nearest to
-    ``picture``, uint8 [height, width, 3]; 1 where nothing is added."""
-    energy = float(added.square().sum())
-    if not energy:
-        return 1.0
-    missing = to_tensor(picture, added.device).float().div_(255).sub_(interpolated)
-    return float(missing.mul_(added).sum()) / energy
-
-
-@dataclass(frozen=True)
-class CodedLayer:
-    """One layer: its bytes, what the decoder will see (uint8 [height, width, 3]), its side information, and
-    R + lambda * 255^2 * MSE times its pixels, in bits."""
-
-    data: bytes
-    seen: np.ndarray
-    side: Side
-    cost: float
-
-
-def rounded(prediction: Iterable[Tensor], size: tuple[int, int]) -> np.ndarray:
-    """Strips of a prediction to the layer that is nothing else: uint8 [height, width, 3] of ``size``."""
-    done, row = np.empty((*size, 3), np.uint8), 0
-    for strip in prediction:
-        rows = slice(row, row := row + strip.shape[2])
-        done[rows] = to_bytes(strip)
-    return done
-
-
 class Codec:
     """The whole codec with its weights on one device.
 
@@ -110,12 +71,9 @@ class Codec:
     >>> codec.decode(data, layer=1).size
     """
 
-    adaptive = True  # choose side information; what is measured against the codec may not
-
     def __init__(self, loaded: Weights, device: torch.device) -> None:
         self.device, self.model, self.precision = device, loaded.identity, loaded.precision
-        self.base, self.residual = LayerCodec(loaded.base, device), LayerCodec(loaded.residual, device)
-        self.liff = loaded.liff
+        self.base, self.residual, self.predictor = loaded.base, loaded.residual, loaded.predictor
 
     @classmethod
     def load(
@@ -160,7 +118,7 @@ class Codec:
         quality: float | Sequence[float],
         effort: int = 0,
         time_budget: float | None = None,
-        progress: Callable[[int, float, list[CodedLayer]], None] | None = None,
+        progress: Progress | None = None,
         layer_weights: Sequence[float] | None = None,
     ) -> Encoded:
         """Encode pictures that were reduced elsewhere: uint8 [height, width, 3] each, smallest first. ``quality`` is
@@ -177,114 +135,29 @@ class Codec:
             raise OptionError(f"{len(layers)} layers, {len(scales)} scale factors, {len(qualities)} qualities")
         if effort not in EFFORTS:
             raise OptionError(f"effort {effort}; it goes from 0 to 9")
+        if effort and not (self.base.searchable and self.residual.searchable):
+            raise OptionError(f"effort {effort}; there is no search for weights {self.model}, only effort 0")
         layer_weights = check_layer_weights(layer_weights or [1.0] * len(layers), len(layers))
         if layers[-1].shape[0] * layers[-1].shape[1] > container.MAX_PIXELS:
             raise LimitError(f"more than {container.MAX_PIXELS} pixels")
         deadline = math.inf if time_budget is None else started + time_budget
-        coded: list[CodedLayer] = []
+        coded: list[tuple[bytes, np.ndarray]] = []
         with float32_convolutions():
-            for k, (picture, q) in enumerate(zip(layers, qualities, strict=True)):
-                below = coded[-1].seen if coded else None
-                # what layers above are predicted from, and what repeats a size to be better, is wanted as it is
-                raised = below is not None and below.shape == picture.shape and q > qualities[k - 1]
-                needed = raised or k < len(layers) - 1
-                layer = self.encode_layer(picture, below, q, needed)
-                if effort and self.adaptive and below is not None:
-                    layer = self.lower_gain(layer, picture, below, q, needed, deadline)
-                coded.append(layer)
-        if effort:
-            from compass_codec import search
+            for picture, q in zip(layers, qualities, strict=True):
+                coded.append(self.encode_layer(picture, coded[-1][1] if coded else None, q))
+            if effort:
+                from compass_codec import search
 
-            with float32_convolutions():
                 coded = search.improve(self, layers, qualities, coded, effort, deadline, progress, layer_weights)
         sizes = [(p.shape[1], p.shape[0]) for p in layers]
-        payloads, sides = [layer.data for layer in coded], [layer.side for layer in coded]
-        data = container.write(self.model, sizes, scales, qualities, payloads, sides=sides)
-        return Encoded(data, [layer.seen for layer in coded])
+        payloads, seen = zip(*coded, strict=True)
+        return Encoded(container.write(self.model, sizes, scales, qualities, payloads), list(seen))
 
-    def encode_layer(
-        self,
-        picture: np.ndarray,
-        below: np.ndarray | None,
-        quality: float,
-        needed: bool = False,
-        gain: int | None = None,
-    ) -> CodedLayer:
-        """A layer, uint8 [height, width, 3], given what the decoder will see of the one below it. It is left empty
-        where that costs less; a ``needed`` one only if it is no worse for it. ``gain`` is that of LIFF; None chooses
-        it where the size repeats, from the first strip."""
-        size = (picture.shape[0], picture.shape[1])
-        first: list[Tensor] = []
-        if gain is None:
-            gain = FULL_GAIN
-            if self.adaptive and below is not None and below.shape == picture.shape:
-                rows = strips.strip_spans(size, self.device)[0]
-                interpolated, added = self.liff.parts(to_tensor(below, self.device), size, rows)
-                part = best_gain(picture[slice(*rows)], interpolated, added)
-                wanted = max(0, round(FULL_GAIN * part))
-                gain = wanted if wanted <= FAR_BELOW else FULL_GAIN
-                first = [combine(interpolated, added, gain / FULL_GAIN)]
-        without = 0  # squared error of the prediction alone; as a picture it would be hundreds of MB of a large one
-
-        def prediction() -> Iterator[Tensor]:
-            nonlocal without
-            row = 0
-            for strip in chain(first, self.predict(below, size, gain, len(first))):
-                rows = slice(row, row := row + strip.shape[2])
-                without += squared_error(picture[rows], to_bytes(strip))
-                yield strip
-
+    def encode_layer(self, picture: np.ndarray, below: np.ndarray | None, quality: float) -> tuple[bytes, np.ndarray]:
+        """A layer, uint8 [height, width, 3], given what the decoder will see of the one below it: its bytes, and what
+        the decoder will see of it."""
         codec = self.base if below is None else self.residual
-        data, seen, match = codec.encode(picture, prediction(), quality)
-        weight = quality_to_lambda(quality) / 3  # bits for each unit of squared error
-        error = squared_error(picture, seen)
-        side, bare = Side(gain), Side(gain, empty=True)
-        if needed and below is not None and below.shape == picture.shape:
-            # the prediction may be a little worse than the layer below, which is what is left with a gain of 0
-            again = squared_error(picture, below)
-            if again < without:
-                bare, without = Side(0, empty=True), again
-        cost, bare_cost = 8 * len(data) + side.bits + weight * error, bare.bits + weight * without
-        coded = self.filtered(CodedLayer(data, seen, side, cost), picture, quality)
-        if self.adaptive and weight * match.saved > WORTH * cost:
-            side = replace(side, strength=match.strength)
-            seen = codec.decode(data, size, self.predict(below, size, gain), quality, match.strength)
-            restored = 8 * len(data) + side.bits + weight * squared_error(picture, seen)
-            other = self.filtered(CodedLayer(data, seen, side, restored), picture, quality)
-            coded = min(coded, other, key=lambda layer: layer.cost)
-        if self.adaptive and bare_cost < cost and (without <= error or not needed):
-            empty = CodedLayer(b"", rounded(self.predict(below, size, bare.gain), size), bare, bare_cost)
-            return min(self.filtered(empty, picture, quality), coded, key=lambda layer: layer.cost)
-        return coded
-
-    def filtered(self, coded: CodedLayer, picture: np.ndarray, quality: float) -> CodedLayer:
-        """``coded``, which has no filter, or the same layer with one if that costs less."""
-        weight = quality_to_lambda(quality) / 3
-        found = filters.find(picture, coded.seen, weight)
-        if found is None:
-            return coded
-        side = replace(coded.side, filter=found[0])
-        error, before = squared_error(picture, found[1]), squared_error(picture, coded.seen)
-        cost = coded.cost + weight * (error - before) + side.bits - coded.side.bits
-        return CodedLayer(coded.data, found[1], side, cost) if cost < coded.cost else coded
-
-    def lower_gain(
-        self,
-        coded: CodedLayer,
-        picture: np.ndarray,
-        below: np.ndarray,
-        quality: float,
-        needed: bool,
-        deadline: float,
-    ) -> CodedLayer:
-        """``coded``, or the same layer with a lower gain of LIFF: lowered as long as that costs less, until
-        ``deadline`` on the clock of time.monotonic."""
-        while coded.side.gain and time.monotonic() < deadline:
-            tried = self.encode_layer(picture, below, quality, needed, max(0, coded.side.gain - GAIN_STEP))
-            if tried.cost >= coded.cost:
-                break
-            coded = tried
-        return coded
+        return codec.encode(picture, lambda: self.predict(below, (picture.shape[0], picture.shape[1])), quality)
 
     def decode(self, data: Buffer, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:
         """Decode one layer (default: the highest that ``data`` holds whole) as an RGB picture, RGBA if it has alpha.
@@ -308,30 +181,20 @@ class Codec:
         for k, entry in enumerate(header.layers[: last + 1]):
             size = (entry.height, entry.width)
             part = container.payload(header, data, k)
-            adjust = filters.from_bytes(entry.side.filter) if entry.side.filter else None
             codec = self.base if below is None else self.residual
             with torch.inference_mode(), float32_convolutions():
-                prediction = self.predict(below, size, entry.side.gain)
-                if entry.side.empty:
-                    below = rounded(prediction, size)
-                else:
-                    below = codec.decode(part, size, prediction, entry.quality, entry.side.strength)
-                if adjust is not None:
-                    below = filters.apply(adjust, below)
+                below = codec.decode(part, size, self.predict(below, size), entry.quality)
             yield below
 
-    def predict(
-        self, below: np.ndarray | None, size: tuple[int, int], gain: int = FULL_GAIN, skip: int = 0
-    ) -> Iterator[Tensor]:
-        """Strips [1, 3, rows, width] of what a layer of ``size`` adds to, without the first ``skip``: mid-grey for the
-        base layer, LIFF's prediction from ``below`` for the others, with ``gain`` sixteenths of what LIFF adds to
-        interpolation."""
+    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
+        """Strips [1, 3, rows, width] of what a layer of ``size`` adds to: mid-grey for the base layer, for the others
+        what the predictor makes of ``below``."""
         low = None if below is None else to_tensor(below, self.device)
-        for rows in strips.strip_spans(size, self.device)[skip:]:
+        for rows in strips.strip_spans(size, self.device):
             if low is None:
                 yield torch.full((1, 3, 1, 1), 0.5, device=self.device).expand(1, 3, rows[1] - rows[0], size[1])
             else:
-                yield self.liff.rows(low, size, rows, gain / FULL_GAIN)
+                yield self.predictor.rows(low, size, rows)
 
 
 def float32_convolutions() -> AbstractContextManager[None]:

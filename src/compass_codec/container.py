@@ -1,4 +1,4 @@
-"""The .cmps file, version 1: a header that says where everything is, then the layers from small to large, and around
+"""The .cmps file, version 2: a header that says where everything is, then the layers from small to large, and around
 them optional sections: alpha, an ICC profile, EXIF, XMP.
 
 Knows bytes, sizes and checksums, and nothing of networks. docs/format.md describes every byte.
@@ -17,11 +17,9 @@ from itertools import pairwise
 from typing import Any
 
 from compass_codec.errors import DamagedError, FormatError, LayerError, LimitError, OptionError, TruncatedError
-from compass_codec.side import PLAIN, SIDE_VERSION, Side
-from compass_codec.side import read as read_side
 
 MAGIC = b"CMPS"
-VERSION = 1
+VERSION = 2
 MODEL_BYTES = 6
 MAX_LAYERS = 16
 MAX_SIDE = 2**21 - 1
@@ -30,7 +28,6 @@ SCALE_DIGITS = 8  # significant digits kept of a scale factor
 MAX_EXPONENT = 6
 
 WITH_SECTIONS = 1  # flag: a table of sections follows the layer entries
-WITH_SIDE = 2  # flag: side information follows the layer entries, before the table of sections
 
 
 class Place(Enum):
@@ -108,7 +105,6 @@ class Layer:
     length: int
     checksum: int
     end: int
-    side: Side = PLAIN
 
 
 @dataclass(frozen=True)
@@ -207,17 +203,13 @@ def write(
     qualities: Sequence[float],
     payloads: Sequence[bytes],
     sections: Sections | None = None,
-    sides: Sequence[Side] = (),
 ) -> bytes:
-    """A whole file. ``sizes`` are (width, height) of each layer, smallest first; ``payloads`` their bytes, none where
-    ``sides`` (one for each layer, or none at all) says that the layer is empty."""
+    """A whole file. ``sizes`` are (width, height) of each layer, smallest first; ``payloads`` their bytes."""
     extras = _laid_out(sections or Sections(), len(payloads))
-    sides = sides or [PLAIN] * len(payloads)
-    told = {k: side for k, side in enumerate(sides) if side != PLAIN}
-    flags = (WITH_SECTIONS if extras else 0) | (WITH_SIDE if told else 0)
+    flags = WITH_SECTIONS if extras else 0
     head = bytearray(MAGIC + bytes([VERSION, flags]) + bytes.fromhex(model) + bytes([len(payloads)]))
-    for (width, height), scale, quality, payload, side in zip(sizes, scales, qualities, payloads, sides, strict=True):
-        assert side.empty == (not payload), "a layer is empty or has bytes"
+    for (width, height), scale, quality, payload in zip(sizes, scales, qualities, payloads, strict=True):
+        assert payload, "a layer without bytes"
         if max(width, height) > MAX_SIDE:
             raise LimitError(f"a layer of {width} x {height}; a side may have {MAX_SIDE} samples")
         if len(payload) >= 2**28:
@@ -225,10 +217,6 @@ def write(
         mantissa, exponent = _decimal(scale)
         head += _varint(width) + _varint(height) + _varint(mantissa) + struct.pack("<b", exponent)
         head += _varint(round(quality * 100)) + _varint(len(payload)) + struct.pack("<I", zlib.crc32(payload))
-    if told:
-        head += bytes([SIDE_VERSION, len(told)])
-    for k, side in told.items():
-        head += bytes([k]) + side.to_bytes()
     if extras:
         head += bytes([len(extras)])
     for kind, layer, data in extras:
@@ -305,8 +293,7 @@ def strip_header(header: Header, data: bytes) -> bytes:
 def _rewrite(header: Header, payloads: list[bytes], sections: Sections) -> bytes:
     layers = header.layers[: len(payloads)]
     sizes = [(e.width, e.height) for e in layers]
-    scales, qualities, sides = ([getattr(e, name) for e in layers] for name in ("scale", "quality", "side"))
-    return write(header.model, sizes, scales, qualities, payloads, sections, sides)
+    return write(header.model, sizes, [e.scale for e in layers], [e.quality for e in layers], payloads, sections)
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
@@ -322,7 +309,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
     if version != VERSION:
         raise FormatError(f"format version {version}; this program reads version {VERSION}")
     flags = reader.byte()
-    if flags & ~(WITH_SECTIONS | WITH_SIDE):
+    if flags & ~WITH_SECTIONS:
         raise FormatError(f"the file uses features that this program does not know (flags {flags:#04x})")
     model = reader.take(MODEL_BYTES).hex()
     count = reader.byte()
@@ -337,10 +324,9 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         if not -16 <= exponent <= MAX_EXPONENT:
             raise FormatError("the header's scale factor is out of range")
         quality = reader.varint("quality", 100, 10000) / 100
-        length = reader.varint("layer length", 0, 2**28 - 1)
+        length = reader.varint("layer length", 1, 2**28 - 1)
         (checksum,) = struct.unpack("<I", reader.take(4))
         fields.append((width, height, _from_decimal(mantissa, exponent), quality, length, checksum))
-    sides = _read_sides(reader, count) if flags & WITH_SIDE else {}
     table = _read_table(reader, count) if flags & WITH_SECTIONS else []
     expected = zlib.crc32(data[: reader.at])
     (found,) = struct.unpack("<I", reader.take(4))
@@ -355,12 +341,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         ends[order[0]] = at
     layers: list[Layer] = []
     for k, (width, height, scale, quality, length, checksum) in enumerate(fields):
-        side = sides.get(k, PLAIN)
-        if side.empty == (length > 0):
-            raise FormatError(
-                f"the header gives layer {k} {length} bytes and calls it {'' if side.empty else 'not '}empty"
-            )
-        layer = Layer(width, height, scale, quality, starts[_order(None, k)], length, checksum, ends[k], side)
+        layer = Layer(width, height, scale, quality, starts[_order(None, k)], length, checksum, ends[k])
         if layers and (width < layers[-1].width or height < layers[-1].height or scale < layers[-1].scale):
             raise FormatError("the header's layers get smaller")
         if width * height > max_pixels:
@@ -368,22 +349,6 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         layers.append(layer)
     extras = [Section(kind, of, starts[_order(kind, of)], length, checksum) for kind, of, length, checksum in table]
     return Header(model, tuple(layers), reader.at, tuple(extras))
-
-
-def _read_sides(reader: Reader, layers: int) -> dict[int, Side]:
-    """The side information of those layers that have some."""
-    version, count = reader.byte(), reader.byte()
-    if version != SIDE_VERSION:
-        raise FormatError(f"side information of version {version}; this program reads version {SIDE_VERSION}")
-    if not count:
-        raise FormatError("the header's side information is empty")
-    sides: dict[int, Side] = {}
-    for _ in range(count):
-        layer = reader.byte()
-        if not max(sides, default=-1) < layer < layers:
-            raise FormatError(f"the header has side information of layer {layer} where it cannot be")
-        sides[layer] = read_side(reader, layer)
-    return sides
 
 
 def _read_table(reader: Reader, layers: int) -> list[tuple[int, int, int, int]]:

@@ -1,21 +1,19 @@
 """Symbols to bytes and back: range coding with integer probability tables (constriction).
 
-Symbols are coded in groups that share a table, which is what makes it fast: first z, channel by channel, then y, a
-block of channels at a time, phase by phase, table by table. A symbol's table is that of its scale index and, where
-there is one, of its context (contexts.py). A table holds the frequencies of -w..w and, last, of an escape that stands
-for any other value; escaped values follow in a list of their own ahead of the range-coded words.
+Symbols are coded in groups that share a table, which is what makes it fast: first z, channel by channel, then y, scale
+index by scale index. A table holds the frequencies of -w..w and, last, of an escape that stands for any other value;
+escaped values follow in a list of their own ahead of the range-coded words.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
 from constriction import stream
 
-from compass_codec import contexts
 from compass_codec.errors import DamagedError
 
 PRECISION = 24  # frequencies of a table sum to 2**24, constriction's own precision, so that it keeps them as they are
@@ -66,11 +64,6 @@ class Table:
         # constriction gives every symbol 1 and shares out the rest in proportion; handed f - 1 it arrives at f
         return stream.model.Categorical((self.freq - 1).astype(np.float64), perfect=False)
 
-    def magnitude(self) -> int:
-        """Mean of |symbol|, times 2**PRECISION."""
-        values = np.abs(np.arange(-self.width, self.width + 2))
-        return int((self.freq.astype(np.int64) * values).sum())
-
     @cached_property
     def least_bits(self) -> float:
         return PRECISION - math.log2(int(self.freq.max()))
@@ -83,43 +76,21 @@ class Table:
 
 
 class Tables:
-    """All tables of one codec: ``z[channel]``, ``y[scale index]``, and ``all_y``, those of y and behind them, for the
-    first few scale indices, one for each context: LEVELS + scale index * contexts.COUNT + context.
+    """All tables of one codec: ``z[channel]`` and ``y[scale index]``, from frequencies one row for each channel, and
+    those of y one after the other with the length of each.
 
-    Symbols of scale indices below ``skipped`` are zero and are not coded.
-    ``weights`` int8 [phases - 1, M, 8] are those of contexts.Neighbourhood; without them nothing has a context. Raises
-    ValueError for tables that do not fit together.
-    """
+    Symbols of scale indices below ``skipped`` are zero and are not coded."""
 
-    def __init__(
-        self,
-        z: np.ndarray,
-        y: np.ndarray,
-        y_lengths: np.ndarray,
-        y_contexts: np.ndarray | None = None,
-        weights: np.ndarray | None = None,
-        skipped: int = 0,
-    ) -> None:
+    def __init__(self, z: np.ndarray, y: np.ndarray, y_lengths: np.ndarray, *, skipped: int = 0) -> None:
         self.skipped = skipped
         self.z = [Table(freq) for freq in z]
         self.y = [Table(freq) for freq in np.split(y, np.cumsum(y_lengths)[:-1])]
-        # in units of 1 / contexts.UNIT; what escapes counts as the first that does
-        self.expected = np.array([contexts.UNIT * t.magnitude() >> PRECISION for t in self.y], np.int32)
-        self.all_y, self.with_contexts, self.weights = self.y, 0, None
-        if y_contexts is not None and weights is not None:
-            ends = np.cumsum(np.repeat(y_lengths, contexts.COUNT))[contexts.COUNT - 1 :: contexts.COUNT]
-            self.with_contexts = 1 + int(np.searchsorted(ends, len(y_contexts)))
-            if len(y_contexts) not in ends or weights.shape[::2] != (len(contexts.PHASES) - 1, len(contexts.AROUND)):
-                raise ValueError("tables of contexts that do not fit those of scale indices")
-            lengths = np.repeat(y_lengths[: self.with_contexts], contexts.COUNT)
-            self.all_y = self.y + [Table(freq) for freq in np.split(y_contexts, np.cumsum(lengths)[:-1])]
-            self.weights = weights.astype(np.int32)
 
     def least_bytes(self, z_count: int, y_count: int) -> int:
         """Bytes below which no stream of ``z_count`` symbols in each channel of z and ``y_count`` of y can be: what
         the likeliest symbols cost."""
         z_bits = sum(t.least_bits for t in self.z) * z_count
-        y_bits = min(t.least_bits for t in self.all_y) * y_count
+        y_bits = min(t.least_bits for t in self.y) * y_count
         return max(0, math.floor((z_bits + y_bits) / 8) - 8)
 
 
@@ -134,67 +105,17 @@ def _zigzag(values: np.ndarray) -> bytes:
     return bytes(out)
 
 
-def walk(
-    index: np.ndarray, tables: Tables, code: Callable[[np.ndarray, np.ndarray], np.ndarray], y: np.ndarray
-) -> None:
-    """Code the symbols ``y`` [M, h, w] of scale indices ``index``, a block of channels and a phase at a time: ``code``
-    is given the numbers of tables, and the symbols where they are known, and returns the symbols."""
-    if tables.weights is None:
-        y[:] = code(index, y)
-        return
-    h, w = index.shape[1:]
-    block = max(1, PIECE // max(1, h * w))
-    for first in range(0, len(index), block):
-        channels = slice(first, first + block)
-        around = contexts.Neighbourhood(tables.expected[index[channels]], tables.weights[:, channels])
-        for phase, (row, column) in enumerate(contexts.PHASES):
-            place = (channels, slice(row, None, 2), slice(column, None, 2))
-            table = index[place].astype(np.uint16)
-            if phase:
-                context, sign = around.look(phase)
-                own = LEVELS + table * contexts.COUNT + context
-                table = np.where(table < tables.with_contexts, own, table).astype(np.uint16)
-                y[place] = sign * code(table, sign * y[place])
-            else:
-                y[place] = code(table, y[place])
-            around.put(phase, y[place])
-
-
-def groups(table: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The numbers of tables that occur, and where in the flat array: positions, or bools for all of it."""
-    flat = table.ravel()
+def groups(index: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The scale indices that occur, and where in the flat array: positions, or bools for all of it."""
+    flat = index.ravel()
     pieces = (flat[at : at + PIECE] for at in range(0, max(1, len(flat)), PIECE))
-    counts = np.sum([np.bincount(piece, minlength=LEVELS * (1 + contexts.COUNT)) for piece in pieces], 0)
-    # positions are quick where there are many tables; of a whole large layer they would take a gigabyte
+    counts = np.sum([np.bincount(piece, minlength=LEVELS) for piece in pieces], 0)
+    # positions are quick where there are many groups; of a whole large layer they would take a gigabyte
     order = np.argsort(flat, kind="stable") if len(flat) <= PIECE else None
     ends = np.cumsum(counts)
     for number in np.flatnonzero(counts).tolist():
         where = flat == number if order is None else order[ends[number] - counts[number] : ends[number]]
         yield number, where
-
-
-def encode(z: np.ndarray, y: np.ndarray, index: np.ndarray, tables: Tables) -> bytes:
-    """Code one layer's symbols: z [channels, h, w] and y [M, h, w] in int32, and the scale indices of y in uint8."""
-    encoder, escapes = stream.queue.RangeEncoder(), []
-
-    def put(table: Table, symbols: np.ndarray) -> None:
-        for at in range(0, len(symbols), PIECE):
-            positions, escaped = table.indices(symbols[at : at + PIECE])
-            encoder.encode(positions, table.model)
-            escapes.append(escaped)
-
-    def code(table: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        for number, where in groups(table):
-            put(tables.all_y[number], symbols.ravel()[where])
-        return symbols
-
-    for table, channel in zip(tables.z, z, strict=True):
-        put(table, channel.ravel())
-    walk(index, tables, code, y)
-    values = np.concatenate(escapes)
-    words = encoder.get_compressed().astype(">u4").tobytes()
-    words = words[:-3] + words[-3:].rstrip(b"\0")
-    return _zigzag(np.array([len(values)])) + _zigzag(values) + words
 
 
 class Encoder:
@@ -225,6 +146,14 @@ class Encoder:
         values = np.concatenate([np.empty(0, np.int32), *self.escapes])
         words = self.coder.get_compressed().astype(">u4").tobytes()
         return _zigzag(np.array([len(values)])) + _zigzag(values) + words[:-3] + words[-3:].rstrip(b"\0")
+
+
+def encode(z: np.ndarray, y: np.ndarray, index: np.ndarray, tables: Tables) -> bytes:
+    """Code one layer's symbols: z [channels, h, w] and y [M, h, w] in integers, and the scale indices of y in uint8."""
+    coder = Encoder(tables)
+    coder.z(z)
+    coder.y(index, y)
+    return coder.data()
 
 
 class Decoder:
@@ -278,16 +207,9 @@ class Decoder:
 
     def y(self, index: np.ndarray) -> np.ndarray:
         """The latent's symbols, in the shape of their scale indices ``index`` (uint8)."""
-
-        def code(table: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-            found = np.zeros(table.size, np.int32)
-            for number, where in groups(table):
-                if number < self.tables.skipped:
-                    continue
+        symbols = np.zeros(index.size, np.int32)
+        for number, where in groups(index):
+            if number >= self.tables.skipped:
                 count = len(where) if where.dtype != bool else np.count_nonzero(where)
-                found[where] = self._group(self.tables.all_y[number], count)
-            return found.reshape(table.shape)
-
-        out = np.zeros(index.shape, np.int32)
-        walk(index, self.tables, code, out)
-        return out
+                symbols[where] = self._group(self.tables.y[number], count)
+        return symbols.reshape(index.shape)

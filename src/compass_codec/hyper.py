@@ -27,9 +27,7 @@ class HyperDecoder(nn.Module):
     def __init__(self, codec: ImageCodec) -> None:
         super().__init__()
         self.kinds: list[bool] = []
-        self.details = codec.details
-        layers = [m for m in codec.h_s if not isinstance(m, nn.LeakyReLU)]
-        for i, layer in enumerate([*layers, codec.h_d] if codec.details else layers):
+        for i, layer in enumerate(m for m in codec.h_s if not isinstance(m, nn.LeakyReLU)):
             assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and layer.bias is not None
             transposed = isinstance(layer, nn.ConvTranspose2d)
             weight = (layer.weight.detach().double() * 2**WEIGHT_BITS).round()
@@ -39,8 +37,7 @@ class HyperDecoder(nn.Module):
                 raise WeightsError("the hyper-decoder's weights are too large for exact integer arithmetic")
             self.register_buffer(f"weight{i}", weight)
             self.register_buffer(f"bias{i}", bias)
-            if i < len(layers):
-                self.kinds.append(transposed)
+            self.kinds.append(transposed)
         levels = torch.from_numpy(scale_levels())
         # the nearer of two neighbouring levels in log scale
         bounds = ((levels[:-1] * levels[1:]).sqrt() * 2**ACTIVATION_BITS).round()
@@ -52,25 +49,16 @@ class HyperDecoder(nn.Module):
         x = z.double() * 2**ACTIVATION_BITS
         sizes = iter(reversed(stages(size, 2)[:-1]))
         for i, transposed in enumerate(self.kinds):
-            features = x = x.clamp(-CLAMP, CLAMP)
+            x = x.clamp(-CLAMP, CLAMP)
             weight, bias = self.get_buffer(f"weight{i}"), self.get_buffer(f"bias{i}")
             if transposed:
                 h, w = next(sizes)
                 x = F.conv_transpose2d(x, weight, None, stride=2, padding=2, output_padding=1)[..., :h, :w]
             else:
                 x = F.conv2d(x, weight, None, padding=1)
-            x = _rescaled(x, bias)
+            # sums of products of weights and activations, and a bias, as activations; rounded half up
+            x = ((x.round() + bias[:, None, None]) * 2.0**-WEIGHT_BITS + 0.5).floor()
             if i + 1 < len(self.kinds):
                 x = torch.maximum(x, (x * LEAK).floor())  # LeakyReLU with a dyadic slope
         scales, means = x.clamp(-CLAMP, CLAMP).chunk(2, dim=1)
-        if self.details:
-            last = len(self.kinds)
-            weight, bias = self.get_buffer(f"weight{last}"), self.get_buffer(f"bias{last}")
-            fine = _rescaled(F.conv2d(features, weight), bias).clamp(-CLAMP, CLAMP)
-            scales, means = torch.cat([scales, fine], 1), torch.cat([means, torch.zeros_like(fine)], 1)
         return torch.bucketize(scales.contiguous(), self.get_buffer("bounds")), (means * 2.0**-ACTIVATION_BITS).float()
-
-
-def _rescaled(x: Tensor, bias: Tensor) -> Tensor:
-    """Sums of products of weights and activations, and a bias, as activations; rounded half up."""
-    return ((x.round() + bias[:, None, None]) * 2.0**-WEIGHT_BITS + 0.5).floor()

@@ -23,7 +23,8 @@ from compass_codec.rate import HIGHEST, LOWEST, SIZE_WINDOW, Target, search
 if TYPE_CHECKING:
     import numpy as np
 
-    from compass_codec.codec import Codec, CodedLayer
+    from compass_codec.codec import Codec
+    from compass_codec.search import Coded
 
 STDIO = Path("-")
 CLEAR = "\r\x1b[K"  # of a terminal's line
@@ -455,7 +456,7 @@ def _layer_report(header: container.Header, k: int, psnr: float | None = None) -
     return LayerReport(k, entry.width, entry.height, entry.scale, entry.quality, length, entry.end, psnr)
 
 
-def _show_effort(effort: int, gain: float, layers: list[CodedLayer]) -> None:
+def _show_effort(effort: int, gain: float, layers: list[Coded]) -> None:
     print(
         f"{CLEAR}effort {effort}: {100 * gain:.2f} % of rate and distortion saved", end="", file=sys.stderr, flush=True
     )

@@ -1,8 +1,8 @@
-"""One layer to bytes and back: an image codec with its entropy coder, a strip at a time."""
+"""One layer of the backbone "mean_scale" to bytes and back: an image codec and its entropy coder, a strip at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from compass_codec import entropy, strips
 from compass_codec.arrays import to_bytes, to_device, to_host, to_tensor
-from compass_codec.networks import BLOCK, ImageCodec, level_of, quality_to_lambda
-from compass_codec.side import FULL_STRENGTH, MAX_STRENGTH
-from compass_codec.weights import CodecWeights
+from compass_codec.hyper import HyperDecoder
+from compass_codec.networks import ImageCodec, level_of, quality_to_lambda
 
 # Between two integers a latent becomes the larger, by magnitude, only beyond the middle: so much beyond it for each bit
 # that the larger costs more, and at most so much. Some 2 % of the bits of training pictures; the decoder does not care.
@@ -22,22 +21,26 @@ MAGNITUDES = 4  # that have thresholds of their own
 LATENT_LIMIT = 2**15 - 1  # of the symbols of y that the encoder makes; it holds them in 16 bits
 
 
-class LayerCodec:
-    """One image codec with its entropy coder: a layer less its prediction to bytes and back, a strip at a time."""
+class MeanScaleLayer:
+    """A backbone.LayerCodec: an ImageCodec with its integer hyper-decoder and entropy coder."""
 
-    def __init__(self, parts: CodecWeights, device: torch.device) -> None:
-        self.codec, self.hyper, self.tables, self.device = parts.codec, parts.hyper, parts.tables, device
-        self.restorer = parts.restorer
+    searchable = True
+
+    def __init__(self, codec: ImageCodec, tables: entropy.Tables, device: torch.device) -> None:
+        self.codec, self.tables, self.device = codec, tables, device
+        self.hyper = HyperDecoder(codec).to(device)
         self.tile = strips.TILE[device.type]
-        self.thresholds = torch.from_numpy(thresholds(parts.tables)).to(device)
+        self.thresholds = torch.from_numpy(thresholds(tables)).to(device)
+
+    def lambda_of(self, quality: float) -> float:
+        return quality_to_lambda(quality)
 
     def encode(
-        self, picture: np.ndarray, prediction: Iterable[Tensor], quality: float
-    ) -> tuple[bytes, np.ndarray, Match]:
-        """A layer, uint8 [height, width, 3], and what is known of it, in strips [1, 3, rows, width] or broadcast to
-        them, to its bytes, what the decoder will see, and how well restoration has met the layer."""
+        self, picture: np.ndarray, prediction: Callable[[], Iterable[Tensor]], quality: float
+    ) -> tuple[bytes, np.ndarray]:
+        """See backbone.LayerCodec."""
         size = (picture.shape[0], picture.shape[1])
-        predicted, known = strips.fork(prediction)
+        predicted, known = strips.fork(prediction())
         analysed = self.analyse(residual_strips(picture, predicted, self.device), size, quality)
         shape = (self.codec.m, *ImageCodec.latent_size(size))
         y, index = np.empty(shape, np.int16), np.empty(shape, np.uint8)  # of a large picture, hundreds of MB
@@ -49,18 +52,15 @@ class LayerCodec:
                 yield symbols + means  # which a GPU goes on with while this is fetched
                 y[:, rows], index[:, rows] = to_host(symbols[0].to(torch.int16)), to_host(part[0])
 
-        match = Match(picture)
-        done = self.reconstruct(latents(), known, quality, size, match=match)
+        done = self.reconstruct(latents(), known, quality, size)
         z = to_host(torch.cat(analysed.z, 2)[0]).astype(np.int32)
-        return entropy.encode(z, y, index, self.tables), done, match
+        return entropy.encode(z, y, index, self.tables), done
 
     def analyse(self, residual: Iterable[Tensor], size: tuple[int, int], quality: float) -> Analysis:
         """Strips of a layer less its prediction, of ``size`` in all, to the symbols of z and of y."""
         latent, hyper_latent = ImageCodec.latent_size(size), ImageCodec.hyper_size(size)
         level = self.level(quality)
-        # details are known from what a synthesis of the rest has lost, which has seen two cells around each
-        reach = 4 if self.codec.details else 2
-        down = strips.Network(lambda x, _: self.codec.analysis(x, level), *self._cells(size, 16, 1, reach=reach))
+        down = strips.Network(lambda x, _: self.codec.analysis(x, level), *self._cells(size, 16, 1))
         hyper_down = strips.Network(lambda y, _: self.codec.hyper_analysis(y), *self._cells(size, 4, 1, 64))
         for_hyper, for_symbols = strips.fork(strips.run(down, residual, size[0], latent))
         z: list[Tensor] = []
@@ -103,32 +103,18 @@ class LayerCodec:
         for strip in strips.run(network, z, ImageCodec.hyper_size(size)[0], ImageCodec.latent_size(size)):
             yield strip[:, :m].to(torch.uint8), strip[:, m:]
 
-    def decode(
-        self,
-        data: bytes,
-        size: tuple[int, int],
-        prediction: Iterable[Tensor],
-        quality: float,
-        strength: int = FULL_STRENGTH,
-    ) -> np.ndarray:
-        """Bytes, and what is known of the layer, to the layer: uint8 [height, width, 3] of ``size``. ``strength`` of
-        restoration in sixteenths."""
+    def decode(self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float) -> np.ndarray:
+        """See backbone.LayerCodec."""
         _, y, _, means = self.parse(data, size)
-        return self.rebuild(y, means, prediction, quality, size, strength)
+        return self.rebuild(y, means, prediction, quality, size)
 
     def rebuild(
-        self,
-        y: np.ndarray,
-        means: Tensor,
-        prediction: Iterable[Tensor],
-        quality: float,
-        size: tuple[int, int],
-        strength: int = FULL_STRENGTH,
+        self, y: np.ndarray, means: Tensor, prediction: Iterable[Tensor], quality: float, size: tuple[int, int]
     ) -> np.ndarray:
         """Symbols of y [M, h, w], their means [1, M, h, w] and strips of the prediction to the layer."""
         cells = strips.strip_spans(size, self.device, 16)
         y_hat = (to_device(y[None, :, a:b], self.device) + means[:, :, a:b] for a, b in cells)
-        return self.reconstruct(y_hat, prediction, quality, size, strength)
+        return self.reconstruct(y_hat, prediction, quality, size)
 
     def parse(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
         """Bytes of a layer of ``size`` (height, width) to the symbols of z [N, h, w] and of y [M, h, w], int32, and
@@ -146,50 +132,21 @@ class LayerCodec:
         return z, decoder.y(index), index, means[0] if len(means) == 1 else torch.cat(means, 2)
 
     def reconstruct(
-        self,
-        y_hat: Iterable[Tensor],
-        prediction: Iterable[Tensor],
-        quality: float,
-        size: tuple[int, int],
-        strength: int = FULL_STRENGTH,
-        match: Match | None = None,
+        self, y_hat: Iterable[Tensor], prediction: Iterable[Tensor], quality: float, size: tuple[int, int]
     ) -> np.ndarray:
         """Strips of the quantised latent and of the prediction to the layer, uint8 [height, width, 3]; in floating
         point. Encoder and decoder both come here."""
         level, known = self.level(quality), strips.Rows(prediction)
         up = strips.Network(lambda y, part: self.codec.synthesis(y, level, part), *self._cells(size, 1, 16))
-        sums = (
-            (strip.add_(below := known.take(strip.shape[2])), below)
-            for strip in strips.run(up, y_hat, ImageCodec.latent_size(size)[0], size)
-        )
         done, row = np.empty((*size, 3), np.uint8), 0
-        for strip, added in self.restored(sums, level, size, strength):
+        for strip in strips.run(up, y_hat, ImageCodec.latent_size(size)[0], size):
             rows = slice(row, row := row + strip.shape[2])
-            if added is not None:
-                if match is not None:
-                    match.add(rows, strip, added)
-                strip = added.mul_(strength / FULL_STRENGTH).add_(strip)
-            done[rows] = to_bytes(strip)
+            done[rows] = to_bytes(strip.add_(known.take(strip.shape[2])))
         return done
 
-    def restored(
-        self, sums: Iterable[tuple[Tensor, Tensor]], level: Tensor, size: tuple[int, int], strength: int
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Strips of a layer without restoration, and of what that adds to it, if anything, from strips of the layer
-        and of its prediction."""
-        if (restorer := self.restorer) is None or not strength:
-            return ((strip, None) for strip, _ in sums)
-        cells = self._cells(size, BLOCK, BLOCK, reach=-(-restorer.reach // BLOCK))
-        network = strips.Network(lambda x, _: torch.cat([x[:, :3], restorer(x[:, :3], x[:, 3:], level)], 1), *cells)
-        pairs = (torch.cat(pair, 1) if restorer.predicted else pair[0] for pair in sums)
-        return ((both[:, :3], both[:, 3:]) for both in strips.run(network, pairs, size[0], size))
-
-    def _cells(
-        self, size: tuple[int, int], cell_in: int, cell_out: int, pixels: int = 16, reach: int = 2
-    ) -> tuple[int, ...]:
-        """Geometry of a network whose cells are ``pixels`` wide in a layer of ``size``, and that sees ``reach`` cells
-        around."""
-        return cell_in, cell_out, reach, self.tile // pixels, strips.strip_rows(size[1], self.device) // pixels
+    def _cells(self, size: tuple[int, int], cell_in: int, cell_out: int, pixels: int = 16) -> tuple[int, ...]:
+        """Geometry of a network whose cells are ``pixels`` wide in a layer of ``size``, and that sees two around."""
+        return cell_in, cell_out, 2, self.tile // pixels, strips.strip_rows(size[1], self.device) // pixels
 
     def level(self, quality: float) -> Tensor:
         return level_of(quality_to_lambda(quality))[None].to(self.device, non_blocking=True)
@@ -211,31 +168,6 @@ class Analysis:
 
     z: list[Tensor]
     latents: Iterator[tuple[Tensor, Tensor, Tensor]]
-
-
-class Match:
-    """How well what restoration adds to a layer meets ``picture``, uint8 [height, width, 3], gathered from strips."""
-
-    def __init__(self, picture: np.ndarray) -> None:
-        self.picture = picture
-        self.product = self.energy = 0.0  # of what it adds, with what was missing and with itself; samples in 0..255
-
-    def add(self, rows: slice, strip: Tensor, added: Tensor) -> None:
-        missing = to_tensor(self.picture[rows], strip.device).float().sub_(255 * strip)
-        self.product += 255 * float(missing.mul_(added).sum())
-        self.energy += 255**2 * float(added.square().sum())
-
-    @property
-    def strength(self) -> int:
-        """The strength of least squared error, in sixteenths."""
-        part = self.product / self.energy if self.energy else 1.0
-        return min(max(0, round(FULL_STRENGTH * part)), MAX_STRENGTH)
-
-    @property
-    def saved(self) -> float:
-        """By how much the squared error is lower with it than with the full one, but for rounding."""
-        part = self.strength / FULL_STRENGTH
-        return (1 - part**2) * self.energy - 2 * (1 - part) * self.product
 
 
 def residual_strips(picture: np.ndarray, prediction: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:

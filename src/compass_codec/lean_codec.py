@@ -19,7 +19,7 @@ from compass_codec import entropy, flow, strips
 from compass_codec.arrays import to_bytes, to_device, to_host, to_tensor
 from compass_codec.exact import ACTIVATION, Block, Conv
 from compass_codec.layer import LATENT_LIMIT, MAGNITUDES, thresholds
-from compass_codec.lean import CELL, EPSILON, LAMBDAS, PHASES, STEPS, UNSHUFFLE, GatedBlock, LeanCodec, eighth
+from compass_codec.lean import CELL, EPSILON, LAMBDAS, PHASES, STEPS, UNSHUFFLE, LeanCodec, eighth
 from compass_codec.lean_liff import LeanLIFF
 from compass_codec.networks import gain, level_of
 
@@ -216,18 +216,19 @@ class LeanLayer:
     """A lean codec with its entropy coder: a layer less its prediction to bytes and back."""
 
     searchable = False
-    lambda_of = staticmethod(quality_to_lambda)
 
     def __init__(self, codec: LeanCodec, exact: Entropy, tables: entropy.Tables, kind: torch.dtype) -> None:
         self.codec, self.exact, self.tables, self.kind = codec, exact, tables, kind
         self.device = codec.log_gain.device
         self.thresholds = torch.from_numpy(thresholds(tables)).to(self.device)
 
+    def lambda_of(self, quality: float) -> float:
+        return quality_to_lambda(quality)
+
     def encode(
         self, picture: np.ndarray, prediction: Callable[[], Iterable[Tensor]], quality: float
     ) -> tuple[bytes, np.ndarray]:
-        """A layer, uint8 [height, width, 3], to its bytes and what the decoder will see. ``prediction`` gives strips
-        [1, 3, rows, width] of what is known of it, as often as it is called."""
+        """See backbone.LayerCodec."""
         size = (picture.shape[0], picture.shape[1])
         networks = self._networks(quality)
         y = flow.gather(networks.analysis(self._pixels(picture, strips.Rows(prediction()), size)))
@@ -244,22 +245,28 @@ class LeanLayer:
         return coder.data(), self._reconstruct(networks, y, prediction(), size)
 
     def decode(self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float) -> np.ndarray:
-        """Bytes, and what is known of the layer, to the layer: uint8 [height, width, 3] of ``size``."""
-        return self._reconstruct(self._networks(quality), self.parse(data, size), prediction, size)
+        """See backbone.LayerCodec."""
+        _, y = self._read(data, size)
+        return self._reconstruct(self._networks(quality), y, prediction, size)
 
-    def parse(self, data: bytes, size: tuple[int, int]) -> Tensor:
-        """Bytes of a layer of ``size`` (height, width) to the quantised latent [1, M, h, w]."""
+    def parse(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """See backbone.LayerCodec; the latent, symbols plus means, is in units of 1 / MEAN_UNIT."""
+        z, y = self._read(data, size)
+        return z, to_host(y[0].mul_(MEAN_UNIT).to(torch.int32))
+
+    def _read(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, Tensor]:
+        """Bytes of a layer of ``size`` to the symbols of z [N, h, w] and the quantised latent [1, M, h, w]."""
         h, w = (-(-side // CELL) for side in size)
         rows, columns = -(-h // 4), -(-w // 4)
         decoder = entropy.Decoder(data, self.tables, rows * columns, 0)
-        z = to_device(decoder.z(self.codec.n, rows, columns)[None], self.device)
+        z = decoder.z(self.codec.n, rows, columns)
         y = torch.zeros(1, self.codec.m, h, w, device=self.device)
 
         def code(index: Tensor, means: Tensor, _: Tensor) -> Tensor:
             return means.add_(to_device(decoder.y(to_host(index)), self.device))
 
-        self.exact.walk(self.exact.features(z, (h, w)), y, code)
-        return y
+        self.exact.walk(self.exact.features(to_device(z[None], self.device), (h, w)), y, code)
+        return z, y
 
     def _networks(self, quality: float) -> Prepared:
         level = level_of(quality_to_lambda(quality), LAMBDAS)[None].float().to(self.device)

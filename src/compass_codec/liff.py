@@ -97,13 +97,6 @@ def bicubic_matrix(
     return weights.float()
 
 
-def combine(interpolated: Tensor, added: Tensor, gain: float = 1.0) -> Tensor:
-    """The prediction from its two parts."""
-    if not gain:
-        return interpolated
-    return (added if gain == 1 else added * gain) + interpolated
-
-
 # Sizes to train: the paper's, and one that costs an eighth of it.
 SIZES = {
     "paper": {"channels": 64, "hidden": 256, "depth": 4, "growth": 32, "blocks": 4, "convs": 4},
@@ -158,29 +151,16 @@ class LIFF(nn.Module):
 
     def forward(self, low: Tensor, size: tuple[int, int]) -> Tensor:
         """Prediction [B, 3, *size], about 0..1, from the layer below ``low`` [B, 3, h, w] in 0..1."""
-        return combine(*self._tile(low, size, (0, size[0]), (0, size[1])))
+        return self._tile(low, size, (0, size[0]), (0, size[1]))
 
-    def rows(self, low: Tensor, size: tuple[int, int], rows: tuple[int, int], gain: float = 1.0) -> Tensor:
-        """Rows ``rows`` of ``forward``, a tile at a time. ``low`` may be uint8 in 0..255. What the network adds to
-        bicubic interpolation is multiplied by ``gain``; with 0 the network does not run."""
-        columns = self._column_tiles(low, size)
-        tiles = [combine(*self._tile(low, size, rows, cols, gain != 0), gain) for cols in columns]
+    def rows(self, low: Tensor, size: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+        """Rows ``rows`` of ``forward``, a tile at a time. ``low`` may be uint8 in 0..255."""
+        columns = spans(size[1], max(1, TILE[low.device.type] * size[1] // low.shape[-1]))
+        tiles = [self._tile(low, size, rows, cols) for cols in columns]
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles, 3)
 
-    def parts(self, low: Tensor, size: tuple[int, int], rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """What ``combine`` makes ``rows`` of: bicubic interpolation, and what the network adds to it."""
-        tiles = [self._tile(low, size, rows, cols) for cols in self._column_tiles(low, size)]
-        interpolated, added = (torch.cat(part, 3) for part in zip(*tiles, strict=True))
-        return interpolated, added
-
-    @staticmethod
-    def _column_tiles(low: Tensor, size: tuple[int, int]) -> list[tuple[int, int]]:
-        return spans(size[1], max(1, TILE[low.device.type] * size[1] // low.shape[-1]))
-
-    def _tile(
-        self, low: Tensor, size: tuple[int, int], rows: tuple[int, int], cols: tuple[int, int], network: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Bicubic interpolation at target ``rows`` and ``cols`` (first, last + 1), and what the network adds to it."""
+    def _tile(self, low: Tensor, size: tuple[int, int], rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
+        """``forward`` at target ``rows`` and ``cols`` (first, last + 1)."""
         axes = []
         for low_side, high, span in ((low.shape[-2], size[0], rows), (low.shape[-1], size[1], cols)):
             # the samples that are looked up, known without asking the device, and what their features see
@@ -194,16 +174,13 @@ class LIFF(nn.Module):
         part = part.contiguous(memory_format=torch.channels_last)
         weights = [bicubic_matrix(a[4], a[5], a[6], a[2], a[3], part.device).to(part.dtype) for a in axes]
         interpolated = weights[0] @ part @ weights[1].T
-        if not network:
-            return interpolated, torch.zeros(())
         # with zeros around the picture, as a convolution has them
         features = F.pad(self.extractor(part), (1, 1, 1, 1))
         features = features[..., top - y0 : bottom - y0 + 2, left - x0 : right - x0 + 2]
         cell = torch.tensor([2 * low.shape[-2] / size[0], 2 * low.shape[-1] / size[1]]).to(features, non_blocking=True)
         maps = self._maps(features, cell)
         (row, dy), (col, dx) = (nearest(a[4], a[5], a[6], low.device) for a in axes)
-        out = self._query(maps, row - top, col - left, dy, dx).to(part.dtype)
-        return interpolated, out
+        return self._query(maps, row - top, col - left, dy, dx).to(part.dtype) + interpolated
 
     def _query(self, maps: Tensor, row: Tensor, col: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
         """The MLP at every target pixel, some rows at a time: the filtered picture [B, 3, rows, cols]."""

@@ -1,4 +1,4 @@
-"""The backbone "mean_scale": sets of weights of the mean-scale hyperprior for both codecs, LIFF and restoration."""
+"""The backbone "mean_scale", that of the paper: the mean-scale hyperprior for both image codecs, and LIFF."""
 
 from __future__ import annotations
 
@@ -9,36 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from compass_codec.entropy import Tables
-from compass_codec.hyper import HyperDecoder
+from compass_codec.layer import MeanScaleLayer
 from compass_codec.liff import LIFF
 from compass_codec.networks import ImageCodec
-from compass_codec.restoration import Restoration, Restorer
-from compass_codec.weights import CodecWeights
 
 N = TypeVar("N", bound=nn.Module)
 PARTS = ("base", "residual", "liff")
-RESTORATION = "restoration"  # a part that sets may be without
 
 
 def build(
     spec: dict[str, Any], tensors: dict[str, dict[str, Tensor]], device: torch.device, precision: str
-) -> tuple[CodecWeights, CodecWeights, LIFF]:
-    """The base codec, the residual codec and LIFF of a set on ``device``, out of the tensors of its parts. ``spec`` is
-    its model.json, which decides nothing here. ``precision``: see weights.load. Raises KeyError, ValueError or
-    RuntimeError where tensors are missing or do not fit."""
+) -> tuple[MeanScaleLayer, MeanScaleLayer, LIFF]:
+    """See backbone.Backbone. ``spec`` decides nothing here."""
     if missing := [part for part in PARTS if part not in tensors]:
         raise ValueError(f"no part {missing[0]}")
+    base, residual = (_layer(tensors[part], device) for part in ("base", "residual"))
     liff = _fill(lambda: LIFF(**LIFF.dimensions(tensors["liff"])), tensors["liff"], device)
-    restorers: dict[str, Restorer] = {}
-    if found := tensors.get(RESTORATION):
-        restoration = _fill(lambda: Restoration(**Restoration.dimensions(found)), found, device)
-        restorers = {"base": restoration.base, "residual": restoration.residual}
-    base, residual = (_codec(tensors[part], restorers.get(part), device) for part in ("base", "residual"))
     if (kind := getattr(torch, precision)) != torch.float32:
         liff.to(kind)
         residual.codec.pixels_in(kind)
-        if residual.restorer is not None:
-            residual.restorer.pixels_in(kind)
     return base, residual, liff
 
 
@@ -51,9 +40,6 @@ def _fill(make: Callable[[], N], tensors: dict[str, Tensor], device: torch.devic
     return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def _codec(tensors: dict[str, Tensor], restorer: Restorer | None, device: torch.device) -> CodecWeights:
-    codec = _fill(lambda: ImageCodec.like(tensors), tensors, device)
-    # contexts come with counted tables
-    counted = ("y_contexts", "y_weights") if "tables.y_contexts" in tensors else ()
-    tables = Tables(*(tensors[f"tables.{k}"].numpy() for k in ("z", "y", "y_lengths", *counted)))
-    return CodecWeights(codec, HyperDecoder(codec).to(device), tables, restorer)
+def _layer(tensors: dict[str, Tensor], device: torch.device) -> MeanScaleLayer:
+    tables = Tables(*(tensors[f"tables.{k}"].numpy() for k in ("z", "y", "y_lengths")))
+    return MeanScaleLayer(_fill(lambda: ImageCodec.like(tensors), tensors, device), tables, device)

@@ -3,9 +3,6 @@
 Architecture: mean-scale hyperprior (Minnen et al. 2018), N = 128, M = 192, GDN between 5x5 convolutions of
 stride 2. The base layer and the residual codec are two instances of one class. Parameter names follow
 CompressAI's ``MeanScaleHyperprior``, so weights can be exchanged with it.
-
-192 channels for the 768 samples of a 16x16 block cannot hold fine texture at high rates, however finely they are
-quantised. What they lose goes into K more latents, its coefficients in a fixed basis of such blocks: details.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ from torch import Tensor, nn
 
 # The rate-distortion trade-offs that have a gain vector of their own; between them gains are interpolated.
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
-BLOCK = 16  # pixels along the side of a cell of y
 LEAK = 2.0**-7  # a power of two, so that the hyper-decoder has an exact integer form
 
 
@@ -192,14 +188,11 @@ class ImageCodec(nn.Module):
     Pictures are [B, 3, H, W] centred on zero: samples minus 0.5 for the base layer, the residual itself for the
     residual codec. The gain acts on y before the hyper-encoder, so entropy parameters do not depend on the rate
     and only the inverse gain in front of the synthesis does.
-
-    Of the ``m`` channels of y the last ``details`` are those of details. Their means are 0, their scales come from the
-    hyper-decoder's last features, and the hyper-encoder does not see them.
     """
 
-    def __init__(self, n: int = 128, m: int = 192, details: int = 0) -> None:
+    def __init__(self, n: int = 128, m: int = 192) -> None:
         super().__init__()
-        self.n, self.m, self.details = n, m + details, details
+        self.n, self.m = n, m
         self.g_a = nn.Sequential(_down(3, n), GDN(n), _down(n, n), GDN(n), _down(n, n), GDN(n), _down(n, m))
         inverse = [GDN(n, inverse=True) for _ in range(3)]
         self.g_s = nn.Sequential(_up(m, n), inverse[0], _up(n, n), inverse[1], _up(n, n), inverse[2], _up(n, 3))
@@ -209,62 +202,37 @@ class ImageCodec(nn.Module):
         self.h_s = nn.Sequential(_up(n, m), leaky, _up(m, wide), leaky, nn.Conv2d(wide, 2 * m, 3, padding=1))
         self.log_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
         self.log_inv_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
-        if details:
-            self.d_a = nn.Conv2d(3, details, BLOCK, BLOCK, bias=False)
-            self.d_s = nn.ConvTranspose2d(details, 3, BLOCK, BLOCK, bias=False)
-            self.h_d = nn.Conv2d(wide, details, 1)
-            self.log_gain_d = nn.Parameter(torch.zeros(len(LAMBDAS), details))
-            self.log_inv_gain_d = nn.Parameter(torch.zeros(len(LAMBDAS), details))
         self.pixel_type = torch.float32
 
     @classmethod
     def like(cls, tensors: Mapping[str, Tensor]) -> ImageCodec:
         """A codec with as many channels as these weights have."""
-        details = len(tensors["d_a.weight"]) if "d_a.weight" in tensors else 0
-        return cls(len(tensors["g_a.0.bias"]), len(tensors["g_a.6.bias"]), details)
+        return cls(len(tensors["g_a.0.bias"]), len(tensors["g_a.6.bias"]))
 
     def pixels_in(self, kind: torch.dtype) -> None:
         """Let analysis and synthesis compute in float16 or bfloat16. What they take and give stays float32, and so do
         the gains and all that z goes through."""
         self.pixel_type = kind
-        for layer in (*self.g_a, *self.g_s, *((self.d_a, self.d_s) if self.details else ())):
+        for layer in (*self.g_a, *self.g_s):
             if not isinstance(layer, GDN):
                 layer.to(kind)
 
     def analysis(self, x: Tensor, level: Tensor) -> Tensor:
         """Picture [B, 3, H, W] to latent y [B, M, ceil(H/16), ceil(W/16)], gain of ``level`` [B] applied."""
-        y = descend(self.g_a, x.to(self.pixel_type)).to(x.dtype) * gain(self.log_gain, level)
-        if not self.details:
-            return y
-        size = (x.shape[-2], x.shape[-1])
-        lost = F.pad(x - self._main(y, level, size), (0, -size[1] % BLOCK, 0, -size[0] % BLOCK))
-        detail = self.d_a(lost.to(self.pixel_type)).to(x.dtype) * gain(self.log_gain_d, level)
-        return torch.cat([y, detail], 1)
+        return descend(self.g_a, x.to(self.pixel_type)).to(x.dtype) * gain(self.log_gain, level)
 
     def synthesis(self, y_hat: Tensor, level: Tensor, size: tuple[int, int]) -> Tensor:
         """Quantised latent back to a picture of ``size`` (height, width)."""
-        if not self.details:
-            return self._main(y_hat, level, size)
-        y_hat, detail = y_hat.split([self.m - self.details, self.details], 1)
-        detail = self.d_s((detail * gain(self.log_inv_gain_d, level)).to(self.pixel_type)).to(y_hat.dtype)
-        return self._main(y_hat, level, size) + detail[..., : size[0], : size[1]]
-
-    def _main(self, y_hat: Tensor, level: Tensor, size: tuple[int, int]) -> Tensor:
-        """The picture but for its details."""
         y_hat = y_hat * gain(self.log_inv_gain, level)
         return ascend(self.g_s, y_hat.to(self.pixel_type), size).to(y_hat.dtype)
 
     def hyper_analysis(self, y: Tensor) -> Tensor:
         """Latent y to hyper-latent z [B, N, ceil(h/4), ceil(w/4)]."""
-        return descend(self.h_a, y[:, : self.m - self.details])
+        return descend(self.h_a, y)
 
     def hyper_synthesis(self, z_hat: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Hyper-latent to scales and means of y, each [B, M, *size]; in float, for training."""
-        features = ascend(self.h_s[:-1], z_hat, size)
-        scales, means = self.h_s[-1](features).chunk(2, dim=1)
-        if self.details:
-            fine = self.h_d(features)
-            scales, means = torch.cat([scales, fine], 1), torch.cat([means, torch.zeros_like(fine)], 1)
+        scales, means = ascend(self.h_s, z_hat, size).chunk(2, dim=1)
         return scales, means
 
     @staticmethod

@@ -9,30 +9,27 @@ annealing, and last only where it is a gain. The decoder knows nothing of all th
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from compass_codec import contexts, entropy, filters, strips
+from compass_codec import entropy, strips
 from compass_codec.arrays import to_tensor
-from compass_codec.codec import CodedLayer, rounded, squared_error
-from compass_codec.layer import LATENT_LIMIT
-from compass_codec.networks import ImageCodec, quality_to_lambda
-from compass_codec.side import FULL_STRENGTH
+from compass_codec.layer import LATENT_LIMIT, MeanScaleLayer
+from compass_codec.networks import ImageCodec
+from compass_codec.pictures import squared_error
 
 if TYPE_CHECKING:
+    from compass_codec.backbone import LayerCodec
     from compass_codec.codec import Codec
-    from compass_codec.layer import LayerCodec
-    from compass_codec.side import Side
 
 # Steps of annealing of each layer, and then of moves, that an effort adds to those below it. It goes on from where the
 # effort below has ended.
@@ -43,7 +40,6 @@ NEAR = 0.49  # of its symbol is where a latent begins
 RATES = (0.03, 0.02, 0.01)
 Z_RATE = 1.5  # times that for z: 1 is a little better for one layer of 128 x 128, 2 for three down to 32 x 32
 TEMPERATURES = 0.5, 0.1  # of annealing, at first and at last
-REFRESH = 4  # steps of annealing after which the contexts are looked at anew
 HEAT, COLD = 1.0, 0.7  # bits that moves may lose at first, about; falls to 0 at this share of the steps
 SHARE = 0.3  # of the symbols that may move in one step, less after each that was no gain once it is cold
 LESS = 0.7
@@ -57,7 +53,8 @@ ESCAPE_BITS = 16.0  # about what an escaped value costs beyond its escape
 TILE, REACH, HYPER_REACH = 12, 1, 2
 LATENT, PIXEL = 4, 64  # latents of y and pixels along the side of a cell of z
 
-Progress = Callable[[int, float, list[CodedLayer]], None]
+Coded = tuple[bytes, np.ndarray]  # a layer's bytes, and what the decoder will see: uint8 [height, width, 3]
+Progress = Callable[[int, float, list[Coded]], None]
 
 
 @contextmanager
@@ -71,23 +68,41 @@ def improve(
     codec: Codec,
     layers: Sequence[np.ndarray],
     qualities: Sequence[float],
-    coded: list[CodedLayer],
+    coded: list[Coded],
     effort: int,
     deadline: float,
     progress: Progress | None,
     weights: Sequence[float],
-) -> list[CodedLayer]:
+) -> list[Coded]:
     """Search from what effort 0 made of a picture's layers, ``coded``, up to ``effort``; stop at ``deadline`` on the
     clock of time.monotonic, finishing what has begun without more search.
 
     ``weights``, above 0, is what the cost of each layer counts. ``progress`` hears of each effort, of the share of
-    the first cost that is saved so far, and of the best layers so far. Side information stays as it is.
+    the first cost that is saved so far, and of the best layers so far.
     """
-    first, best = total(coded, weights), coded
-    for stage, best in efforts(codec, layers, qualities, coded, effort, deadline, weights):
+    lambdas = [(codec.residual if k else codec.base).lambda_of(quality) for k, quality in enumerate(qualities)]
+    best = start = [CodedLayer.of(*parts) for parts in zip(coded, layers, lambdas, strict=True)]
+    for stage, best in efforts(codec, layers, qualities, lambdas, start, effort, deadline, weights):
         if progress is not None:
-            progress(stage, 1 - total(best, weights) / first, best)
-    return best
+            progress(stage, 1 - total(best, weights) / total(start, weights), [layer.coded for layer in best])
+    return [layer.coded for layer in best]
+
+
+@dataclass(frozen=True)
+class CodedLayer:
+    """A layer as it is coded, and R + lambda * 255^2 * MSE times its pixels: bits."""
+
+    coded: Coded
+    cost: float
+
+    @classmethod
+    def of(cls, coded: Coded, picture: np.ndarray, lam: float) -> CodedLayer:
+        return cls(coded, 8 * len(coded[0]) + lam / 3 * squared_error(picture, coded[1]))
+
+    def priced(self, error_counts: float) -> float:
+        """The cost if error counts so many times as much, as it costs above too."""
+        bits = 8 * len(self.coded[0])
+        return bits + error_counts * (self.cost - bits)
 
 
 def total(coded: Sequence[CodedLayer], weights: Sequence[float]) -> float:
@@ -98,6 +113,7 @@ def efforts(
     codec: Codec,
     layers: Sequence[np.ndarray],
     qualities: Sequence[float],
+    lambdas: Sequence[float],
     best: list[CodedLayer],
     effort: int,
     deadline: float,
@@ -106,7 +122,7 @@ def efforts(
     """Efforts 1 to ``effort``, each with the best layers so far, beginning with those of effort 0."""
     searches = [Search(codec.base), *([Search(codec.residual)] if len(layers) > 1 else [])]
     latents: list[Latents | None] = [None] * len(layers)
-    prices = worth(qualities, weights)
+    prices = worth(lambdas, weights)
     for stage in range(1, effort + 1):
         if time.monotonic() >= deadline:
             break
@@ -114,63 +130,43 @@ def efforts(
         for k, (picture, quality) in enumerate(zip(layers, qualities, strict=True)):
             # while nothing below has changed, what was best for a layer can stay
             same = all(a is b for a, b in zip(tried, best[:k], strict=True))
-            side, size = replace(best[k].side, filter=b""), (picture.shape[0], picture.shape[1])
-            known = torch.cat(list(codec.predict(tried[-1].seen if k else None, size, side.gain)), 2)
-            if side.empty:
-                data, seen = b"", rounded([known], size)
-            else:
-                generator = torch.Generator().manual_seed(stage)
-                found = filters.from_bytes(best[k].side.filter) if best[k].side.filter else None
-                job = Job(picture, known, found, side.strength, quality, prices[k], generator, deadline)
-                search = searches[min(k, 1)]
-                own = latents[k] = search.start(job, latents[k])
-                search.anneal(job, own, stage)
-                data, seen = search.finish(job, own, stage)
-            made = CodedLayer(data, seen, side, cost(data, seen, side, picture, quality))
-            made = codec.filtered(made, picture, quality)
-            error_counts = prices[k] / error_price(quality)
-            keep = same and priced(best[k], error_counts) <= priced(made, error_counts)
+            size = (picture.shape[0], picture.shape[1])
+            known = torch.cat(list(codec.predict(tried[-1].coded[1] if k else None, size)), 2)
+            job = Job(picture, known, quality, prices[k], torch.Generator().manual_seed(stage), deadline)
+            search = searches[min(k, 1)]
+            own = latents[k] = search.start(job, latents[k])
+            search.anneal(job, own, stage)
+            made = CodedLayer.of(search.finish(job, own, stage), picture, lambdas[k])
+            error_counts = prices[k] / error_price(lambdas[k])
+            keep = same and best[k].priced(error_counts) <= made.priced(error_counts)
             tried.append(best[k] if keep else made)
         if total(tried, weights) < total(best, weights):
             best = tried
         yield stage, best
 
 
-def cost(data: bytes, seen: np.ndarray, side: Side, picture: np.ndarray, quality: float) -> float:
-    """R + lambda * 255^2 * MSE of a layer times its pixels: bits. Pictures are uint8 [height, width, 3]."""
-    return 8 * len(data) + side.bits + quality_to_lambda(quality) / 3 * squared_error(picture, seen)
-
-
-def error_price(quality: float) -> float:
+def error_price(lam: float) -> float:
     """What a unit of squared error, of samples in 0..1, costs in bits."""
-    return quality_to_lambda(quality) * 255**2 / 3
+    return lam * 255**2 / 3
 
 
-def priced(layer: CodedLayer, error_counts: float) -> float:
-    """The cost of a layer whose error counts more than in itself, as it costs above too."""
-    bits = 8 * len(layer.data) + layer.side.bits
-    return bits + error_counts * (layer.cost - bits)
-
-
-def worth(qualities: Sequence[float], weights: Sequence[float]) -> list[float]:
+def worth(lambdas: Sequence[float], weights: Sequence[float]) -> list[float]:
     """What a unit of squared error, of samples in 0..1, costs in each layer, in its bits: with what it costs above."""
     prices: list[float] = []
     above = 0.0
-    for quality, weight in zip(reversed(qualities), reversed(weights), strict=True):
-        above = weight * error_price(quality) + AHEAD * above
+    for lam, weight in zip(reversed(lambdas), reversed(weights), strict=True):
+        above = weight * error_price(lam) + AHEAD * above
         prices.insert(0, above / weight)
     return prices
 
 
 @dataclass(frozen=True)
 class Job:
-    """A layer to search: its pixels uint8 [height, width, 3], its prediction [1, 3, height, width] in 0..1, the filter
-    it had so far, the strength of restoration in sixteenths, and what a unit of squared error costs in bits."""
+    """A layer to search: its pixels uint8 [height, width, 3], its prediction [1, 3, height, width] in 0..1, and what a
+    unit of squared error costs in bits."""
 
     picture: np.ndarray
     known: Tensor
-    adjust: filters.Filter | None
-    strength: int
     quality: float
     price: float
     generator: torch.Generator
@@ -238,6 +234,7 @@ class Search:
     """The search with one image codec and its tables."""
 
     def __init__(self, layer: LayerCodec) -> None:
+        assert isinstance(layer, MeanScaleLayer), "what is searchable"
         self.layer = layer
         with torch.inference_mode(False):
             # the weights were made in inference mode, where autograd may not keep them
@@ -246,29 +243,8 @@ class Search:
                 self.codec = ImageCodec.like(tensors)
             self.codec.load_state_dict(tensors, assign=True)
             self.codec.requires_grad_(False).eval()
-            self.restorer = None if layer.restorer is None else copy.deepcopy(layer.restorer).float()
-            self.y_bits, self.z_bits = (table_bits(t).to(layer.device) for t in (layer.tables.all_y, layer.tables.z))
-            self.numbers = table_numbers(layer.tables).to(layer.device)
+            self.y_bits, self.z_bits = (table_bits(t).to(layer.device) for t in (layer.tables.y, layer.tables.z))
             self.channels = torch.arange(layer.codec.n, device=layer.device)[None, :, None, None]
-
-    def around(self, level: Tensor, symbols: Tensor) -> tuple[Tensor, Tensor]:
-        """Of symbols of y and their scale indices, [1, M, rows, columns] from an even row and column on: the context
-        of each, contexts.COUNT for none, and the sign it leans to, as those of entropy.walk."""
-        tables = self.layer.tables
-        index, y = (part[0].cpu().numpy() for part in (level, symbols))
-        context, sign = np.full(y.shape, contexts.COUNT, np.int64), np.ones(y.shape, np.int64)
-        if tables.weights is not None:
-            known = contexts.Neighbourhood(tables.expected[index], tables.weights)
-            for phase, (row, column) in enumerate(contexts.PHASES):
-                place = (slice(None), slice(row, None, 2), slice(column, None, 2))
-                if phase:
-                    context[place], sign[place] = known.look(phase)
-                known.put(phase, y[place])
-        return torch.from_numpy(context)[None].to(level.device), torch.from_numpy(sign)[None].to(level.device)
-
-    def table(self, level: Tensor, context: Tensor) -> Tensor:
-        """The number of the table of a scale index in a context."""
-        return self.numbers[level * (contexts.COUNT + 1) + context]
 
     @gradients()
     def start(self, job: Job, last: Latents | None) -> Latents:
@@ -322,9 +298,7 @@ class Search:
             position = level_position(scales)
             below, share = soften(y - means, temperature, job.generator)
             row = position.detach().long().clamp(0, entropy.LEVELS - 2)
-            if step % REFRESH == 0:
-                context, sign = self.around(position.detach().round().long(), (y - means).detach().round().long())
-            low, high = (between(self.y_bits, self.table(row + by, context), below, share, sign) for by in (0, 1))
+            low, high = (between(self.y_bits, row + by, below, share) for by in (0, 1))
             bits = bits + (low + (high - low) * (position - row)).sum()
             loss = bits + self.error(below + share + means, job, tile, pixels, prediction)
             adam.zero_grad()
@@ -334,19 +308,15 @@ class Search:
         latents.z[tile.part(1)] = z.detach()[z_core]
 
     def shown(self, latent: Tensor, job: Job, tile: Tile, prediction: Tensor) -> Tensor:
-        """The pixels [1, 3, rows, columns] of a latent, restored and filtered, but not clipped or rounded."""
-        level = self.layer.level(job.quality)
-        out = self.codec.synthesis(latent, level, tile.extent(PIXEL, REACH)) + prediction
-        if self.restorer is not None:
-            out = out + job.strength / FULL_STRENGTH * self.restorer(out, prediction, level)
-        return out if job.adjust is None else filtered(job.adjust, out)
+        """The pixels [1, 3, rows, columns] of a latent, not clipped or rounded."""
+        return self.codec.synthesis(latent, self.layer.level(job.quality), tile.extent(PIXEL, REACH)) + prediction
 
     def error(self, latent: Tensor, job: Job, tile: Tile, pixels: Tensor, prediction: Tensor) -> Tensor:
         """What the squared error of the pixels that the tile's core shows in costs, in bits."""
         out = self.shown(latent, job, tile, prediction).clamp(0, 1)
         return job.price * (out - pixels)[tile.part(PIXEL, REACH / 2, REACH)].square().sum()
 
-    def finish(self, job: Job, latents: Latents, effort: int) -> tuple[bytes, np.ndarray]:
+    def finish(self, job: Job, latents: Latents, effort: int) -> Coded:
         """Round the latents and move the symbols of y; the layer's bytes and what the decoder will see. In place, the
         latents follow the moves."""
         z = _rounded(latents.z)
@@ -357,25 +327,21 @@ class Search:
         latents.y[:] = means + (latents.y - means).clamp(symbols - NEAR, symbols + NEAR)
         y = _symbols(symbols)
         data = entropy.encode(_symbols(z), y, index[0].cpu().numpy(), self.layer.tables)
-        return data, self.layer.rebuild(y, means, [job.known], job.quality, job.size, job.strength)
+        return data, self.layer.rebuild(y, means, [job.known], job.quality, job.size)
 
     def curvature(self, latent: Tensor, job: Job, tile: Tile, prediction: Tensor) -> Tensor:
         """About the squared length [1, M, rows, columns] of what a step of 1 in each latent adds to the picture,
         measured with random pictures (Hutchinson), as a product of what is of its channel and what is of its place,
-        which takes few of them. Channels that do more say more of a place. Details, which nothing bends, have places of
-        their own."""
+        which takes few of them. Channels that do more say more of a place."""
         latent = latent.requires_grad_()
         out = self.shown(latent, job, tile, prediction)
         generator, squares = torch.Generator().manual_seed(0), torch.zeros_like(latent)
         for _ in range(PROBES):
             probe = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
             squares += torch.autograd.grad(out, latent, probe, retain_graph=True)[0].square()
-        found = []
-        for part in squares.split([self.codec.m - self.codec.details, self.codec.details], 1):
-            of_channel = part.mean((0, 2, 3), keepdim=True).clamp(min=1e-12).sqrt()
-            of_place = (part / of_channel).mean(1, keepdim=True)
-            found.append(of_channel.square() * of_place / of_channel.mean() / PROBES)
-        return torch.cat(found, 1)
+        of_channel = squares.mean((0, 2, 3), keepdim=True).clamp(min=1e-12).sqrt()
+        of_place = (squares / of_channel).mean(1, keepdim=True)
+        return of_channel.square() * of_place / of_channel.mean() / PROBES
 
     @gradients()
     def move(self, job: Job, tile: Tile, symbols: Tensor, index: Tensor, means: Tensor, steps: int) -> Tensor:
@@ -392,47 +358,26 @@ class Search:
             latent = (symbols + means).requires_grad_()
             error = self.error(latent, job, tile, pixels, prediction)
             here = symbols[core]
-            context, sign = (part[core] for part in self.around(index, symbols))
-            table = self.table(row, context)
-            bits = bits_of(self.y_bits, table, sign * here)
+            bits = bits_of(self.y_bits, row, here)
             heat = HEAT * (1 - step / (COLD * steps))
             if heat > 0 or (found := float(error.detach() + bits.sum())) < least:
                 if heat <= 0:
                     least = found
-                best, kept = here.clone(), (table, sign, bits)
+                best, kept = here.clone(), bits
                 slope = torch.autograd.grad(error, latent)[0][core]
             else:  # too many at once
-                table, sign, bits = kept
+                bits = kept
                 share *= LESS
             if step == steps or job.late():
                 break
             drawn, may = (torch.rand(best.shape, generator=job.generator).to(slope.device) for _ in range(2))
             change, move = max(heat, 0) * torch.logit(drawn, 1e-6), torch.zeros_like(best)
             for by in (-1, 1):
-                more = by * slope + bend + bits_of(self.y_bits, table, sign * (best + by)) - bits
+                more = by * slope + bend + bits_of(self.y_bits, row, best + by) - bits
                 better = more < change
                 change, move = torch.where(better, more, change), torch.where(better, by, move)
             symbols[core] = best + move * (may < share)
         return best
-
-
-def filtered(found: filters.Filter, x: Tensor) -> Tensor:
-    """filters.apply without rounding and clipping, for pixels [1, 3, rows, columns] in 0..1."""
-    rows, columns = x.shape[2:]
-    reach, more = filters.REACH, torch.zeros_like(x)
-    wide = nn.functional.pad(x, (reach,) * 4, "replicate")
-    for tap, (down, right) in enumerate(filters.TAPS):
-        for sign in (1, -1):
-            top, left = reach + sign * down, reach + sign * right
-            step = wide[..., top : top + rows, left : left + columns] - x
-            for weights, limit in zip(found.weights, found.limits, strict=True):
-                if weight := int(weights[tap]):
-                    more = more + weight * (step if limit >= 255 else step.clamp(-limit / 255, limit / 255))
-    if found.colour.any():
-        colour = torch.from_numpy(found.colour).to(x)
-        mixed = torch.einsum("ij,bjhw->bihw", colour[:, :3], x - filters.MIDDLE / 255)
-        more = more + mixed + filters.OFFSET / 255 * colour[:, 3, None, None]
-    return x + more / 2**filters.BITS
 
 
 def soften(x: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -457,9 +402,9 @@ def bits_of(bits: Tensor, row: Tensor, symbols: Tensor) -> Tensor:
     return bits.flatten()[row * bits.shape[1] + symbols.clamp(-reach, reach) + reach]
 
 
-def between(bits: Tensor, row: Tensor, below: Tensor, share: Tensor, sign: Tensor | int = 1) -> Tensor:
-    """What sign * (below + share) costs: interpolated between the bits of the integers."""
-    low, high = (bits_of(bits, row, sign * (below.long() + by)) for by in (0, 1))
+def between(bits: Tensor, row: Tensor, below: Tensor, share: Tensor) -> Tensor:
+    """What below + share costs: interpolated between the bits of the integers."""
+    low, high = (bits_of(bits, row, below.long() + by) for by in (0, 1))
     return low + (high - low) * share
 
 
@@ -473,14 +418,6 @@ def table_bits(tables: Sequence[entropy.Table]) -> Tensor:
         row[:] = own[-1] + ESCAPE_BITS
         row[reach - table.width : reach + table.width + 1] = own[:-1]
     return torch.from_numpy(bits)
-
-
-def table_numbers(tables: entropy.Tables) -> Tensor:
-    """Of every scale index, for every context and last for none, the number of its table, as in entropy.walk."""
-    numbers = np.repeat(np.arange(entropy.LEVELS)[:, None], contexts.COUNT + 1, 1)
-    first = entropy.LEVELS + numbers * contexts.COUNT + np.arange(contexts.COUNT + 1)
-    numbers[: tables.with_contexts, :-1] = first[: tables.with_contexts, :-1]
-    return torch.from_numpy(numbers.ravel())
 
 
 def _rounded(z: Tensor) -> Tensor:

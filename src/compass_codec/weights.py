@@ -23,15 +23,10 @@ from compass_codec.errors import WeightsError
 if TYPE_CHECKING:
     import torch
 
-    from compass_codec.entropy import Tables
-    from compass_codec.hyper import HyperDecoder
-    from compass_codec.liff import LIFF
-    from compass_codec.networks import ImageCodec
-    from compass_codec.restoration import Restorer
+    from compass_codec.backbone import Backbone, LayerCodec, Predictor
 
 DEFAULT = "paper"  # the profile that encodes when none is named
-# Name of a backbone: the module whose build(spec, tensors, device, precision) makes the networks of a set, as
-# mean_scale.build does.
+# Name of a backbone: its module, as backbone.Backbone says.
 BACKBONES = {"mean_scale": "compass_codec.mean_scale", "lean": "compass_codec.lean_codec"}
 PATH = "COMPASS_MODELS"  # environment variable: folders of sets, or sets, separated as in PATH
 CARD = "model.json"
@@ -41,24 +36,13 @@ IDENTITY = re.compile(rf"[0-9a-f]{{{2 * MODEL_BYTES}}}")
 
 
 @dataclass(frozen=True)
-class CodecWeights:
-    """One image codec ready for use: transforms, integer hyper-decoder, probability tables, and what restores its
-    layers, if anything does."""
-
-    codec: ImageCodec
-    hyper: HyperDecoder
-    tables: Tables
-    restorer: Restorer | None
-
-
-@dataclass(frozen=True)
 class Weights:
     """Everything a file is decoded with. ``identity`` is the start of the SHA-256 over the files, in hex;
     ``precision`` is that of ``load``."""
 
-    base: CodecWeights
-    residual: CodecWeights
-    liff: LIFF
+    base: LayerCodec
+    residual: LayerCodec
+    predictor: Predictor
     identity: str
     precision: str
 
@@ -248,8 +232,7 @@ def load(found: ModelSet, device: torch.device, precision: str = "float32") -> W
     # PyTorch hears of this with its first tensor. Large arrays come from the system anew each time; in pages of 4 KB
     # that alone takes a tenth of a picture's time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    module = BACKBONES.get(found.backbone)
-    if module is None:
+    if found.backbone not in BACKBONES:
         known = ", ".join(BACKBONES)
         raise WeightsError(f"{found.folder / CARD}: backbone {found.backbone}; this version has {known}")
     files = [_read(path) for path in found.files]
@@ -261,10 +244,11 @@ def load(found: ModelSet, device: torch.device, precision: str = "float32") -> W
             raise WeightsError(f"{path}: these weights cannot be used ({_line(e)})") from e
     try:
         with torch.inference_mode():
-            base, residual, liff = importlib.import_module(module).build(found.spec, tensors, device, precision)
+            backbone: Backbone = importlib.import_module(BACKBONES[found.backbone])
+            base, residual, predictor = backbone.build(found.spec, tensors, device, precision)
     except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as e:
         raise WeightsError(f"{found.folder}: these weights cannot be used ({_line(e)})") from e
-    return Weights(base, residual, liff, _start_of_hash(files), precision)
+    return Weights(base, residual, predictor, _start_of_hash(files), precision)
 
 
 def _line(e: Exception) -> str:

@@ -10,7 +10,6 @@ import click
 from compass_codec import container
 from compass_codec.commands.common import STDIO, Source, blame, table
 from compass_codec.jobs import standard
-from compass_codec.side import FULL_GAIN, FULL_STRENGTH, PLAIN, Side
 from compass_codec.weights import profile_of
 
 
@@ -41,10 +40,6 @@ def info(file: Path | str, as_json: bool) -> None:
                 "start": e.start,
                 "length": e.length,
                 "end": e.end,
-                "gain": e.side.gain / FULL_GAIN,
-                "empty": e.side.empty,
-                "filter": len(e.side.filter),
-                "restoration": e.side.strength / FULL_STRENGTH,
                 "range": f"bytes=0-{e.end - 1}",
                 "state": states[k],
             }
@@ -78,9 +73,6 @@ def info(file: Path | str, as_json: bool) -> None:
         row = [str(k), f"{e.width} x {e.height}", f"{e.scale:g}", f"{e.quality:g}", str(e.length), str(e.end)]
         rows.append([*row, f"bytes=0-{e.end - 1}", shown(states[k])])
     show(rows)
-    for k, e in enumerate(header.layers):
-        if e.side != PLAIN:
-            click.echo(f"layer {k}: {described(e.side)}")
     if header.sections:
         rows = [["section", "bytes", "start", "end", ""]]
         for s, state in zip(header.sections, states[len(header.layers) :], strict=True):
@@ -98,21 +90,6 @@ def fetch(url: str) -> tuple[container.Header, int | None, list[str]]:
     ends = [entry.end for entry in header.layers] + [section.end for section in header.sections]
     states = ["cut off" if remote.size is not None and end > remote.size else "not read" for end in ends]
     return header, remote.size, states
-
-
-def described(side: Side) -> str:
-    """Side information in words."""
-    facts = []
-    if side.gain != FULL_GAIN:
-        facts.append(f"LIFF's part of the prediction x {side.gain / FULL_GAIN:g}" if side.gain else "no LIFF")
-    if side.empty:
-        facts.append("nothing is added to the prediction")
-    if side.strength != FULL_STRENGTH:
-        strength = side.strength / FULL_STRENGTH
-        facts.append(f"restoration x {strength:g}" if side.strength else "no restoration")
-    if side.filter:
-        facts.append(f"a filter of {len(side.filter)} bytes")
-    return ", ".join(facts)
 
 
 def shown(state: str) -> str:

@@ -17,7 +17,8 @@ import click
 if TYPE_CHECKING:
     import numpy as np
 
-    from compass_codec.codec import Codec, CodedLayer
+    from compass_codec.codec import Codec
+    from compass_codec.search import Coded
 
 QUALITIES = (1, 30, 60, 100)
 LAYERS = {1: [1.0], 3: [1.0, 2.0, 4.0]}
@@ -47,9 +48,8 @@ def ladder(
         steps.append((data, time.process_time() - started, peak_mb()))
         forget_peak()
 
-    def heard(effort: int, gain: float, coded: list[CodedLayer]) -> None:
-        payloads, sides = [layer.data for layer in coded], [layer.side for layer in coded]
-        note(container.write(codec.model, sizes, scales, [quality] * len(layers), payloads, sides=sides))
+    def heard(effort: int, gain: float, coded: list[Coded]) -> None:
+        note(container.write(codec.model, sizes, scales, [quality] * len(layers), [data for data, _ in coded]))
 
     forget_peak()
     started = time.process_time()

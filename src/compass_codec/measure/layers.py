@@ -29,7 +29,7 @@ def at(points: Points, psnr: float) -> float:
     """Bytes at which a curve has this PSNR, by PCHIP of their logarithm; NaN beyond its ends."""
     from scipy.interpolate import PchipInterpolator
 
-    # qualities at which a layer is left empty share a PSNR
+    # of equal PSNRs the fewest bytes
     curve = {decibels: math.log(size) for size, decibels in sorted(points, reverse=True)}
     if not min(curve) <= psnr <= max(curve):
         return math.nan

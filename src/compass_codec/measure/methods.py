@@ -16,11 +16,9 @@ from torch.nn import functional as F
 
 from compass_codec import container
 from compass_codec.arrays import to_tensor
-from compass_codec.codec import Codec, CodedLayer
+from compass_codec.codec import Codec
 from compass_codec.measure.peers import PEERS, resolutions
-from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, UNFILTERED, UNRESTORED, Scales
-from compass_codec.side import FULL_GAIN
-from compass_codec.weights import Weights
+from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales
 
 Coded = list[tuple[int, np.ndarray]]
 
@@ -40,29 +38,23 @@ class Remembering(Measured):
 
     KEPT = 4
 
-    def predict(
-        self, below: np.ndarray | None, size: tuple[int, int], gain: int = FULL_GAIN, skip: int = 0
-    ) -> Iterator[Tensor]:
+    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
         if below is None:
             return super().predict(below, size)
         known: OrderedDict[tuple, list[Tensor]] = self.__dict__.setdefault("known", OrderedDict())
-        key = (hashlib.sha256(below.tobytes()).digest(), below.shape, size, gain)
+        key = (hashlib.sha256(below.tobytes()).digest(), below.shape, size)
         if key not in known:
-            known[key] = list(super().predict(below, size, gain))
+            known[key] = list(super().predict(below, size))
         known.move_to_end(key)
         while len(known) > self.KEPT:
             known.popitem(last=False)
-        return (strip.clone() for strip in known[key][skip:])
+        return (strip.clone() for strip in known[key])
 
 
 class Bicubic(Measured):
     """The paper's table 4: bicubic interpolation instead of LIFF."""
 
-    adaptive = False
-
-    def predict(
-        self, below: np.ndarray | None, size: tuple[int, int], gain: int = FULL_GAIN, skip: int = 0
-    ) -> Iterator[Tensor]:
+    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
         if below is None:
             return super().predict(below, size)
         x = to_tensor(below, self.device).float() / 255
@@ -75,8 +67,6 @@ class Padded(Measured):
     LIFF still predicts between the true sizes, so that only the two image codecs see the padding.
     """
 
-    adaptive = False
-
     true: Iterator[tuple[tuple[int, int], tuple[int, int]]]
 
     def code(self, layers: Sequence[np.ndarray], scales: Scales, quality: float) -> Coded:
@@ -86,9 +76,7 @@ class Padded(Measured):
         coded = super().code([np.pad(p, e, "edge") for p, e in zip(layers, edges, strict=True)], scales, quality)
         return [(end, p[:h, :w]) for (end, p), (h, w) in zip(coded, sizes, strict=True)]
 
-    def predict(
-        self, below: np.ndarray | None, size: tuple[int, int], gain: int = FULL_GAIN, skip: int = 0
-    ) -> Iterator[Tensor]:
+    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
         if below is None:
             return super().predict(below, size)
         (low, left), (height, width) = next(self.true)
@@ -96,27 +84,10 @@ class Padded(Measured):
         return iter([F.pad(prediction, (0, size[1] - width, 0, size[0] - height), mode="replicate")])
 
 
-class Unfiltered(Remembering):
-    """No filters of layers."""
-
-    def filtered(self, coded: CodedLayer, picture: np.ndarray, quality: float) -> CodedLayer:
-        return coded
-
-
-class Unrestored(Remembering):
-    """No restoration; filters of layers make up for some of it."""
-
-    def __init__(self, loaded: Weights, device: torch.device) -> None:
-        super().__init__(loaded, device)
-        self.base.restorer = self.residual.restorer = None
-
-
 KINDS: dict[str, type[Measured]] = {
     OURS: Remembering,
     BICUBIC: Bicubic,
     PADDED: Padded,
-    UNFILTERED: Unfiltered,
-    UNRESTORED: Unrestored,
 }
 
 

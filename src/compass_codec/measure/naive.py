@@ -3,6 +3,8 @@ Gaussian for every symbol. No files come of it, only time and the same pictures.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,6 @@ from constriction import stream
 from torch import Tensor
 
 from compass_codec.arrays import to_tensor
-from compass_codec.codec import Codec
 from compass_codec.liff import LIFF, bicubic, nearest
 
 ROWS = 64  # of the target at a time; all at once would take gigabytes
@@ -38,9 +39,9 @@ def liff(network: LIFF, low: Tensor, size: tuple[int, int]) -> Tensor:
     return bicubic(low.double(), size).float() + torch.cat(strips).permute(2, 0, 1)[None]
 
 
-def code(codec: Codec, layers: list[np.ndarray], level: Tensor) -> list[np.ndarray]:
-    """Encode and decode uint8 pictures [height, width, 3], smallest first; ``codec`` should hold weights with channels
-    first. Returns the decoded layers."""
+def code(codec: Any, layers: list[np.ndarray], level: Tensor) -> list[np.ndarray]:
+    """Encode and decode uint8 pictures [height, width, 3], smallest first; ``codec``, a Codec of mean_scale networks,
+    should hold weights with channels first. Returns the decoded layers."""
     encoded: list[tuple[np.ndarray, np.ndarray, Tensor]] = []
     done: list[np.ndarray] = []
     for picture in layers:
@@ -55,7 +56,7 @@ def code(codec: Codec, layers: list[np.ndarray], level: Tensor) -> list[np.ndarr
         spread = scales.clamp(min=0.11).double().numpy().ravel()
         encoder.encode(symbols.int().numpy().ravel(), gaussians, np.zeros_like(spread), spread)
         encoded.append((encoder.get_compressed(), spread, z))
-        done.append(_shown(codec, done, part.synthesis(symbols + means, level, size), level))
+        done.append(_shown(codec, done, part.synthesis(symbols + means, level, size)))
     decoded: list[np.ndarray] = []
     for picture, (words, spread, z) in zip(layers, encoded, strict=True):
         part = codec.residual.codec if decoded else codec.base.codec
@@ -63,23 +64,17 @@ def code(codec: Codec, layers: list[np.ndarray], level: Tensor) -> list[np.ndarr
         _, means = part.hyper_synthesis(z, part.latent_size(size))
         found = stream.queue.RangeDecoder(words).decode(gaussians, np.zeros_like(spread), spread)
         symbols = torch.from_numpy(found).float().reshape(means.shape)
-        decoded.append(_shown(codec, decoded, part.synthesis(symbols + means, level, size), level))
+        decoded.append(_shown(codec, decoded, part.synthesis(symbols + means, level, size)))
     return decoded
 
 
-def _below(codec: Codec, done: list[np.ndarray], size: tuple[int, int]) -> Tensor:
+def _below(codec: Any, done: list[np.ndarray], size: tuple[int, int]) -> Tensor:
     if not done:
         return torch.tensor(0.5)
-    return liff(codec.liff, to_tensor(done[-1], codec.device).contiguous().float() / 255, size)
+    return liff(codec.predictor, to_tensor(done[-1], codec.device).contiguous().float() / 255, size)
 
 
-def _shown(codec: Codec, done: list[np.ndarray], residual: Tensor, level: Tensor) -> np.ndarray:
+def _shown(codec: Any, done: list[np.ndarray], residual: Tensor) -> np.ndarray:
     """The layer that comes after those that are ``done``."""
-    restorer = (codec.residual if done else codec.base).restorer
-    known = _below(codec, done, (residual.shape[2], residual.shape[3])).expand_as(residual)
-    x = known + residual
-    return _picture(x if restorer is None else x + restorer(x, known, level))
-
-
-def _picture(x: Tensor) -> np.ndarray:
+    x = _below(codec, done, (residual.shape[2], residual.shape[3])) + residual
     return (x[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

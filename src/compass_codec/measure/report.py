@@ -130,15 +130,14 @@ class Report:
 
     def _ablation(self, column: Column) -> Iterator[str]:
         yield f"## Without its parts (the paper's table 4), layers {title(column.scales)}"
-        printed = [f"{paper.ABLATION[key]:+.2f} %" for key in ("bicubic", "padded")] + [NONE] * 2
+        printed = [f"{paper.ABLATION[key]:+.2f} %" for key in ("bicubic", "padded")]
         body = [[name, _rate(column.against.get(name)), p] for name, p in zip(ABLATED, printed, strict=True)]
         body.append(["noisy latents in training's distortion", NONE, f"{paper.ABLATION['noisy']:+.2f} %"])
         yield rows(["instead", "BD-rate against the whole", "the paper"], body)
         yield (
             "The weights are those of the whole codec: nothing was trained again for the ablation, so the first row "
             "also holds what the residual codec does not know of bicubic prediction. The paper does not say at "
-            "which scale factors it measured. The last row would need weights trained that way. Filters and "
-            "restoration are not the paper's."
+            "which scale factors it measured. The last row would need weights trained that way."
         )
 
     def _layers(self) -> Iterator[str]:

@@ -23,8 +23,6 @@ from compass_codec.measure.protocol import (
     LEVELS,
     OURS,
     PADDED,
-    UNFILTERED,
-    UNRESTORED,
     Scales,
     layers_of,
     sizes_of,
@@ -39,25 +37,27 @@ LAYOUT = 1  # of a record; new measures or another meaning take a new number
 # modules that decide what a file holds and decodes to
 CODEC = (
     "arrays",
+    "backbone",
     "codec",
     "colour",
     "container",
-    "contexts",
     "entropy",
-    "filters",
+    "exact",
+    "flow",
     "hyper",
     "layer",
+    "lean",
+    "lean_codec",
+    "lean_liff",
     "liff",
     "mean_scale",
     "networks",
     "pictures",
-    "restoration",
-    "side",
     "strips",
     "weights",
 )
 # Seconds of one core for a megapixel, for the progress bar alone.
-SECONDS = {OURS: 7.0, PADDED: 9.0, BICUBIC: 4.0, UNFILTERED: 7.0, UNRESTORED: 7.0}
+SECONDS = {OURS: 7.0, PADDED: 9.0, BICUBIC: 4.0}
 MS_SSIM_SIDE = 161  # five scales of windows of 11 samples need this many
 
 

@@ -53,40 +53,33 @@ def rows(head: list[str], body: list[list[str]]) -> str:
 
 @contextmanager
 def timed(codec: Any) -> Iterator[dict[str, float]]:
-    """Processor seconds spent in each part of ``codec``, less those in parts of it, while this is open."""
-    from compass_codec import entropy, filters
+    """Processor seconds spent in each part of ``codec`` while this is open; no part calls another."""
+    from compass_codec import entropy
 
     spent: dict[str, float] = defaultdict(float)
-    replaced, inside = [], 0.0
+    replaced = []
 
     def watch(owner: Any, name: str, label: str) -> None:
         original = getattr(owner, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            nonlocal inside
-            start, before, inside = time.process_time(), inside, 0.0
+            start = time.process_time()
             try:
                 return original(*args, **kwargs)
             finally:
-                took = time.process_time() - start
-                spent[label] += took - inside
-                inside = before + took
+                spent[label] += time.process_time() - start
 
         replaced.append((owner, name, original))
         setattr(owner, name, wrapped)
 
-    watch(codec.liff.extractor, "forward", "LIFF: features")
-    watch(codec.liff, "_maps", "LIFF: maps")
-    watch(codec.liff, "_query", "LIFF: MLP at every pixel")
+    watch(codec.predictor.extractor, "forward", "LIFF: features")
+    watch(codec.predictor, "_maps", "LIFF: maps")
+    watch(codec.predictor, "_query", "LIFF: MLP at every pixel")
     for layer in (codec.base, codec.residual):
         watch(layer.codec, "analysis", "analysis")
         watch(layer.codec, "hyper_analysis", "hyper-analysis")
         watch(layer.codec, "synthesis", "synthesis")
-        if layer.restorer is not None:
-            watch(layer.restorer, "forward", "restoration")
         watch(layer.hyper, "forward", "integer hyper-decoder")
-    watch(filters, "find", "filters: finding them")
-    watch(filters, "apply", "filters: applying them")
     watch(entropy, "encode", "entropy coding")
     watch(entropy.Decoder, "z", "entropy coding")
     watch(entropy.Decoder, "y", "entropy coding")
@@ -107,7 +100,7 @@ def factored() -> str:
 
     body = []
     with torch.inference_mode():
-        network = Codec.load("cpu", precision="float32").liff
+        network: Any = Codec.load("cpu", precision="float32").predictor
         for factor in (1.2, 2.0, 4.0):
             low = torch.rand(1, 3, round(256 / factor), round(384 / factor))
             a = seconds(lambda low=low: naive.liff(network, low, (256, 384)))  # type: ignore[misc]
@@ -144,11 +137,10 @@ def whole() -> tuple[str, dict[str, dict[str, float]]]:
         inside = sum(value for key, value in spent.items() if key != "everything")
         parts[name] = {**spent, "the rest": spent["everything"] - inside}
     with torch.inference_mode():
-        usual = Codec.load("cpu", precision="float32")
-        restorers = [layer.restorer for layer in (usual.base, usual.residual) if layer.restorer is not None]
-        for network in (usual.base.codec, usual.residual.codec, usual.liff, *restorers):
-            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        level = codec.base.level(60)
+        usual: Any = Codec.load("cpu", precision="float32")
+        for network in (usual.base.codec, usual.residual.codec, usual.predictor):
+            network.to(memory_format=torch.contiguous_format)
+        level = usual.base.level(60)
         ratio = (totals["encode"] + totals["decode"]) / seconds(lambda: naive.code(usual, layers, level), 1)
     in_short = "`--precision auto` computes in it on this processor too"
     if (precision := fastest(codec.device)) != "float32":
@@ -313,17 +305,12 @@ def ordinary() -> tuple[dict[str, str], dict[str, dict[str, float]]]:
         if n != "everything"
     ]
     first = f"PyTorch {torch.__version__} with {torch.get_num_threads()} threads.\n\n{text}"
-    three = "\n\n".join([first, rows(["part", *parts], body), "![What each part takes](performance.svg)", NOTE])
+    three = "\n\n".join([first, rows(["part", *parts], body), "![What each part takes](performance.svg)"])
     heights = [times((1500, height), (4, 2, 1)) for height in (500, 1000, 2000)]
     sections = dict(zip(SECTIONS, (three, factored(), cold(), memory(heights)), strict=False))
     return sections, parts
 
 
-NOTE = (
-    "Analysis holds the synthesis that details need. Filters are found and applied on the CPU, also beside a GPU, "
-    "where finding them will be most of the time; that has not been measured. Where another strength of "
-    "restoration than the full one is tried, as for this picture, encoding takes a decoding of the layer more."
-)
 SECTIONS = ("Three layers of 768 x 512", "LIFF", "Starting", "Pictures of any height", "Large pictures", "A thumbnail")
 
 

@@ -23,8 +23,6 @@ from compass_codec.measure.protocol import (
     OURS,
     PADDED,
     PUBLISHED,
-    UNFILTERED,
-    UNRESTORED,
     Curve,
     Scales,
     sizes_of,
@@ -286,6 +284,4 @@ def ablation_column(results: Results, scales: Scales) -> Column:
 ABLATED = {
     "bicubic instead of LIFF": BICUBIC,
     "pictures padded to 64 instead of layer-wise padding": PADDED,
-    "no filters of layers": UNFILTERED,
-    "no restoration": UNRESTORED,
 }

@@ -13,7 +13,7 @@ import click
 from safetensors.torch import save
 from torch import Tensor
 
-from compass_codec.mean_scale import PARTS, RESTORATION
+from compass_codec.mean_scale import PARTS
 from compass_codec.pictures import write_file
 from compass_codec.training.export import read_tensors, remember
 
@@ -30,7 +30,7 @@ def average(old: dict[str, Tensor], new: dict[str, Tensor], share: float) -> dic
 @click.command()
 @click.argument("old", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("new", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--part", "parts", type=click.Choice([*PARTS, RESTORATION]), multiple=True, required=True)
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, required=True)
 @click.option("--share", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Of OLD in the mean.")
 def main(old: Path, new: Path, parts: tuple[str, ...], share: float) -> None:
     """Average parts of the weights in the folder NEW with those in the folder OLD. Count the tables of codecs again

@@ -11,10 +11,7 @@ import click
 from compass_codec.commands.common import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-
     import torch
-    from torch import Tensor
 
     from compass_codec.training.data import Pictures
     from compass_codec.training.stages import Stage
@@ -23,16 +20,12 @@ if TYPE_CHECKING:
 # Nothing above needs torch, so that listing the commands stays quick.
 
 LEAN = ("lean", "lean-context", "lean-layers", "lean-residual")
-DETAIL_BATCH = 8  # crops of those that details are found from
 
 
 class Integers(click.ParamType):
     """Positive whole numbers separated by commas."""
 
     name = "N[,N...]"
-
-    def __init__(self, count: int = 0) -> None:
-        self.count = count  # how many there must be, if any number is given
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
@@ -41,9 +34,8 @@ class Integers(click.ParamType):
             numbers = tuple(int(part) for part in str(value).split(","))
         except ValueError:
             numbers = ()
-        if not numbers or min(numbers) < 1 or (self.count and len(numbers) != self.count):
-            wanted = f"{self.count} positive" if self.count else "positive"
-            self.fail(f"{value!r}: not {wanted} whole numbers separated by commas", param, ctx)
+        if not numbers or min(numbers) < 1:
+            self.fail(f"{value!r}: not positive whole numbers separated by commas", param, ctx)
         return numbers
 
 
@@ -66,27 +58,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def fill(
-    stage: Stage,
-    weights: Path | None,
-    pictures: Pictures,
-    seed: int,
-    liff: str | None = None,
-    restoration: tuple[int, ...] | None = None,
-) -> str:
+def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int, liff: str | None = None) -> str:
     """Give ``stage`` something better than random weights to start from; returns what that was, in words.
 
     ``weights``: a folder of exported weights (None: the installed ones) or one file with CompressAI's names. A base
     layer that is not there starts as a block transform, a residual codec as a copy of the base layer, LIFF as
-    bicubic interpolation, as it does when ``liff`` names another size than its weights have. ``restoration``: channels
-    and blocks that it grows to.
+    bicubic interpolation, as it does when ``liff`` names another size than its weights have.
     """
     import torch
 
-    from compass_codec.mean_scale import PARTS, RESTORATION
+    from compass_codec.mean_scale import PARTS
     from compass_codec.training import lean
     from compass_codec.training.export import import_start, load_parts
-    from compass_codec.training.start import block_transform, grown
+    from compass_codec.training.start import block_transform
     from compass_codec.weights import folder_or_default
 
     if isinstance(stage, lean.LeanStage):
@@ -98,68 +82,24 @@ def fill(
         if weights is not None and not weights.is_dir():
             raise ValueError(f"{weights}: no such file or folder of weights")
         found = load_parts(stage, folder_or_default(weights), liff)
-    words = [f"{part} from weights" for part in (*PARTS, RESTORATION) if part in found]
+    words = [f"{part} from weights" for part in PARTS if part in found]
     if "base" not in found:
         crops = pictures.sample(32, 128, torch.Generator().manual_seed(seed))
         block_transform(stage.base.codec, crops, seed)
         words.append("base from the block transform")
     if "residual" not in found:
         stage.residual.load_state_dict(stage.base.state_dict())
-        torch.nn.init.zeros_(stage.residual.codec.d_a.weight)  # but its details are others
         words.append("residual from base")
     if "liff" not in found:
         words.append("liff from bicubic")
-    if restoration is not None:
-        stage.restoration = grown(stage.restoration, *restoration)
-        words.append("restoration grown to {} channels and {} blocks".format(*restoration))
-    words += add_details(stage, found, pictures, seed)
     return ", ".join(words)
-
-
-def add_details(stage: Stage, parts: Collection[str], pictures: Pictures, seed: int) -> list[str]:
-    """Give those codecs of ``parts`` details that ``stage`` trains and that have none; returns which, in words.
-
-    ``parts`` should be those with trained weights: what an untrained codec loses is not what it will lose.
-    """
-    from functools import partial
-
-    from compass_codec.training.start import principal_details
-
-    found = []
-    stage.to(pictures.device)
-    for part in ("base", "residual"):
-        rated = getattr(stage, part)
-        if part in parts and part in stage.trains and not rated.codec.d_a.weight.any():
-            principal_details(rated, partial(detail_crops, stage, part, pictures, seed))
-            found.append(f"details of {part} from principal components")
-    return found
-
-
-def detail_crops(stage: Stage, part: str, pictures: Pictures, seed: int, level: float, count: int) -> Iterator[Tensor]:
-    """What the base or residual codec codes of ``count`` batches of crops at a level."""
-    import torch
-
-    from compass_codec.networks import BLOCK
-    from compass_codec.training.stages import draw_factors, shrink
-
-    generator = torch.Generator().manual_seed(seed)
-    stage.freeze()
-    for _ in range(max(1, min(count, len(pictures) // DETAIL_BATCH))):
-        x = pictures.sample(DETAIL_BATCH, min(256, pictures.smallest // BLOCK * BLOCK), generator)
-        with torch.no_grad():
-            if part == "base":
-                yield x - 0.5
-            else:
-                levels = torch.full((len(x),), float(level), device=x.device)
-                below = stage.lower(shrink(x, draw_factors(generator)[0]), levels)
-                yield x - stage.predict(below, (x.shape[-2], x.shape[-1]))
 
 
 def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...], start: str) -> list[Path]:
     """Export the EMA weights to ``out``, next to copies of the parts that this stage did not train."""
     from dataclasses import asdict
 
-    from compass_codec.mean_scale import PARTS, RESTORATION
+    from compass_codec.mean_scale import PARTS
     from compass_codec.training.export import device_name, export
     from compass_codec.training.lean import LeanStage
     from compass_codec.weights import CARD, folder_or_default
@@ -180,7 +120,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     lean = isinstance(run.stage, LeanStage)
     folder = weights or out if lean else folder_or_default(weights)
     if folder.is_dir():
-        others = [f"{part}.safetensors" for part in (*PARTS, RESTORATION) if part not in run.stage.trains]
+        others = [f"{part}.safetensors" for part in PARTS if part not in run.stage.trains]
         for file in [*others, CARD, "history.json"]:
             if (folder / file).exists() and not (out / file).exists():
                 shutil.copyfile(folder / file, out / file)
@@ -190,7 +130,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 @click.command("train")
 @click.argument(
     "stage",
-    type=click.Choice(["base", "liff", "residual", "joint", "hyper", "detail", "restore", *LEAN]),
+    type=click.Choice(["base", "liff", "residual", "joint", "hyper", *LEAN]),
 )
 @click.option(
     "--data",
@@ -228,9 +168,6 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 @click.option("--ema", type=click.FloatRange(0, 1, max_open=True), default=0.999, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
 @click.option("--liff", type=click.Choice(["small", "paper"]), help="Size of LIFF; default: that of its weights.")
-@click.option(
-    "--restoration", type=Integers(2), metavar="CHANNELS,BLOCKS", help="Let the networks of restoration grow to this."
-)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -242,7 +179,6 @@ def train(
     moments: Path | None,
     out: Path | None,
     liff: str | None,
-    restoration: tuple[int, ...] | None,
     device: str,
     quiet: bool,
     **settings: Any,
@@ -271,7 +207,7 @@ def train(
             pictures = Pictures(list(data), chosen, smallest=max(256, *plan.side))
             torch.manual_seed(plan.seed)
             networks = make_stage(stage)
-            start = fill(networks, weights, pictures, plan.seed, liff, restoration)
+            start = fill(networks, weights, pictures, plan.seed, liff)
             run = Run(plan, networks, pictures, resume, chosen)
             chief = run.rank == 0
             if run.checkpoint.exists():

@@ -16,17 +16,14 @@ from torch import Tensor
 
 from compass_codec.entropy import frequencies, gaussian_tables
 from compass_codec.liff import LIFF, SIZES
-from compass_codec.mean_scale import PARTS, RESTORATION
-from compass_codec.networks import ImageCodec
+from compass_codec.mean_scale import PARTS
 from compass_codec.pictures import write_file
-from compass_codec.restoration import Restoration
 from compass_codec.training import exact, lean
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.lean import LeanStage, RatedLean
 from compass_codec.training.stages import RatedCodec, Stage
 from compass_codec.weights import CARD, FORMAT, read_set
 
-DETAIL = ("d_a.", "d_s.", "h_d.")  # the networks of details
 BACKBONE = "mean_scale"
 REACH = 32  # hyper-latent symbols -REACH..REACH have a frequency of their own; beyond them, an escape
 
@@ -76,15 +73,12 @@ def export(stage: Stage, folder: Path, card_entry: dict[str, Any] | None = None)
 
 
 def describe(folder: Path) -> None:
-    """Bring ``folder``/model.json up to date with the parts that are there. Raises WeightsError for a broken one."""
+    """Write ``folder``/model.json unless there is one. Raises WeightsError for a broken one."""
     if (folder / CARD).exists():
-        spec = read_set(folder).spec
-    else:
-        spec = {"profile": "new", "backbone": BACKBONE, "purpose": "made by compass train", "format": FORMAT}
-    restored = (folder / f"{RESTORATION}.safetensors").exists()
-    parts = [*PARTS, *([RESTORATION] if restored else [])]
-    if spec.get("parts") != parts:
-        write_file(folder / CARD, (json.dumps(spec | {"parts": parts}, indent=1) + "\n").encode())
+        read_set(folder)
+        return
+    spec = {"profile": "new", "backbone": BACKBONE, "purpose": "made by compass train", "parts": PARTS}
+    write_file(folder / CARD, (json.dumps(spec | {"format": FORMAT}, indent=1) + "\n").encode())
 
 
 def device_name(device: torch.device) -> str:
@@ -111,10 +105,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def fill_module(module: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load ``module`` from those of ``tensors`` that it has a name for; a codec may be without details."""
+    """Load ``module`` from those of ``tensors`` that it has a name for."""
     own = module.state_dict()
-    if isinstance(module, ImageCodec) and "d_a.weight" not in tensors:
-        tensors = {name: value for name, value in own.items() if name.endswith("_d") or name[:4] in DETAIL} | tensors
     for name, value in own.items():
         if name not in tensors or tensors[name].shape != value.shape:
             raise ValueError(f"{path}: not weights of this architecture (no {name} of shape {tuple(value.shape)})")
@@ -135,15 +127,13 @@ def load_parts(stage: Stage, folder: Path, size: str | None = None) -> set[str]:
         raise ValueError(f"{folder / CARD}: weights of the backbone {backbone}; these stages train {BACKBONE}")
     if size is not None:
         stage.liff = LIFF(**SIZES[size])
-    found = {part for part in (*PARTS, RESTORATION) if (folder / f"{part}.safetensors").exists()}
+    found = {part for part in PARTS if (folder / f"{part}.safetensors").exists()}
     for part in sorted(found):
         path = folder / f"{part}.safetensors"
         tensors, module = read_tensors(path), getattr(stage, part)
         if isinstance(module, RatedCodec):
             fill_module(module.codec, tensors, path)
             fill_module(module.bottleneck, below(tensors, "bottleneck."), path)
-        elif isinstance(module, Restoration):
-            load_restoration(stage, tensors, path)
         else:
             found -= set() if load_liff(stage, tensors, path, size) else {part}
     return found
@@ -159,15 +149,6 @@ def load_liff(stage: Stage, tensors: dict[str, Tensor], path: Path, size: str | 
     stage.liff = LIFF(**dimensions)
     fill_module(stage.liff, tensors, path)
     return True
-
-
-def load_restoration(stage: Stage, tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        dimensions = Restoration.dimensions(tensors)
-    except KeyError as error:
-        raise ValueError(f"{path}: not weights of this architecture (no {error})") from error
-    stage.restoration = Restoration(**dimensions)
-    fill_module(stage.restoration, tensors, path)
 
 
 def import_start(stage: Stage, path: Path) -> None:

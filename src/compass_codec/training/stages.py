@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from compass_codec.layer import BEYOND, MOST_BEYOND
 from compass_codec.liff import LIFF, SIZES, bicubic
 from compass_codec.networks import LAMBDAS, ImageCodec, level_of, lower_bound
-from compass_codec.restoration import FOLD, Restoration
 from compass_codec.training.data import resize
 from compass_codec.training.density import FactorizedDensity
 
-DETAILS = 120  # channels of y that are details
 SCALE_MIN = 0.11  # smallest standard deviation that has a probability table
 REPEAT = 1 / 6  # of the steps between layers that repeat the size, for a better quality of it
 
@@ -63,9 +61,7 @@ class RatedCodec(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.codec = ImageCodec(details=DETAILS)
-        for weight in (self.codec.d_a.weight, *self.codec.h_d.parameters()):
-            nn.init.zeros_(weight)  # nothing is a detail yet
+        self.codec = ImageCodec()
         self.bottleneck = FactorizedDensity(self.codec.n)
 
     def forward(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,17 +99,8 @@ def to_8bit(x: Tensor) -> Tensor:
     return round_ste(x.clamp(0, 1) * 255) / 255
 
 
-def untrained_restoration(**dimensions: int) -> Restoration:
-    """Networks of random weights that change nothing."""
-    restoration = Restoration(**dimensions)
-    for name, parameter in restoration.named_parameters():
-        if name.endswith(".weight") and ".last." not in name:
-            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
-    return restoration
-
-
 class Stage(nn.Module):
-    """Base, residual codec, LIFF and restoration together; a subclass says which of them it trains and how."""
+    """Base, residual codec and LIFF together; a subclass says which of them it trains and how."""
 
     trains: tuple[str, ...] = ()
     layered = True  # whether a crop is reduced to lower layers
@@ -122,20 +109,13 @@ class Stage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.base, self.residual, self.liff = RatedCodec(), RatedCodec(), LIFF(**SIZES["small"])
-        self.restoration = untrained_restoration()
 
     def freeze(self) -> None:
         for name, child in self.named_children():
             child.requires_grad_(name in self.trains)
-        for rated in (self.base, self.residual):
-            if not rated.codec.d_a.weight.any():  # details are fitted to a trained codec, not grown from nothing
-                for name, parameter in rated.codec.named_parameters():
-                    if name.startswith(("d_", "h_d.")) or name.endswith("gain_d"):
-                        parameter.requires_grad_(False)
-        # an untrained LIFF is its bicubic skip exactly, untrained restoration nothing: do not pay for adding zero
+        # an untrained LIFF is its bicubic skip exactly: do not pay for adding zero
         last = self.liff.mlp_last
         self.only_skip = "liff" not in self.trains and not (last.weight.any() or last.bias.any())
-        self.restores = "restoration" in self.trains or bool(self.restoration.base.last.weight.any())
 
     def predict(self, below: Tensor, size: tuple[int, int]) -> Tensor:
         return (bicubic(below, size) if self.only_skip else self.liff(below, size)).float()
@@ -146,13 +126,7 @@ class Stage(nn.Module):
     def code(self, part: str, x: Tensor, known: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """A layer by the base or residual codec, given its prediction: (what the decoder shows of it, bits [B])."""
         rec, bits = getattr(self, part)(x - known, level)
-        return self.restore(part, rec + known, known, level), bits
-
-    def restore(self, part: str, rec: Tensor, known: Tensor, level: Tensor) -> Tensor:
-        """What the base or residual codec made of a layer, with its prediction, as the decoder shows it."""
-        if not self.restores:
-            return rec
-        return rec + getattr(self.restoration, part)(rec, known.expand_as(rec), level).float()
+        return rec + known, bits
 
     @torch.no_grad()
     def lower(self, x: Tensor, level: Tensor) -> Tensor:
@@ -300,7 +274,7 @@ class HyperStage(Stage):
     def freeze(self) -> None:
         super().freeze()
         for name, parameter in self.named_parameters():
-            if ".g_" in name or ".d_" in name or "gain" in name:
+            if ".g_" in name or "gain" in name:
                 parameter.requires_grad_(False)
 
     def forward(
@@ -322,90 +296,12 @@ class HyperStage(Stage):
         return (bpp * shares).mean(), {"bpp": bpp.mean().detach(), "psnr": torch.zeros(())}
 
 
-class DetailStage(Stage):
-    """Details of both image codecs alone: their transforms, gains and scales."""
-
-    trains = ("base", "residual")
-
-    def freeze(self) -> None:
-        super().freeze()
-        for name, parameter in self.named_parameters():
-            own = ".d_" in name or ".h_d." in name or name.endswith("gain_d")
-            parameter.requires_grad_(own and parameter.requires_grad)
-
-    def forward(
-        self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            prediction = self.predict(self.below(x, lam, level, factors), (x.shape[-2], x.shape[-1]))
-        base, parts = cost(x, *self.code_base(x, level), lam)
-        residual, above = cost(x, *self.code("residual", x, prediction, level), lam)
-        return base + residual, {name: (parts[name] + above[name]) / 2 for name in parts}
-
-
-class RestoreStage(Stage):
-    """Restoration alone, of what the two image codecs make of crops.
-
-    That takes them far longer than restoration takes to learn from it. So crops are kept, the last ``KEPT`` of them;
-    new ones come every ``NEW`` steps only, and a step draws ``DRAWN`` parts of those, of ``SIDE`` pixels at most.
-    """
-
-    trains = ("restoration",)
-    KEPT, NEW, DRAWN, SIDE = 1024, 8, 16, 96
-    EDGE = 8  # pixels at the sides of a part that do not count: restoration does not see what lies beyond
-
-    def __init__(self) -> None:
-        super().__init__()
-        # crop, the base codec's and the residual codec's, and its prediction [12, H, W]; lambda and level [2]
-        self.kept: deque[tuple[Tensor, Tensor]] = deque(maxlen=self.KEPT)
-        self.calls = 0
-
-    def forward(
-        self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        if not self.training:
-            return self.learn(self.coded(x, lam, level, factors), lam, level)
-        if self.calls % self.NEW == 0:
-            if self.kept and self.kept[0][0].shape[1:] != x.shape[2:]:
-                self.kept.clear()  # crops are now of another size
-            self.kept.extend(zip(self.coded(x, lam, level, factors).half(), torch.stack((lam, level), 1), strict=True))
-        self.calls += 1
-        drawn = [self.kept[i] for i in torch.randint(len(self.kept), (self.DRAWN,)).tolist()]
-        planes, rates = (stacked(part) for part in zip(*drawn, strict=True))
-        top, left = (int(torch.randint(max(0, side - self.SIDE) // FOLD + 1, ())) * FOLD for side in x.shape[2:])
-        planes = planes[:, :, top : top + self.SIDE, left : left + self.SIDE]
-        return self.learn(planes, rates[:, 0], rates[:, 1], min(self.EDGE, min(planes.shape[2:]) // 4))
-
-    @torch.no_grad()
-    def coded(self, x: Tensor, lam: Tensor, level: Tensor, factors: Sequence[float]) -> Tensor:
-        """Crops, what the base codec and the residual codec make of them, and their predictions: [B, 12, H, W]."""
-        known = self.predict(self.below(x, lam, level, factors), (x.shape[-2], x.shape[-1]))
-        mode = self.training
-        self.eval()
-        made = self.base(x - 0.5, level)[0] + 0.5, self.residual(x - known, level)[0] + known
-        self.train(mode)
-        return torch.cat([x, *made, known], 1)
-
-    def learn(self, planes: Tensor, lam: Tensor, level: Tensor, edge: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of what :meth:`coded` gives, without ``edge`` pixels on every side."""
-        x, base, residual, known = planes.split(3, 1)
-        inner = slice(edge, x.shape[-2] - edge), slice(edge, x.shape[-1] - edge)
-        loss, psnr = x.new_zeros(()), x.new_zeros(())
-        for part, rec, seen in ("base", base, torch.full_like(known, 0.5)), ("residual", residual, known):
-            mse = (self.restore(part, rec, seen, level) - x)[..., *inner].square().mean((1, 2, 3))
-            loss = loss + ((lam * 0.013).sqrt() * 255**2 * mse).mean()  # as in cost()
-            psnr = psnr - 5 * mse.detach().clamp(min=1e-10).log10().mean()
-        return loss, {"bpp": torch.zeros_like(psnr), "psnr": psnr}
-
-
 STAGES: dict[str, type[Stage]] = {
     "base": BaseStage,
     "liff": LiffStage,
     "residual": ResidualStage,
     "joint": JointStage,
     "hyper": HyperStage,
-    "detail": DetailStage,
-    "restore": RestoreStage,
 }
 
 

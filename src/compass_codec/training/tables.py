@@ -1,14 +1,13 @@
 """Probability tables from what the networks really put out, in place of the ideal ones they were trained with.
 
 ``python -m compass_codec.training.tables WEIGHTS --data photos.tar`` counts the symbols of real encodes and rewrites
-the tables in WEIGHTS, those of contexts among them. As the encoder rounds by what symbols cost, it counts twice: first
-a few crops with the tables that are there, then all with those.
+the tables in WEIGHTS. As the encoder rounds by what symbols cost, it counts twice: first a few crops with the tables
+that are there, then all with those.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -17,104 +16,68 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from compass_codec import contexts
+from compass_codec.backbone import LayerCodec
 from compass_codec.codec import Codec, choose_device
-from compass_codec.entropy import LEVELS, Table, Tables, encode, frequencies, groups, walk
+from compass_codec.entropy import Table, Tables, encode, frequencies, groups
 from compass_codec.errors import CompassError
-from compass_codec.layer import LayerCodec
+from compass_codec.layer import MeanScaleLayer
 from compass_codec.pictures import write_file
 from compass_codec.training.data import Pictures, resize
 from compass_codec.training.export import device_name, read_tensors, remember
 
 PRIOR = 20.0  # symbols that the ideal table counts for, next to those that were seen
-WITH_CONTEXTS = 44  # scale indices that have contexts; tables of those above would be long, and their symbols are few
-RIDGE = 30.0
 FIRST = 8  # how many times fewer crops are counted at first
 HELD_OUT = 10  # every so many-th crop is not counted
 
 
 class Counts:
-    """What was seen of the symbols of one codec: of z, how often each, by channel; all those of y."""
+    """How often each symbol of one codec was seen: of z by channel, of y by scale index.
+
+    Raises ValueError for a codec of another backbone than mean_scale.
+    """
 
     def __init__(self, layer: LayerCodec) -> None:
+        if not isinstance(layer, MeanScaleLayer):
+            raise ValueError("only sets of the backbone mean_scale have tables that are counted")
         self.layer = layer
-        self.z = [np.zeros(2 * t.width + 1) for t in layer.tables.z]
-        # int32 [M, h, w] and their scale indices: what is counted, and what is only coded as a check
-        self.y: list[tuple[np.ndarray, np.ndarray]] = []
+        self.z, self.y = ([np.zeros(2 * t.width + 1) for t in tables] for tables in (layer.tables.z, layer.tables.y))
+        # symbols of y, int32 [M, h, w], and their scale indices, that are only coded as a check
         self.held_out: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, x: Tensor, quality: float, hold_out: bool = False) -> Tensor:
-        """Count the symbols of a picture [1, 3, H, W] centred on zero; returns its reconstruction, not restored."""
+        """Count the symbols of a picture [1, 3, H, W] centred on zero; returns its reconstruction."""
         size = (x.shape[-2], x.shape[-1])
         analysed = self.layer.analyse([x], size, quality)
-        ((y, index, means),) = analysed.latents
-        if not hold_out:
-            z = torch.cat(analysed.z, 2)[0].flatten(1).long().cpu().numpy()
-            for counts, symbols in zip(self.z, z, strict=True):
-                _count(counts, symbols)
-        seen = self.held_out if hold_out else self.y
-        seen.append((y[0].cpu().numpy().astype(np.int32), index[0].cpu().numpy()))
-        return self.layer.codec.synthesis(y + means, self.layer.level(quality), size)
+        ((symbols, indices, means),) = analysed.latents
+        y, index = symbols[0].cpu().numpy().astype(np.int32), indices[0].cpu().numpy()
+        if hold_out:
+            self.held_out.append((y, index))
+        else:
+            for counts, channel in zip(
+                self.z, torch.cat(analysed.z, 2)[0].flatten(1).long().cpu().numpy(), strict=True
+            ):
+                _count(counts, channel)
+            for number, where in groups(index):
+                _count(self.y[number], y.ravel()[where])
+        return self.layer.codec.synthesis(symbols + means, self.layer.level(quality), size)
 
     def tables(self) -> dict[str, np.ndarray]:
-        """New frequencies and weights, by their names in the weights file."""
+        """New frequencies, by their names in the weights file."""
         old = self.layer.tables
-        z = np.stack([_blend(c, t) for c, t in zip(self.z, old.z, strict=True)])
-        seen = [np.zeros(2 * t.width + 1) for t in old.y]
-        for y, index in self.y:
-            for i, where in groups(index):
-                _count(seen[i], y.ravel()[where])
+        z = [_blend(counts, table) for counts, table in zip(self.z, old.z, strict=True)]
         # the means have taken out what is lopsided in y; the rest would be chance
-        y_tables = [_blend((c + c[::-1]) / 2, t) for c, t in zip(seen, old.y, strict=True)]
-        flat, lengths = np.concatenate(y_tables), np.array([len(t) for t in y_tables], np.int32)
-        every = np.concatenate([np.tile(t, contexts.COUNT) for t in y_tables[:WITH_CONTEXTS]])
-        new = Tables(z, flat, lengths, every, _weights(self.y, Tables(z, flat, lengths).expected))
-        in_context = [np.zeros(2 * t.width + 1) for t in new.all_y]
-
-        def count(table: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-            for number, where in groups(table):
-                _count(in_context[number], symbols.ravel()[where])
-            return symbols
-
-        for y, index in self.y:
-            walk(index, new, count, y)
-        parts = [_blend(c, t) for c, t in zip(in_context[LEVELS:], new.all_y[LEVELS:], strict=True)]
-        assert new.weights is not None
-        return {"z": z, "y": flat, "y_contexts": np.concatenate(parts), "y_weights": new.weights.astype(np.int8)}
+        y = [_blend((counts + counts[::-1]) / 2, table) for counts, table in zip(self.y, old.y, strict=True)]
+        return {"z": np.stack(z), "y": np.concatenate(y)}
 
     def check(self, found: dict[str, np.ndarray]) -> str:
-        """What the symbols of y that were not counted take with the old tables, with new ones, and with contexts."""
-        lengths = np.array([len(t.freq) for t in self.layer.tables.y], np.int32)
-        plain = Tables(found["z"], found["y"], lengths)
-        with_contexts = Tables(found["z"], found["y"], lengths, found["y_contexts"], found["y_weights"])
+        """What the symbols of y that were not counted take with the old tables and with new ones."""
+        new = Tables(found["z"], found["y"], np.array([len(t.freq) for t in self.layer.tables.y], np.int32))
         none = np.zeros((len(self.z), 1, 1), np.int32)
-        old, new, best = (
+        before, now = (
             sum(len(encode(none, y, index, tables)) for y, index in self.held_out)
-            for tables in (self.layer.tables, plain, with_contexts)
+            for tables in (self.layer.tables, new)
         )
-        crops = len(self.held_out)
-        return f"{crops} pieces that were not counted: {old} bytes before, {new} now, {best} with contexts"
-
-
-def _weights(seen: Sequence[tuple[np.ndarray, np.ndarray]], expected: np.ndarray) -> np.ndarray:
-    """The weights of contexts.Neighbourhood, int8 [phases - 1, M, 8], by least squares over all symbols, each error
-    relative to the magnitude that was expected."""
-    phases, channels = len(contexts.PHASES) - 1, len(seen[0][0])
-    products = np.zeros((phases, channels, 8, 8)) + RIDGE * np.eye(8)
-    targets = np.zeros((phases, channels, 8))
-    for y, index in seen:
-        around = contexts.Neighbourhood(expected[index], np.zeros((phases, channels, 8), np.int32))
-        for phase, (row, column) in enumerate(contexts.PHASES):
-            symbols = y[:, row::2, column::2]
-            if phase:
-                near = [around.part(around.symbols, phase, off) for off in contexts.AROUND]
-                x = np.stack(near, 1).reshape(channels, 8, -1).astype(float)
-                sure = (around.part(around.coming, phase) / contexts.UNIT + 0.1).reshape(channels, 1, -1) ** -2
-                products[phase - 1] += (x * sure) @ x.transpose(0, 2, 1)
-                targets[phase - 1] += ((x * sure) @ symbols.reshape(channels, -1, 1))[..., 0]
-            around.put(phase, symbols)
-    weights = np.linalg.solve(products, targets[..., None])[..., 0]
-    return np.clip(np.rint(contexts.UNIT * weights), -127, 127).astype(np.int8)
+        return f"{len(self.held_out)} pieces that were not counted: {before} bytes before, {now} now"
 
 
 def _count(counts: np.ndarray, symbols: np.ndarray) -> None:
@@ -143,10 +106,8 @@ def count(codec: Codec, pictures: Pictures, crops: int, side: int, seed: int = 1
             base.add(x - 0.5, quality, hold_out)
             small = resize(x, (round(side / factor), round(side / factor)))
             below = base.add(small - 0.5, quality, hold_out) + 0.5
-            if codec.base.restorer is not None:
-                below = below + codec.base.restorer(below, torch.full_like(below, 0.5), codec.base.level(quality))
-            below = (below.clamp(0, 1) * 255).round() / 255
-            residual.add(x - codec.liff(below, (side, side)), quality, hold_out)
+            below = (below.clamp(0, 1) * 255).round().byte()
+            residual.add(x - codec.predictor.rows(below, (side, side), (0, side)), quality, hold_out)
     return base, residual
 
 

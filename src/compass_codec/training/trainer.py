@@ -33,7 +33,6 @@ from compass_codec.training.muon import Muon
 from compass_codec.training.stages import STAGES, Stage, draw_factors, draw_lambdas
 
 HELD_OUT_LAMBDAS = (0.0035, 0.013, 0.0483)
-DETAIL_RATE = 0.1  # learning rate of details relative to the others
 HELD_OUT_FACTORS = (2.0, 1.6)
 
 
@@ -85,12 +84,9 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 def make_optimiser(plan: Plan, trained: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """The plan's optimiser; the hyper networks, which start cold, have a learning rate of their own. Details start at
-    their optimum for the other weights, most of theirs are small, and steps of full size only do harm there."""
-    detail = {n for n in trained if ".d_" in n or ".h_d." in n}
-    hyper = {n for n in trained if ".h_" in n or ".bottleneck." in n} - detail
-    rest = [n for n in trained if n not in detail | hyper]
-    split = (rest, 1.0), ([n for n in trained if n in hyper], plan.hyper_lr), (sorted(detail), DETAIL_RATE)
+    """The plan's optimiser; the hyper networks, which start cold, have a learning rate of their own."""
+    hyper = [n for n in trained if ".h_" in n or ".bottleneck." in n]
+    split = ([n for n in trained if n not in hyper], 1.0), (hyper, plan.hyper_lr)
     groups = [{"params": [trained[n] for n in names], "factor": factor} for names, factor in split if names]
     if plan.optimiser == "muon":
         return Muon(groups, lr=plan.lr)
@@ -113,8 +109,6 @@ class Run:
             # what the processes agree on each step goes over the CPU, so that nobody waits for the GPU
             self.control: Any = dist.new_group(backend="gloo")
         self.trained = {n: p for n, p in stage.named_parameters() if p.requires_grad}
-        if {n.split(".")[0] for n in self.trained} != set(stage.trains):
-            raise ValueError(f"the {plan.stage} stage needs trained weights of {' and '.join(stage.trains)}")
         self.ema = {n: p.detach().clone() for n, p in self.trained.items()}
         self.optimiser = make_optimiser(plan, self.trained)
         self.generator = torch.Generator()

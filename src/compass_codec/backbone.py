@@ -1,0 +1,70 @@
+"""What a backbone offers: the codecs of layers and the predictor that codec.py makes files with.
+
+A backbone is a module whose ``build`` makes these three from the tensors of a set of weights; weights.BACKBONES names
+the modules. Sizes are (height, width) in pixels. A prediction comes as strips from top to bottom: float32
+[1, 3, rows, width] in about 0..1, on the device that the backbone was built for and as high as strips.strip_spans says.
+A strip may be a broadcast view, so nobody writes to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+
+class LayerCodec(Protocol):
+    """Codes what a layer adds to its prediction. Encoder and decoder see the same pixels on the same device."""
+
+    searchable: bool
+    """Whether search.py can look for symbols that cost less: encoding takes an effort above 0."""
+
+    def lambda_of(self, quality: float) -> float:
+        """The Lagrangian multiplier of a quality 1..100, rising with it; the cost of a layer is R + lambda * 255^2 *
+        MSE, with R in bits a pixel and samples in 0..1."""
+        ...
+
+    def encode(
+        self, picture: np.ndarray, prediction: Callable[[], Iterable[Tensor]], quality: float
+    ) -> tuple[bytes, np.ndarray]:
+        """A layer, uint8 [height, width, 3], to its bytes, at least one and fewer than 2^28, and what the decoder will
+        see, like the layer. ``prediction`` makes its prediction, anew whenever it is called: of a large picture it is
+        too much to keep."""
+        ...
+
+    def decode(self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float) -> np.ndarray:
+        """The bytes of a layer of ``size`` and its prediction to the layer, uint8 [height, width, 3]. Raises
+        DamagedError for bytes that no encoder writes."""
+        ...
+
+    def parse(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, *tuple[Any, ...]]:
+        """The bytes of a layer of ``size`` to all that they say, in integers: hyper-latent and latent, int32 [channels,
+        rows, columns] each, and what else a backbone makes of them. The same on every device and in every precision.
+        Raises DamagedError."""
+        ...
+
+
+class Predictor(Protocol):
+    """Predicts a layer from the one below it, at any ratio of their sizes of at least 1."""
+
+    def rows(self, low: Tensor, size: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+        """Rows ``rows`` (first, last + 1) of the prediction of a layer of ``size`` from the layer below, uint8
+        [1, 3, height, width]: float32 [1, 3, rows, width] in about 0..1."""
+        ...
+
+
+class Backbone(Protocol):
+    """The module of a backbone."""
+
+    def build(
+        self, spec: dict[str, Any], tensors: dict[str, dict[str, Tensor]], device: torch.device, precision: str
+    ) -> tuple[LayerCodec, LayerCodec, Predictor]:
+        """The codec of base layers, that of all layers above, and the predictor, on ``device``. ``spec`` is the set's
+        model.json, ``tensors`` those of each part that it names. ``precision``, "float32", "float16" or "bfloat16", is
+        that of what computes pixels above the base layer; no symbol depends on it. Raises KeyError, ValueError,
+        IndexError, RuntimeError or WeightsError where tensors are missing or do not fit."""
+        ...
