@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from compass_codec.strips import spans
-
 Strip = tuple[Tensor, bool]
 
 
@@ -70,6 +68,7 @@ def gather(strips: Iterable[Strip]) -> Tensor:
 
 
 def cut(x: Tensor, rows: int) -> Iterator[Strip]:
-    """A tensor [1, C, H, W] as strips of ``rows`` at most."""
-    for first, end in spans(x.shape[2], rows):
-        yield x[:, :, first:end], end == x.shape[2]
+    """A tensor [1, C, H, W] as strips of ``rows``, the last of what remains."""
+    height = x.shape[2]
+    for first in range(0, height, rows):
+        yield x[:, :, first : first + rows], first + rows >= height

@@ -36,6 +36,7 @@ BACKBONE = "lean"
 PARTS = ("base", "residual", "liff")
 LOG_SCALES = (math.log(0.06), math.log(256.0))  # that the networks may give
 LEAST = 0.05  # standard deviation of latents that the start leaves at zero
+SOLID = 1 / 16  # of the crops become one colour, which photographs rarely are
 GRAINY, GRAIN, COLOURED = 0.05, 4 / 255, 0.3  # lambda from where crops get grain; its most; its part that has colour
 
 
@@ -97,7 +98,7 @@ class LeanStage(Stage):
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.training:
-            x = with_grain(x, lam)
+            x = varied(x, lam)
         rec, bits = self.base(x - 0.5, level, self.with_context)
         return cost(x, rec + 0.5, bits, lam)
 
@@ -167,7 +168,7 @@ class LeanLayersStage(LeanStage):
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.training:
-            x = with_grain(x, lam)
+            x = varied(x, lam)
         layers, total = [(x, lam, level)], 1.0
         for factor in factors:
             total *= factor
@@ -202,12 +203,14 @@ STAGES: dict[str, type[LeanStage]] = {
 }
 
 
-def with_grain(x: Tensor, lam: Tensor) -> Tensor:
-    """Crops [B, 3, H, W] with film-like grain where ``lam`` [B] is high enough to keep it: training pictures that were
-    reduced have little of their own."""
-    amount = GRAIN * torch.rand(len(x), 1, 1, 1, device=x.device) * (lam > GRAINY)[:, None, None, None]
+def varied(x: Tensor, lam: Tensor) -> Tensor:
+    """Crops [B, 3, H, W] with film-like grain where ``lam`` [B] is high enough to keep it, as training pictures that
+    were reduced have little of their own; and some of one colour alone."""
+    shape = (len(x), 1, 1, 1)
+    amount = GRAIN * torch.rand(shape, device=x.device) * (lam > GRAINY).view(shape)
     grain = torch.randn_like(x[:, :1]) + COLOURED * torch.randn_like(x)
-    return (x + amount * grain).clamp(0, 1)
+    solid = torch.rand(shape, device=x.device) < SOLID
+    return torch.where(solid, x.mean((2, 3), keepdim=True), (x + amount * grain).clamp(0, 1))
 
 
 def dct(side: int) -> Tensor:
