@@ -1,0 +1,211 @@
+"""The lean backbone as a codec: integer twins, strips, and layers to bytes and back. Small networks of random weights
+are enough for that."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from compass_codec import entropy, exact, flow, lean_codec, strips
+from compass_codec.errors import DamagedError
+from compass_codec.lean import LAMBDAS, LeanCodec, PlainBlock
+from compass_codec.lean_codec import Entropy, LeanLayer, Prepared, quality_to_lambda
+from compass_codec.training.density import FactorizedDensity
+from compass_codec.training.exact import SCALE_STEP, integers
+from compass_codec.training.export import z_table
+
+SMALL = {"c8": 16, "c16": 24, "n8": 3, "n16": 2, "m": 16, "n": 8, "h": 16, "g": 16}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["base", "conditional"])
+def layer(request) -> LeanLayer:
+    return made(request.param)
+
+
+def made(conditional: bool, kind: torch.dtype = torch.float32) -> LeanLayer:
+    torch.manual_seed(5)
+    codec = LeanCodec(**SMALL, conditional=conditional)
+    for name, parameter in codec.named_parameters():
+        if not parameter.any():  # what starts at zero adds something here
+            nn.init.normal_(parameter, std=0.1)
+        if name in ("to_y.weight", "h_p.weight"):
+            parameter.data.mul_(6)
+    codec.requires_grad_(False).eval()
+    latents = [codec.analysis(*inputs((64, 64), level, conditional)) for level in range(len(LAMBDAS))]
+    y, lengths = entropy.gaussian_tables()
+    tables = entropy.Tables(z_table(FactorizedDensity(codec.n)).numpy(), y, lengths, skipped=lean_codec.SKIPPED)
+    return LeanLayer(codec, Entropy(integers(codec, latents), codec.m), tables, kind)
+
+
+def inputs(size: tuple[int, int], level: float, conditional: bool) -> tuple[torch.Tensor, ...]:
+    """A layer less its prediction, its level and, for a conditional codec, the prediction."""
+    generator = torch.Generator().manual_seed(round(level))
+    x = torch.rand(2, 3, *size, generator=generator) - 0.5
+    return (x, torch.full((2,), float(level)), -x) if conditional else (x, torch.full((2,), float(level)))
+
+
+def picture(size: tuple[int, int]) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    walk = rng.normal(size=(*size, 3)).cumsum(0) + rng.normal(size=(*size, 3)).cumsum(1)
+    return (128 + 8 * walk).clip(0, 255).astype(np.uint8)
+
+
+def known(size: tuple[int, int], rows: int = 10**6):
+    """A prediction in strips."""
+    plane = torch.from_numpy(picture(size)).permute(2, 0, 1)[None] / 510 + 0.25
+    return lambda: (plane[:, :, a:b] for a, b in strips.spans(size[0], rows))
+
+
+def test_sums_are_exact_in_any_order():
+    torch.manual_seed(2)
+    packed = exact.pack(torch.randn(5, 384, 1, 1), torch.randn(5), torch.rand(384) + 0.1, 0.3)
+    conv = exact.Conv({f"a.{key}": value for key, value in packed.items()}, "a")
+    x = torch.randint(-exact.ACTIVATION, exact.ACTIVATION + 1, (1, 384, 4, 4))
+    sums = torch.einsum("oi,bihw->bohw", packed["weight"][..., 0, 0].long(), x) + packed["bias"].long()[:, None, None]
+    assert sums.abs().max() < exact.EXACT
+    assert torch.equal(conv(x.float()), (sums.float() * packed["scale"][:, None, None]).floor())
+    assert torch.equal(conv(x.float(), slice(2, 4)), conv(x.float())[:, 2:4])
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_packed_weights_are_near_the_real_ones_and_never_overflow(size):
+    torch.manual_seed(3)
+    weight, bias = size * torch.randn(8, 300, 1, 1), size * torch.randn(8)
+    weight[0], weight[1, 0] = 0, 1000 * size  # an output that nothing leads to, and one that a single input leads
+    unit_out = torch.full((8,), 0.05 * size)
+    packed = exact.pack(weight, bias, 0.01, unit_out)
+    conv = exact.Conv({f"a.{key}": value for key, value in packed.items()}, "a")
+    x = torch.randint(-511, 512, (1, 300, 6, 6)).float()
+    real = nn.functional.conv2d(x.double() * 0.01, weight.double(), bias.double())
+    error = (conv(x) * 0.05 * size - real).abs().amax((0, 2, 3)) / real.abs().amax((0, 2, 3)).clamp(min=size)
+    assert error.max() < 0.06
+
+
+def test_weights_that_are_not_exact_are_refused():
+    tensors = {"a.weight": torch.full((1, 300, 1, 1), 127, dtype=torch.int8)}
+    tensors |= {"a.bias": torch.zeros(1, dtype=torch.int32), "a.scale": torch.ones(1)}
+    with pytest.raises(ValueError, match="a: weights that are not exact"):
+        exact.Conv(tensors, "a")
+
+
+def test_the_integer_twin_is_near_the_networks(layer):
+    """Indices and means of all four steps, from the same z and the same known latents."""
+    codec, found = layer.codec, []
+    y = codec.analysis(*inputs((128, 128), 4, codec.conditional))[:1]
+    z = codec.hyper_analysis(y).round()
+
+    def symbols(step, log_scales, means, part):
+        index = (log_scales - np.log(entropy.SCALE_RANGE[0])) / SCALE_STEP
+        found.append((index.clamp(0, entropy.LEVELS - 1).flatten(), means.flatten()))
+        return y[part]
+
+    codec.walk(codec.hyper_synthesis(z, (8, 8)), symbols)
+    twin: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def code(index, means, own):
+        twin.append((index.float(), means.clone()))
+        return own
+
+    layer.exact.walk(layer.exact.features(z, (8, 8)), y.clone(), code)
+    for real, ours in zip(zip(*found, strict=True), zip(*twin, strict=True), strict=True):
+        difference = (torch.cat(real) - torch.cat(ours)).abs()
+        spread = torch.cat(real).std()
+        assert difference.mean() < 0.05 * spread + 0.3  # an index is a whole number
+
+
+def test_strips_are_the_whole(layer, monkeypatch):
+    """What Prepared computes strip by strip is what the codec computes at once, up to float rounding."""
+    size = (8 * 21 + 3, 52)
+    x, level, *more = (part[:1] for part in inputs(size, 3, layer.codec.conditional))
+    whole = layer.codec.analysis(x, level, *more)
+    networks = Prepared(layer.codec, level, torch.float32)
+    prediction = -x if more else torch.zeros_like(x)
+    for cells in (4, 16, 1024):
+        monkeypatch.setitem(lean_codec.CELLS, "cpu", cells)
+        cuts = strips.spans(-(-size[0] // 16), layer._rows(size[1]))
+        rows = [slice(a * 16, min(size[0], b * 16)) for a, b in cuts]
+        pixels = ((x[:, :, r], prediction[:, :, r], r.stop == size[0]) for r in rows)
+        y = flow.gather(networks.analysis(pixels))
+        assert (y - whole).abs().max() < 1e-3 * whole.abs().max()
+        back = torch.cat(list(networks.synthesis(flow.cut(whole, 2), [prediction + 0.5], size)), 2)
+        expected = layer.codec.synthesis(whole, level, size, *more) + prediction + 0.5
+        assert (back - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 1), (16, 16), (17, 31), (70, 90)])
+@pytest.mark.parametrize("quality", [1, 60, 100])
+def test_the_decoder_sees_what_the_encoder_saw(layer, size, quality):
+    data, seen = layer.encode(picture(size), known(size), quality)
+    assert np.array_equal(layer.decode(data, size, known(size, 7)(), quality), seen)
+
+
+def test_symbols_do_not_depend_on_strips_threads_or_the_pixel_path(layer, monkeypatch):
+    size = (150, 110)
+    data, _ = layer.encode(picture(size), known(size), 80)
+    z, y = layer.parse(data, size)
+    assert z.dtype == y.dtype == np.int32 and z.shape == (8, 3, 2) and y.shape == (16, 10, 7)
+    assert len(np.unique(y)) > 50
+    other = made(layer.codec.conditional, torch.bfloat16)
+    for codec, cells, threads in ((layer, 4, 1), (layer, 14, 2), (other, 1024, 1)):
+        monkeypatch.setitem(lean_codec.CELLS, "cpu", cells)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        again = codec.parse(data, size)
+        torch.set_num_threads(before)
+        assert np.array_equal(again[0], z) and np.array_equal(again[1], y)
+
+
+def test_strips_write_the_same_bytes(layer, monkeypatch):
+    """Unless float rounding moves a latent over a threshold, which these do not."""
+    size = (150, 110)
+    data, _ = layer.encode(picture(size), known(size), 80)
+    monkeypatch.setitem(lean_codec.CELLS, "cpu", 14)
+    assert layer.encode(picture(size), known(size), 80)[0] == data
+
+
+def test_almost_certain_zeros_are_not_coded():
+    layer = made(False)
+    index = torch.arange(entropy.LEVELS, dtype=torch.uint8)
+    symbols = layer._quantise(torch.full((entropy.LEVELS,), 3.2), index)
+    assert symbols.tolist() == [0] * lean_codec.SKIPPED + [3] * (entropy.LEVELS - lean_codec.SKIPPED)
+    coder, empty = entropy.Encoder(layer.tables), entropy.Encoder(layer.tables)
+    coder.y(index[: lean_codec.SKIPPED].numpy(), np.zeros(lean_codec.SKIPPED, np.int32))
+    assert coder.data() == empty.data()
+
+
+def test_garbage_gives_a_picture_or_one_error(layer):
+    size, rng = (40, 56), np.random.default_rng(3)
+    data, _ = layer.encode(picture(size), known(size), 70)
+    for _ in range(60):
+        broken = bytearray(data)
+        broken[rng.integers(len(broken))] ^= int(rng.integers(1, 256))
+        try:
+            assert layer.decode(bytes(broken[: rng.integers(1, len(data) + 1)]), size, known(size)(), 70).shape == (
+                *size,
+                3,
+            )
+        except DamagedError:
+            continue
+
+
+def test_quality_spans_the_lambdas():
+    assert quality_to_lambda(1) == pytest.approx(LAMBDAS[0])
+    assert quality_to_lambda(60) == pytest.approx(0.013, rel=0.01)
+    assert quality_to_lambda(100) == pytest.approx(LAMBDAS[-1], rel=0.01)
+
+
+def test_blocks_in_integers():
+    """A twin of one block, in units that are a thousandth of its activations, differs by about as little."""
+    torch.manual_seed(4)
+    block, unit = PlainBlock(12), 0.01
+    nn.init.normal_(block.p2.weight, std=0.2)
+    tensors = {}
+    for name, layer in (("dw", block.dw), ("p1", block.p1), ("p2", block.p2)):
+        packed = exact.pack(layer.weight.detach(), layer.bias.detach(), unit, unit)
+        tensors |= {f"b.{name}.{key}": value for key, value in packed.items()}
+    x = torch.randint(-150, 151, (1, 12, 9, 7)).float()
+    twin = exact.Block(tensors, "b")(nn.functional.pad(x, (0, 0, 1, 1)))
+    with torch.no_grad():
+        assert (twin * unit - block(x * unit)).abs().max() < 0.1
