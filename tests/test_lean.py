@@ -1,6 +1,7 @@
 """The lean backbone: geometry, the walk over its context model, its start, and training."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,22 @@ from PIL import Image
 
 from compass_codec.errors import CompassError
 from compass_codec.lean import LAMBDAS, PHASES, STEPS, LeanCodec
+from compass_codec.lean import multiply_accumulates as codec_multiply_accumulates
+from compass_codec.lean_liff import LeanLIFF, multiply_accumulates
+from compass_codec.liff import bicubic, nearest
 from compass_codec.networks import level_of
-from compass_codec.training.export import read_tensors
-from compass_codec.training.lean import RatedLean, linear_start
+from compass_codec.training.export import export, read_tensors
+from compass_codec.training.lean import (
+    PARTS,
+    LeanLayersStage,
+    LeanResidualStage,
+    LeanStage,
+    RatedLean,
+    linear_start,
+    start,
+)
 from compass_codec.training.start import noise_pictures
+from compass_codec.training.trainer import Plan, Run, make_stage
 from compass_codec.weights import choose, load
 
 SMALL = {"c8": 24, "c16": 32, "n8": 1, "n16": 1, "m": 16, "n": 8, "h": 16, "g": 16}
@@ -24,8 +37,8 @@ def codec():
     return LeanCodec(**SMALL).eval()
 
 
-def disturbed(codec: LeanCodec) -> LeanCodec:
-    """A codec whose parts that start at zero do something."""
+def disturbed(codec):
+    """A network whose parts that start at zero do something."""
     with torch.no_grad():
         for parameter in codec.parameters():
             if not parameter.any():
@@ -129,3 +142,156 @@ def test_training_goes_on_and_its_set_says_what_it_is(tmp_path):
     assert stages == ["lean", "lean-context"]
     with pytest.raises(CompassError, match=r"backbone lean; this version has mean_scale"):
         load(choose(folder), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (19, 40)])
+@torch.no_grad()
+def test_a_conditional_codec_starts_as_that_of_the_residual(codec, size):
+    conditional = LeanCodec(**SMALL, conditional=True).eval()
+    missing = conditional.load_state_dict(codec.state_dict(), strict=False).missing_keys
+    assert {name.split(".")[0] for name in missing} == {"embed_p", "p8"}
+    x, known, level = torch.rand(1, 3, *size), torch.rand(1, 3, *size) - 0.5, torch.tensor([1.5])
+    y = codec.analysis(x, level)
+    shown = codec.synthesis(y, level, size)
+    assert torch.equal(conditional.analysis(x, level, known), y)
+    assert torch.equal(conditional.synthesis(y, level, size, known), shown)
+    disturbed(conditional)
+    assert not torch.equal(conditional.analysis(x, level, known), conditional.analysis(x, level, -known))
+    assert not torch.equal(conditional.synthesis(y, level, size, known), conditional.synthesis(y, level, size, -known))
+
+
+FACTORS = (1, 1.2, 2, 2.8, 4)
+
+
+def liff() -> LeanLIFF:
+    torch.manual_seed(0)
+    return disturbed(LeanLIFF(channels=8, blocks=2, taps=9, hidden=8)).eval()
+
+
+def taller(low: torch.Tensor, factor: float) -> tuple[int, int]:
+    return round(low.shape[-2] * factor), round(low.shape[-1] * factor)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@torch.no_grad()
+def test_lean_liff_is_the_sum_over_taps_that_it_says(factor):
+    network, low = liff(), torch.rand(2, 3, 9, 14)
+    size = taller(low, factor)
+    assert torch.equal(LeanLIFF()(low, size), bicubic(low, size)), "before it has learned"
+    (row, dy), (column, dx) = (nearest(a, b, (0, b)) for a, b in zip(low.shape[-2:], size, strict=True))
+    features = network.features(low - 0.5)[:, row][:, :, column].unflatten(3, (3, 9))
+    a, b = network.phi((9, 14), size, dy, dx)
+    added = torch.einsum("nyxck,yk,xk->ncyx", features, a, b)
+    assert added.abs().mean() > 0.01
+    assert torch.allclose(network(low, size), bicubic(low, size) + added, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("low", [(1, 1), (3, 50), (22, 17)])
+@torch.no_grad()
+def test_rows_of_lean_liff_are_those_of_all_at_once(factor, low, monkeypatch):
+    monkeypatch.setattr("compass_codec.lean_liff.FEATURE_PIXELS", 300)
+    monkeypatch.setattr("compass_codec.lean_liff.LOOK_UP_PIXELS", 200)
+    monkeypatch.setattr("compass_codec.lean_liff.CUBIC_COLUMNS", 16)
+    network, pixels = liff(), torch.randint(256, (1, 3, *low), dtype=torch.uint8)
+    height, width = taller(pixels, factor)
+    whole = network(pixels.float() / 255, (height, width))
+    for cut in (1, 7, height):
+        cuts = [(i, min(i + cut, height)) for i in range(0, height, cut)]
+        found = torch.cat([network.rows(pixels, (height, width), each) for each in cuts], 2)
+        assert torch.allclose(found, whole, atol=1e-5)
+
+
+def test_cosines_tell_the_places_in_a_pixel_apart():
+    """With as many places as cosines or fewer, the functions can give every place what they want."""
+    network = LeanLIFF()
+    for factor in (1, 2, 3, 4):
+        _, offset = nearest(1, factor, (0, factor))
+        a, b = network.phi((1, 1), (factor, factor), offset, offset)
+        together = (a[:, None] * b[None]).flatten(0, 1)
+        assert torch.linalg.matrix_rank(together) == factor**2
+
+
+def test_arithmetic_of_enhancement_layers():
+    assert multiply_accumulates(LeanLIFF(), 2.0) < 4
+    assert multiply_accumulates(LeanLIFF(), 1.2) < 12
+    plain, conditional = (codec_multiply_accumulates(LeanCodec(conditional=c)) for c in (False, True))
+    more = {part: conditional[part] - plain[part] for part in plain}
+    a_layer = 192 * 144 / 64 / 1000
+    assert more == pytest.approx({"analysis": a_layer, "synthesis": a_layer, "hyper": 0, "context": 0})
+
+
+def layers_above(base, stage):
+    """``stage`` as it starts above the set or the run ``base``."""
+    stage.base = RatedLean(**SMALL)
+    return stage, start(stage, base, SimpleNamespace(sample=lambda *_: noise_pictures(2, 64)), 1)
+
+
+@pytest.fixture
+def small_base(tmp_path):
+    """A set that has a base codec alone."""
+    torch.manual_seed(0)
+    stage = LeanStage()
+    stage.base = RatedLean(**SMALL)
+    linear_start(stage.base.codec, noise_pictures(2, 64))
+    export(stage, tmp_path / "base")
+    assert json.loads((tmp_path / "base" / "model.json").read_text())["parts"] == ["base"]
+    return tmp_path / "base"
+
+
+def run_of(stage, name, folder) -> Run:
+    folder.mkdir(exist_ok=True)
+    x = noise_pictures(2, 32)
+    return Run(Plan(name, batch=(2,), side=(32,)), stage, SimpleNamespace(sample=lambda *_: x), folder, x.device)
+
+
+def test_layers_train_above_a_base_that_stays_and_are_exported_with_it(small_base, tmp_path):
+    stage, words = layers_above(small_base, make_stage("lean-layers"))
+    assert words == "base from weights, residual from base, liff from bicubic"
+    for name, value in stage.base.state_dict().items():
+        assert torch.equal(stage.residual.state_dict()[name], value)
+    run = run_of(stage, "lean-layers", tmp_path / "run")
+    before = {name: value.clone() for name, value in stage.state_dict().items()}
+    run.advance(0.1)
+    changed = {name for name, value in stage.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[0] for name in changed} == {"residual", "liff"}
+    assert {"residual.codec.embed_p.weight", "residual.codec.p8.weight", "liff.out.weight"} <= changed
+
+    out = tmp_path / "out"
+    export(stage, out)
+    spec = json.loads((out / "model.json").read_text())
+    assert (spec["backbone"], spec["parts"]) == ("lean", list(PARTS))
+    assert spec["residual"] == spec["base"] | {"conditional": True} and not spec["base"]["conditional"]
+    assert (out / "base.safetensors").read_bytes() == (small_base / "base.safetensors").read_bytes()
+    again, words = layers_above(out, make_stage("lean-layers"))
+    assert words == "base from weights, residual from weights, liff from weights"
+    for file in export(again, tmp_path / "again"):
+        assert file.read_bytes() == (out / file.name).read_bytes()
+
+    plain, _ = layers_above(out, LeanResidualStage())
+    assert isinstance(plain, LeanLayersStage) and not plain.residual.codec.conditional
+    run_of(plain, "lean-residual", tmp_path / "run").advance(0.1)
+    export(plain, tmp_path / "plain")
+    sees, _ = layers_above(tmp_path / "plain", make_stage("lean-layers"))
+    assert sees.residual.codec.conditional and not sees.residual.codec.embed_p.weight.any()
+
+
+def test_layers_start_above_the_base_of_a_run(small_base, tmp_path):
+    stage, _ = layers_above(small_base, LeanStage())
+    run = run_of(stage, "lean", tmp_path / "run")
+    run.advance(0.5)
+    run.save()
+    above, _ = layers_above(run.checkpoint, LeanLayersStage())
+    for name, value in run.ema.items():
+        assert torch.equal(above.get_parameter(name), value), name
+    with pytest.raises(ValueError, match="name its weights"):
+        layers_above(None, LeanLayersStage())
+
+
+def test_steps_between_layers():
+    generator = torch.Generator().manual_seed(0)
+    drawn = [LeanLayersStage.draw_factors(generator) for _ in range(600)]
+    assert all(1 <= factor <= most for factors in drawn for factor, most in zip(factors, (4, 2), strict=False))
+    assert 0.4 < sum(len(factors) == 1 for factors in drawn) / 600 < 0.6
+    assert 0.1 < sum(factors[0] == 1 for factors in drawn) / 600 < 0.25
+    assert 0.4 < sum(1.1 <= factors[0] <= 1.5 for factors in drawn) / 600 < 0.6

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from compass_codec.lean import GatedBlock, even, from_zero
 from compass_codec.liff import bicubic, bicubic_matrix, nearest
+from compass_codec.strips import spans
 
 # What is in hand at a time on a CPU, so that it stays in its caches: target pixels that look up features, columns of
 # bicubic interpolation, and pixels of the lower layer that get features (their margin is computed twice).
-LOOK_UP_PIXELS, CUBIC_COLUMNS, FEATURE_PIXELS = 2**15, 128, 2**17
+LOOK_UP_PIXELS, CUBIC_COLUMNS, FEATURE_PIXELS = 2**15, 128, 2**16
 
 
 class AlongAxis(nn.Module):
@@ -94,6 +95,7 @@ class LeanLIFF(nn.Module):
             nearest(a, b, span, low.device) for a, b, span in zip(low_size, size, (rows, (0, size[1])), strict=True)
         )
         a, b = self.phi(low_size, size, dy, dx)
+        tiles = [_cubic(low_size[1], size[1], t, low.device) for t in spans(size[1], CUBIC_COLUMNS)]
         chunk = max(1, LOOK_UP_PIXELS // size[1])
         out = []
         for first, last, y0, part, features in self._strips(low, size, rows):
@@ -101,8 +103,9 @@ class LeanLIFF(nn.Module):
                 k = slice(i - rows[0], min(i + chunk, last) - rows[0])
                 added = look_up(features, row[k] - y0, column, a[k], b)
                 span = (i, min(i + chunk, last))
-                cubic = bicubic_matrix(low_size[0], size[0], span, y0, y0 + part.shape[-2], low.device) @ part
-                out.append(_cubic_columns(cubic, size[1]) + added.float())
+                y, weights = _cubic(low_size[0], size[0], span, low.device)
+                cubic = weights @ part[..., y.start - y0 : y.stop - y0, :]
+                out.append(torch.cat([cubic[..., x] @ w.T for x, w in tiles], 3).add_(added))
         return torch.cat(out, 2) if len(out) > 1 else out[0]
 
     def _strips(
@@ -138,15 +141,11 @@ def look_up(features: Tensor, row: Tensor, column: Tensor, a: Tensor, b: Tensor)
     return out.index_select(2, row * most + place)
 
 
-def _cubic_columns(x: Tensor, width: int) -> Tensor:
-    """Bicubic interpolation of x [B, 3, H, w] to ``width`` columns."""
-    low, tiles = x.shape[-1], []
-    for first in range(0, width, CUBIC_COLUMNS):
-        last = min(first + CUBIC_COLUMNS, width)
-        left, right = ((2 * i + 1) * low // (2 * width) for i in (first, last - 1))
-        x0, x1 = max(0, left - 2), min(low, right + 3)
-        tiles.append(x[..., x0:x1] @ bicubic_matrix(low, width, (first, last), x0, x1, x.device).T)
-    return torch.cat(tiles, -1)
+def _cubic(low: int, high: int, span: tuple[int, int], device: torch.device) -> tuple[slice, Tensor]:
+    """The source samples that ``span`` of the target samples are interpolated from along an axis, and their weights."""
+    first, last = ((2 * i + 1) * low // (2 * high) for i in (span[0], span[1] - 1))
+    first, last = max(0, first - 2), min(low, last + 3)
+    return slice(first, last), bicubic_matrix(low, high, span, first, last, device)
 
 
 def multiply_accumulates(liff: LeanLIFF, factor: float) -> float:
