@@ -557,14 +557,14 @@ class TestTables:
             tensors = load_file(file) | {"tables.y": torch.from_numpy(ideal)}
             save_file(tensors, file)
         image = Image.open(folder / "noise1.png").crop((0, 0, 160, 128))  # the portraits are held out
-        before = Codec.load("cpu", tmp_path).encode(image, [1, 2], 20)
-        args = [str(tmp_path), "--data", str(folder), "--crops", "128", "--side", "96"]
+        before = Codec.load("cpu", tmp_path).encode(image, [1, 2], 80)
+        args = [str(tmp_path), "--data", str(folder), "--crops", "64", "--side", "96"]
         result = CliRunner().invoke(main, args, catch_exceptions=False)
         assert result.exit_code == 0, result.output
         entry = json.loads((tmp_path / "history.json").read_text())[-1]
-        assert entry["stage"] == "tables" and entry["crops"] == 128 and {"device", "minutes", "date"} <= entry.keys()
+        assert entry["stage"] == "tables" and entry["crops"] == 64 and {"device", "minutes", "date"} <= entry.keys()
         codec = Codec.load("cpu", tmp_path)
-        after = codec.encode(image, [1, 2], 20)
+        after = codec.encode(image, [1, 2], 80)
         assert len(after.data) < len(before.data)
         assert all((a == b).all() for a, b in zip(after.layers, before.layers, strict=True))
         assert (np.asarray(codec.decode(after.data)) == after.layers[-1]).all()
