@@ -76,14 +76,6 @@ def test_symbols_are_rounded_by_what_they_cost(codec, monkeypatch):
     assert before < cost()
 
 
-def test_an_effort_needs_a_backbone_with_a_search(codec, monkeypatch):
-    monkeypatch.setattr(codec.residual, "searchable", False, raising=False)
-    layers = [np.array(crop(16, 12))]
-    assert codec.encode_layers(layers, [1], 60).data
-    with pytest.raises(OptionError, match=f"effort 1; there is no search for weights {codec.model}, only effort 0$"):
-        codec.encode_layers(layers, [1], 60, effort=1)
-
-
 def test_it_is_the_picture(codec):
     image = crop(128, 128)
     for quality, least in ((1, 24), (60, 28), (100, 30)):

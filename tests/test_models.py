@@ -4,9 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import compass, crop
 from PIL import Image
 from safetensors.numpy import save_file
@@ -15,8 +18,9 @@ from safetensors.torch import load_file
 import compass_codec
 import compass_codec.pillow
 from compass_codec import container, mean_scale, server, weights
+from compass_codec.arrays import to_bytes
 from compass_codec.codec import Codec, _loaded, shared
-from compass_codec.errors import WeightsError
+from compass_codec.errors import OptionError, WeightsError
 from compass_codec.weights import ModelSet
 
 INSTALLED = [each.profile for each in weights.sets() if isinstance(each, ModelSet)]
@@ -88,6 +92,45 @@ def test_a_set_is_loaded_once(idle, monkeypatch):
     found = [shared("cpu"), shared("cpu", model="paper"), shared("cpu", folder), shared("cpu").of(shared("cpu").model)]
     assert len({*found}) == 1 and loads == ["paper"]
     assert _loaded.cache_info().maxsize <= 4
+
+
+class Deflated:
+    """A backbone.LayerCodec without networks: what the prediction, in 8 bits, lacks, and all of it."""
+
+    searchable = False
+
+    def lambda_of(self, quality):
+        return quality
+
+    def encode(self, picture, prediction, quality):
+        return zlib.compress((picture - to_bytes(torch.cat(list(prediction), 2))).tobytes()), picture
+
+    def decode(self, data, size, prediction, quality):
+        missing = np.frombuffer(zlib.decompress(data), np.uint8).reshape(*size, 3)
+        return to_bytes(torch.cat(list(prediction), 2)) + missing
+
+
+class Nearest:
+    """A backbone.Predictor."""
+
+    def rows(self, low, size, rows):
+        return torch.nn.functional.interpolate(low.float() / 255, size)[:, :, slice(*rows)]
+
+
+def test_a_backbone_of_another_kind(idle, monkeypatch):
+    """It codes files of layers with nothing that mean_scale has; there is no search for it."""
+    parts = Deflated(), Deflated(), Nearest()
+    monkeypatch.setitem(sys.modules, "deflated", SimpleNamespace(build=lambda *_: parts))
+    monkeypatch.setitem(weights.BACKBONES, "idle", "deflated")
+    codec = Codec.load("cpu", idle)
+    layers = [np.array(crop(*size)) for size in ((9, 7), (20, 70), (30, 90))]
+    encoded = codec.encode_layers(layers, [1, 2, 3], 60)
+    header = container.read_header(encoded.data)
+    assert header.model == codec.model == weights.identity(idle)
+    for found, layer in zip(codec.decode_layers(encoded.data, header, 2), layers, strict=True):
+        assert np.array_equal(found, layer)
+    with pytest.raises(OptionError, match=f"^effort 1; there is no search for weights {codec.model}, only effort 0$"):
+        codec.encode_layers(layers, [1, 2, 3], 60, effort=1)
 
 
 def test_a_batch_knows_which_set_made_a_file(idle, tmp_path):
