@@ -9,7 +9,7 @@ from conftest import compass
 from PIL import Image
 
 from compass_codec.errors import CompassError
-from compass_codec.lean import LAMBDAS, PHASES, STEPS, LeanCodec
+from compass_codec.lean import EPSILON, LAMBDAS, PHASES, STEPS, LeanCodec, RMSNorm
 from compass_codec.lean import multiply_accumulates as codec_multiply_accumulates
 from compass_codec.lean_liff import LeanLIFF, multiply_accumulates
 from compass_codec.liff import bicubic, nearest
@@ -111,6 +111,14 @@ def test_the_start_is_a_block_transform_and_its_rate_follows_lambda():
         without = rated(x - 0.5, level, with_context=False)
         assert torch.allclose(without[1], rate), "the context model says nothing yet"
     assert psnr == sorted(psnr) and bits == sorted(bits) and psnr[-1] > psnr[0] + 3
+
+
+def test_the_norm_has_the_gradient_that_autograd_finds():
+    x, grad = torch.randn(2, 5, 3, 4, requires_grad=True), torch.randn(2, 5, 3, 4)
+    plain = x / (x.square().mean(1, keepdim=True) + EPSILON).sqrt()
+    found = RMSNorm.apply(x)
+    assert torch.allclose(found, plain, atol=1e-6)
+    assert torch.allclose(*(torch.autograd.grad(y, x, grad)[0] for y in (found, plain)), atol=1e-5)
 
 
 def test_a_block_more_changes_nothing(codec):
