@@ -159,7 +159,7 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
     if any(jobs.is_stream(path) for job in work for path in (job.source, job.target)):
         workers = 1  # /dev/fd/63 is this process's alone
     workers = min(workers or 1, len(work))
-    with _stopped_by_exception():
+    with stopped_by_exception():
         if workers <= 1:
             yield from map(jobs.run, work)
             return
@@ -193,6 +193,16 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
                 lanes.get().close()
 
 
+def attempt(do: Callable[[Job], Report], job: Job) -> Report:
+    """What ``do`` reports of a job; whatever it raises is the failure of this job."""
+    started = time.perf_counter()
+    try:
+        return do(job)
+    except Exception as e:
+        error = jobs.reason(job.source, e)
+        return Report(job.source, "failed", seconds=time.perf_counter() - started, error=error)
+
+
 class Lane:
     """One worker process, started by the first job, and anew by the one after its death."""
 
@@ -201,17 +211,16 @@ class Lane:
 
     def do(self, job: Job) -> Report:
         """The report of a job; one of failure whatever happens to the process."""
-        started = time.perf_counter()
+        return attempt(self._work, job)
+
+    def _work(self, job: Job) -> Report:
+        if self.pool is None:
+            self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start)
         try:
-            if self.pool is None:
-                self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start)
             return self.pool.submit(_run, job).result()
-        except BrokenProcessPool:
+        except BrokenProcessPool as e:
             self.close()
-            error = jobs.reason(job.source, OptionError(DIED))
-        except Exception as e:
-            error = jobs.reason(job.source, e)
-        return Report(job.source, "failed", seconds=time.perf_counter() - started, error=error)
+            raise OptionError(DIED) from e
 
     def close(self) -> None:
         """End the process."""
@@ -227,7 +236,7 @@ def _leave_interrupts_to_the_main_thread() -> None:
 
 
 @contextmanager
-def _stopped_by_exception() -> Iterator[None]:
+def stopped_by_exception() -> Iterator[None]:
     """SIGTERM, and the SIGHUP of a terminal that is closed, raise SystemExit, which cleans up. What the caller handles
     or ignores, as under nohup, stays as it is."""
     before = {number: signal.getsignal(number) for number in STOPS}
