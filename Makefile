@@ -18,7 +18,7 @@ demo: install  ## encode a photograph in three sizes, decode all three, print th
 	$(BIN)/compass decode out/grace_hopper.cmps --all --force
 
 test: check  ## everything that must pass before a change lands
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q -rs --durations=10
 
 check: install  ## formatting, lint and types
 	$(BIN)/ruff format --check src tests

@@ -457,3 +457,63 @@ def test_workers_end_with_a_killed_parent(tmp_path, method):
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
     pytest.fail("the worker is left")
+
+
+# a batch whose jobs, in workers too, are what their sources' names say
+JOBS = """
+import os, signal, sys, time
+from pathlib import Path
+from compass_codec import batch, jobs, pictures
+from compass_codec.jobs import DecodeOptions, Job, Report
+
+def work(job):
+    if job.source.name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job.source.name == "odd":
+        raise RuntimeError("of a\\nlibrary")
+    if job.source.name == "exit":
+        sys.exit(3)
+    if job.source.name == "slow":
+        os.fsync = lambda file: (print("writing", flush=True), time.sleep(60))
+        pictures.write_file(job.target, b"half")
+    return Report(job.source, "decoded")
+
+jobs.run = work
+if __name__ == "__main__":
+    count, *names = sys.argv[1:]
+    for report in batch.run([Job(Path(name), Path("out", name), DecodeOptions()) for name in names], int(count)):
+        print(report.source, report.state, report.error, sep="|", flush=True)
+"""
+
+
+def test_a_process_that_dies_is_the_failure_of_its_file_alone(tmp_path):
+    (tmp_path / "batch.py").write_text(JOBS)
+    names = ["a", "killed", "b", "odd", "c", "exit", "d"]
+    done = subprocess.run([sys.executable, tmp_path / "batch.py", "2", *names], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    reports = dict(line.split("|", 1) for line in done.stdout.splitlines())
+    assert {name: reports[name] for name in "abcd"} == dict.fromkeys("abcd", "decoded|None")
+    assert reports["odd"] == "failed|odd: unexpected RuntimeError: of a library"
+    assert reports["killed"] == f"failed|killed: {batch.DIED}" and reports["exit"] == f"failed|exit: {batch.DIED}"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_whatever_stops_the_command_stops_its_processes(tmp_path, count, number):
+    (tmp_path / "batch.py").write_text(JOBS)
+    (tmp_path / "out").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "batch.py", str(count), "slow", *"abcdefgh"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        cwd=tmp_path,
+    ) as running:
+        assert running.stdout
+        assert "writing\n" in iter(running.stdout.readline, "")
+        running.send_signal(number)
+        running.communicate(timeout=30)  # to the end of what its workers hold open too
+    assert running.returncode in (-number, 128 + number, 1)
+    if (count, number) != (1, signal.SIGKILL):  # which leaves no time to clean up
+        assert list((tmp_path / "out").iterdir()) == []

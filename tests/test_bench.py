@@ -9,9 +9,11 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
+import torch
 from browser import browser, complaints, loaded
 from conftest import KODAK, compass, crop
 from PIL import Image
@@ -26,6 +28,12 @@ from compass_codec.measure.runner import Cache, Job, Runner, Settings, Source
 from compass_codec.measure.tables import TESTED, Column, Points, Published, Results, compare
 from compass_codec.pictures import psnr
 
+# peers, and the first file of their weights
+COMPRESSAI = {
+    "mbt2018-mean": "mbt2018-mean-1-e522738d.pth.tar",
+    "cheng2020-anchor": "cheng2020-anchor-1-dad2ebff.pth.tar",
+    "bmshj2018-factorized": "bmshj2018-factorized-prior-1-446d5c7f.pth.tar",
+}
 RATE = [0.12, 0.3, 0.66, 1.23]
 PSNR = [27.7, 31.1, 34.9, 38.8]
 
@@ -110,7 +118,7 @@ def picture() -> np.ndarray:
 
 
 class TestPeers:
-    @pytest.mark.parametrize("name", PEERS)
+    @pytest.mark.parametrize("name", [name for name in PEERS if name not in COMPRESSAI])
     def test_more_bytes_look_better(self, name, picture):
         peer = PEERS[name]
         try:
@@ -145,6 +153,56 @@ class TestPeers:
         total, _ = _nearest(job, [picture])
         sizes = [len(PEERS["jpeg"].encode(picture, q)) for q in PEERS["jpeg"].grid]
         assert abs(total - 2000) == min(abs(size - 2000) for size in sizes)
+
+    @pytest.mark.parametrize("name", COMPRESSAI)
+    def test_real_files_of_compressai(self, name, tmp_path, monkeypatch):
+        """With the network as it starts, from torch.hub's folder: a file gives what the network itself gives."""
+        image_models = pytest.importorskip("compressai.zoo").image_models
+        peer, picture = PEERS[name], np.asarray(crop(70, 50))
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        monkeypatch.setattr(peers, "_network", peers._network.__wrapped__)
+        torch.manual_seed(0)
+        network = image_models[name](1).eval()
+        network.update()
+        file = Path(torch.hub.get_dir(), "checkpoints", COMPRESSAI[name])
+        file.parent.mkdir(parents=True)
+        torch.save(network.state_dict(), file)
+        data = peer.encode(picture, 1)
+        decoded = peer.decode(data)
+        assert decoded.shape == picture.shape and peer.decode(data).tobytes() == decoded.tobytes()
+        x = torch.from_numpy(np.pad(picture, ((0, 14), (0, 58), (0, 0)), "edge")).permute(2, 0, 1)[None] / 255
+        with torch.no_grad():
+            seen = (255 * network(x)["x_hat"][0, :, :50, :70].clamp(0, 1)).permute(1, 2, 0).numpy()
+        # its forward pass rounds latents around zero where its context model is, its coder around their means
+        assert np.abs(decoded - seen).max() <= (5 if name == "cheng2020-anchor" else 1)
+        file.write_bytes(b"no weights")
+        with pytest.raises(Gap, match=COMPRESSAI[name]):
+            peer.encode(picture, 1)
+
+    def test_without_weights_of_compressai_the_table_says_why(self, tmp_path, monkeypatch):
+        def refused(*args, **kwargs):
+            raise URLError("no network")
+
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        monkeypatch.setattr(torch.hub, "urlopen", refused)
+        ours = runner.Runner(runner.Settings(tmp_path / "measured.jsonl"))
+        assert ours.identities(COMPRESSAI) == {} and all("no network" in ours.gaps[name] for name in COMPRESSAI)
+        monkeypatch.setitem(sys.modules, "compressai.zoo.image", None)
+        assert ours.identities(COMPRESSAI) == {} and all("pip install" in ours.gaps[name] for name in COMPRESSAI)
+
+    @pytest.mark.weights
+    def test_the_pretrained_networks_of_compressai(self):
+        """Where they can be fetched, better ones take more bytes; elsewhere the reason is one line."""
+        for name in COMPRESSAI:
+            try:
+                PEERS[name].load()
+            except Gap as e:
+                assert "\n" not in str(e) and "to be fetched" in str(e)
+                continue
+            picture = np.asarray(crop(128, 128))
+            few, many = (PEERS[name].encode(picture, quality) for quality in (1, 6))
+            assert len(few) < len(many)
+            assert 25 < psnr(picture, PEERS[name].decode(few)) < psnr(picture, PEERS[name].decode(many))
 
     @pytest.mark.skipif(not KODAK.is_dir(), reason="the Kodak pictures are not here")
     def test_webp_gives_what_was_published(self):

@@ -3,12 +3,17 @@
 import builtins
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from conftest import compass, crop
 from PIL import Image
 
-from compass_codec import cluster, container, weights
+from compass_codec import cluster, container, jobs, weights
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +71,69 @@ def test_sets_of_weights_that_only_this_process_knows(two_workers, tmp_path, mon
     monkeypatch.delenv("COMPASS_MODELS")
     result = compass("decode", "out/a.cmps", "--weights", "sets/mine", *args)
     assert result.code == 0, result.err
+
+
+class Dying(cluster.Worker):
+    """A worker that its jobs kill, by their names."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        real = jobs.run
+
+        def run(job):
+            if job.source.name == "killed.png":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if job.source.name == "odd.png":
+                raise RuntimeError("of a library")
+            return real(job)
+
+        jobs.run = run
+
+
+def test_a_worker_that_dies_is_the_failure_of_its_file_alone(two_workers, tmp_path, monkeypatch):
+    from ray import cloudpickle
+
+    monkeypatch.setattr(cluster, "Worker", Dying)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the cluster does not see this module
+    for name in ("a", "killed", "b", "odd", "c"):
+        crop(9, 8).save(tmp_path / f"{name}.png")
+    args = ("--out-dir", tmp_path / "out", "--engine", "ray", "-j", 2, "--device", "cpu")
+    result = compass("encode", tmp_path, "--scales", "1", *args)
+    assert result.code == 1 and len(result.err.splitlines()) == 2, result
+    assert (
+        "killed.png: the process that worked on it died" in result.err
+        and "odd.png: unexpected RuntimeError: of a library" in result.err
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.cmps", "b.cmps", "c.cmps"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+def test_what_ends_the_command_ends_its_workers(tmp_path, number):
+    pytest.importorskip("ray.data")
+    (tmp_path / "in").mkdir()
+    for k in range(100):
+        crop(32, 24).save(tmp_path / "in" / f"{k}.png")
+    args = ["encode", tmp_path / "in", "--scales", "1,2", "--out-dir", tmp_path / "out", "--engine", "ray", "-j", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "compass_codec", *args, "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as running:
+        assert running.stdout and running.stdout.readline()  # the first is done
+        running.send_signal(number)
+        running.communicate(timeout=60)
+    ask = ["ps", "-o", "stat=,args=", "-s", str(running.pid)]
+    for _ in range(300):
+        found = subprocess.run(ask, capture_output=True, text=True).stdout.splitlines()
+        # two watchers of Ray notice a killed command after a minute
+        if not [line for line in found if not line.startswith("Z") and "Agent" not in line]:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"processes left: {found}")
+    assert number == signal.SIGKILL or not found
 
 
 def test_what_is_wrong_for_all_is_one_line(two_workers, tmp_path):

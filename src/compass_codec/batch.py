@@ -12,10 +12,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 
 from compass_codec import jobs
@@ -27,6 +29,8 @@ UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # extension: what teaches Pillow to read it
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 NAMED_KINDS = 5  # of what a walk left out
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+DIED = "the process that worked on it died, perhaps for want of memory; fewer of them (-j) need less"
 PATIENCE = 10  # seconds that a worker has to clean up once its parent is gone
 # Processes that share a GPU: while one codes symbols on its core, a tenth of a second for 1920 x 1080, the networks of
 # the others run. Each may take so many bytes of the GPU's memory. Both are estimates, not measured on a GPU.
@@ -146,7 +150,8 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
     """Reports as jobs get done, in ``workers`` processes; one is this process. By default there is one for each core,
     as a batch computes with one thread in each, but no more than share a GPU well where one computes.
 
-    When the caller stops, so do they. Raises WeightsError and OptionError, also when a process dies.
+    A process that dies is the failure of the file that it worked on, and another takes its place. When the caller
+    stops, so do they. Raises WeightsError and OptionError.
     """
     if any(job.options.batch for job in work):
         jobs.identity(work[0].options)  # what is wrong for every file is said once
@@ -154,27 +159,96 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
     if any(jobs.is_stream(path) for job in work for path in (job.source, job.target)):
         workers = 1  # /dev/fd/63 is this process's alone
     workers = min(workers or 1, len(work))
-    if workers <= 1:
-        yield from map(jobs.run, work)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start)
-    # the processes inherit that they ignore Ctrl-C: this one alone decides when they stop
-    interrupt, terminate = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, _stop)
+    with stopped_by_exception():
+        if workers <= 1:
+            yield from map(jobs.run, work)
+            return
+        # a thread for each process, which does one job at a time: so it is known over which file one dies
+        lanes: SimpleQueue[Lane] = SimpleQueue()
+        for _ in range(workers):
+            lanes.put(Lane())
+
+        def do(job: Job) -> Report:
+            lane = lanes.get()
+            try:
+                return lane.do(job)
+            finally:
+                lanes.put(lane)
+
+        threads = ThreadPoolExecutor(workers, initializer=_leave_interrupts_to_the_main_thread)
+        try:
+            for done in as_completed([threads.submit(do, job) for job in work]):
+                yield done.result()
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            # again until all have ended, as one may just be starting
+            while lanes.qsize() < workers:
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                time.sleep(0.05)
+            raise
+        finally:
+            threads.shutdown()
+            for _ in range(workers):
+                lanes.get().close()
+
+
+def attempt(do: Callable[[Job], Report], job: Job) -> Report:
+    """What ``do`` reports of a job; whatever it raises is the failure of this job."""
+    started = time.perf_counter()
     try:
-        waiting = [pool.submit(_run, job) for job in work]
-        signal.signal(signal.SIGINT, interrupt)
-        for done in as_completed(waiting):
-            yield done.result()
-    except BrokenProcessPool as e:
-        raise OptionError("a worker process died, perhaps for want of memory; fewer of them (-j) need less") from e
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
+        return do(job)
+    except Exception as e:
+        error = jobs.reason(job.source, e)
+        return Report(job.source, "failed", seconds=time.perf_counter() - started, error=error)
+
+
+class Lane:
+    """One worker process, started by the first job, and anew by the one after its death."""
+
+    def __init__(self) -> None:
+        self.pool: ProcessPoolExecutor | None = None
+
+    def do(self, job: Job) -> Report:
+        """The report of a job; one of failure whatever happens to the process."""
+        return attempt(self._work, job)
+
+    def _work(self, job: Job) -> Report:
+        if self.pool is None:
+            self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start)
+        try:
+            return self.pool.submit(_run, job).result()
+        except BrokenProcessPool as e:
+            self.close()
+            raise OptionError(DIED) from e
+
+    def close(self) -> None:
+        """End the process."""
+        if self.pool is not None:
+            self.pool.shutdown()
+        self.pool = None
+
+
+def _leave_interrupts_to_the_main_thread() -> None:
+    """What such a thread starts inherits that Ctrl-C is blocked: the main process alone decides when they stop."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def stopped_by_exception() -> Iterator[None]:
+    """SIGTERM, and the SIGHUP of a terminal that is closed, raise SystemExit, which cleans up. What the caller handles
+    or ignores, as under nohup, stays as it is."""
+    before = {number: signal.getsignal(number) for number in STOPS}
+    main = threading.current_thread() is threading.main_thread()  # no other may
+    ours = [number for number in STOPS if main and before[number] == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, _stop)
+    try:
+        yield
     finally:
-        pool.shutdown(cancel_futures=True)
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, terminate)
+        for number in ours:
+            signal.signal(number, before[number])
 
 
 def _default_workers(device: str) -> int:
@@ -193,12 +267,15 @@ def _default_workers(device: str) -> int:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # nothing interrupts what cleans up
     sys.exit(128 + number)
 
 
 def _start() -> None:
     """In a new worker: stop by an exception, which cleans up; and when the parent is gone, killed perhaps."""
-    signal.signal(signal.SIGTERM, _stop)
+    for number in STOPS:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _stop)
     threading.Thread(target=_outlive_no_parent, daemon=True).start()
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compass_codec import jobs
+from compass_codec import batch, jobs
 from compass_codec.errors import OptionError
 from compass_codec.jobs import Job, Report
 from compass_codec.weights import PATH, places
@@ -25,15 +25,15 @@ class Worker:
         self.work = work
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        return {"job": rows["job"], "report": [jobs.run(self.work[k]) for k in rows["job"]]}
+        return {"job": rows["job"], "report": [batch.attempt(jobs.run, self.work[k]) for k in rows["job"]]}
 
 
 def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, None, None]:
     """Reports as jobs get done, on the cluster that RAY_ADDRESS or a running ``ray start`` names, else on this machine.
 
     Every machine must have this package and see the files under the same paths. A worker takes a GPU where the cluster
-    has any, else a core; there are ``workers`` of them, by default as many as there is room for. Raises OptionError
-    when Ray is missing or fails.
+    has any, else a core; there are ``workers`` of them, by default as many as there is room for. One that dies is the
+    failure of the file that it worked on. Raises OptionError when Ray is missing or fails.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -47,33 +47,41 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
     if not work:
         return
     started = not ray.is_initialized()
-    try:
-        if started:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        count, place = _places(ray.nodes(), workers, len(work))
-        rows = ray.data.from_items([{"job": k} for k in range(len(work))], override_num_blocks=len(work))
-        done = rows.map_batches(
-            Worker,
-            # a worker may have another current directory and another environment
-            fn_constructor_args=[
-                [_anywhere(job) for job in work],
-                os.pathsep.join(str(_absolute(place)) for place in places()[1:]),
-            ],
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=count),
-            **place,
-        )
-        for row in done.iter_rows():
-            report, job = row["report"], work[row["job"]]
-            outputs = tuple(job.target.with_name(path.name) for path in report.outputs)
-            yield replace(report, source=job.source, outputs=outputs)
-    except (ray.exceptions.RayError, ConnectionError) as e:
-        raise OptionError(f"Ray: {str(e).strip().splitlines()[-1]}") from e
-    finally:
-        if started:
-            ray.shutdown()
+    with batch.stopped_by_exception():
+        try:
+            if started:
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # a lost block is told as a failure
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = False
+            context.max_errored_blocks = -1  # a block is one job: what kills its worker must not stop the others
+            count, place = _places(ray.nodes(), workers, len(work))
+            rows = ray.data.from_items([{"job": k} for k in range(len(work))], override_num_blocks=len(work))
+            done = rows.map_batches(
+                Worker,
+                # a worker may have another current directory and another environment
+                fn_constructor_args=[
+                    [_anywhere(job) for job in work],
+                    os.pathsep.join(str(_absolute(place)) for place in places()[1:]),
+                ],
+                batch_size=1,
+                # one job at a time and once: another that waits for the same worker would die with it
+                compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1),
+                max_task_retries=0,
+                **place,
+            )
+            missing = dict(enumerate(work))
+            for row in done.iter_rows():
+                report, job = row["report"], missing.pop(row["job"])
+                outputs = tuple(job.target.with_name(path.name) for path in report.outputs)
+                yield replace(report, source=job.source, outputs=outputs)
+            for job in missing.values():
+                yield Report(job.source, "failed", error=jobs.reason(job.source, OptionError(batch.DIED)))
+        except (ray.exceptions.RayError, ConnectionError) as e:
+            raise OptionError(f"Ray: {str(e).strip().splitlines()[-1]}") from e
+        finally:
+            if started:
+                ray.shutdown()
 
 
 def _places(nodes: list[dict[str, Any]], workers: int | None, most: int) -> tuple[int, dict[str, Any]]:

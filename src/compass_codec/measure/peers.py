@@ -1,14 +1,20 @@
-"""What people would pick instead: the codecs that Pillow writes, with its defaults unless said otherwise."""
+"""What people would pick instead: the codecs that Pillow writes, with its defaults unless said otherwise, and the
+pretrained networks of CompressAI."""
 
 from __future__ import annotations
 
 import bisect
 import io
 import math
+import socket
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from http.client import HTTPException
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -85,6 +91,98 @@ def _ratio(setting: float) -> dict[str, Any]:
     return {"quality_mode": "rates", "quality_layers": [setting], "irreversible": True, "mct": 1}
 
 
+@dataclass(frozen=True)
+class Learned(Peer):
+    """A codec of CompressAI, ``format`` its name there. The settings are its qualities, a network for each, whose
+    pretrained weights torch.hub fetches once and keeps. A file is quality and size, then each string of the range coder
+    behind its length, as in CompressAI's own example."""
+
+    HEAD = ">BHH"
+
+    def load(self) -> None:
+        """See that the weights of every setting are in torch.hub's folder. Raises Gap when they cannot be fetched."""
+        for setting in self.settings:
+            _weights(self.format, round(setting))
+
+    def identity(self) -> str:
+        """Raises Gap as ``load`` does. The names of the weights end in the beginnings of their hashes."""
+        self.load()
+        names = (_weights(self.format, round(setting)).name.split(".")[0] for setting in self.settings)
+        return f"{self.package} {version(self.package)}, torch {version('torch')}, {' '.join(names)}"
+
+    def encode(self, picture: np.ndarray, setting: float) -> bytes:
+        import torch
+        from torch.nn import functional as F
+
+        quality, (height, width) = round(setting), picture.shape[:2]
+        network = _network(self.format, quality)
+        down, right = (-side % network.downsampling_factor for side in (height, width))
+        x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
+        with torch.no_grad():
+            coded = network.compress(F.pad(x, (0, right, 0, down), mode="replicate"))
+        strings = (struct.pack(">I", len(string)) + string for (string,) in coded["strings"])
+        return struct.pack(self.HEAD, quality, height, width) + b"".join(strings)
+
+    def decode(self, data: bytes, halvings: int = 0) -> np.ndarray:
+        import torch
+
+        quality, height, width = struct.unpack_from(self.HEAD, data)
+        network, strings, at = _network(self.format, quality), [], struct.calcsize(self.HEAD)
+        while at < len(data):
+            (length,) = struct.unpack_from(">I", data, at)
+            strings.append([data[at + 4 : at + 4 + length]])
+            at += 4 + length
+        shape = [-(-side // network.downsampling_factor) for side in (height, width)]
+        with torch.no_grad():
+            x = network.decompress(strings, shape)["x_hat"][0, :, :height, :width]
+        return (255 * x).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+PATIENCE = 20  # seconds that a server may be silent
+
+
+def _weights(name: str, quality: int) -> Path:
+    """The file of CompressAI's weights for mean squared error, fetched unless torch.hub has it. Raises Gap."""
+    try:
+        import torch
+        from compressai.zoo.image import model_urls
+    except ImportError as e:
+        raise Gap(f"needs compressai (pip install 'compass_codec[bench]', up to Python 3.12): {e}") from e
+    url = model_urls[name]["mse"][quality]
+    file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if not file.exists():
+        patience = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(PATIENCE)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            digest = file.name.split(".")[0].rpartition("-")[2]
+            torch.hub.download_url_to_file(url, str(file), digest, progress=False)
+        except (OSError, RuntimeError, HTTPException) as e:
+            raise Gap(f"its weights are neither in {file.parent} nor to be fetched ({e})") from e
+        finally:
+            socket.setdefaulttimeout(patience)
+    return file
+
+
+@lru_cache(maxsize=8)
+def _network(name: str, quality: int) -> Any:
+    """On the CPU, where coding symbols is exact. Raises Gap."""
+    file = _weights(name, quality)
+    try:
+        import torch
+        from compressai.zoo.image import model_architectures
+        from compressai.zoo.pretrained import load_pretrained
+
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        return model_architectures[name].from_state_dict(load_pretrained(state)).eval()
+    except Exception as e:  # whatever a damaged file makes of it
+        raise Gap(f"{file} does not hold its weights ({e})") from e
+
+
+def _learned(name: str, qualities: range) -> Learned:
+    return Learned(f"CompressAI {name}", name, tuple(qualities), qualities, _quality, package="compressai")
+
+
 J2K = "jpeg2000"
 _RATIOS = [r / 10 for r in range(4000, 15, -1)]
 PEERS = {
@@ -96,6 +194,9 @@ PEERS = {
     "heic": Peer("HEIC", "HEIF", (5, 10, 20, 30, 40, 50, 60), range(100), _quality, "pillow_heif", "pillow-heif"),
     "jpeg": Peer("JPEG", "JPEG", (5, 10, 20, 35, 50, 65, 80, 90), range(1, 96), _quality, feature="jpg"),
     J2K: Peer("JPEG 2000", "JPEG2000", (150, 100, 60, 35, 20, 12), _RATIOS, _ratio, feature="jpg_2000"),
+    "mbt2018-mean": _learned("mbt2018-mean", range(1, 9)),
+    "cheng2020-anchor": _learned("cheng2020-anchor", range(1, 7)),
+    "bmshj2018-factorized": _learned("bmshj2018-factorized", range(1, 9)),
 }
 
 
