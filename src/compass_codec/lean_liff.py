@@ -70,7 +70,8 @@ class LeanLIFF(nn.Module):
     def features(self, low: Tensor) -> Tensor:
         """Lower layer [B, 3, h, w], centred on zero, to features [B, h, w, 3 * taps]."""
         height, width = low.shape[-2:]
-        x = self.embed(F.pixel_unshuffle(even(low), 2).contiguous(memory_format=torch.channels_last))
+        x = F.pixel_unshuffle(even(low.to(self.embed.weight.dtype)), 2)
+        x = self.embed(x.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             x = block(x)
         x = self.out(x).permute(0, 2, 3, 1).unflatten(3, (2, 2, -1)).transpose(2, 3)
@@ -123,7 +124,7 @@ class LeanLIFF(nn.Module):
             y0, y1 = max(0, top // 2 * 2 - reach), min(height, bottom // 2 * 2 + 2 + reach)
             part = low[..., y0:y1, :]
             part = part.float() / 255 if part.dtype == torch.uint8 else part.float()
-            yield first, last, y0, part, self.features((part - 0.5).to(self.embed.weight.dtype))
+            yield first, last, y0, part, self.features(part - 0.5)
 
 
 def look_up(features: Tensor, row: Tensor, column: Tensor, a: Tensor, b: Tensor) -> Tensor:
