@@ -64,8 +64,6 @@ train: install
 	$(BIN)/compass train liff $(PHOTOS) --minutes 3 --batch 64 --side 128 --lr 6e-4 $(GOES_ON)
 	$(BIN)/compass train residual $(PHOTOS) --minutes 7 --batch 64,32 --side 128,256 --lr 4e-4 $(GOES_ON)
 	$(BIN)/compass train joint $(PHOTOS) --minutes 3 --batch 32 --side 192 --lr 1e-4 $(GOES_ON)
-	$(BIN)/compass train detail $(PHOTOS) --minutes 1 --batch 32 --side 128 --lr 3e-4 $(GOES_ON)
-	$(BIN)/compass train restore $(PHOTOS) --minutes 4 --batch 32 --side 192 --lr 3e-4 --ema 0.998 $(GOES_ON)
 	$(BIN)/python -m compass_codec.training.tables $(RUN)/weights $(PHOTOS)
 
 fuzz: install  ## 100,000 broken files, 20,000 damaged pictures, then the coverage-guided fuzzer on the container

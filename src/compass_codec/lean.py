@@ -235,11 +235,12 @@ class LeanCodec(nn.Module):
             found = []
             for phase, part in self.parts(step):
                 s, mean = scales[part], means[part]
+                if not s.numel():
+                    continue  # a latent of one row or column has no place in some phases
                 if hidden is not None:
                     more = self.context.parameters_of(step, phase, hidden[(..., *part[2:])]).float()
                     s, mean = (a + b for a, b in zip((s, mean), more.chunk(2, 1), strict=True))
-                if s.numel():
-                    found.append((part, code(step, s, mean / y_scale[part[1]], part)))
+                found.append((part, code(step, s, mean / y_scale[part[1]], part)))
             known = known.clone()  # the steps before need what they saw for their gradients
             for part, values in found:
                 known[part] = values
