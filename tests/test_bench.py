@@ -318,7 +318,8 @@ class TestRunner:
 
     def test_the_modules_that_decide_the_bytes(self):
         """A new module of the codec must be named in runner.CODEC, or old measurements would stay valid."""
-        code = "import sys; from compass_codec.codec import shared; shared('cpu'); print(*sys.modules)"
+        code = "import sys; from compass_codec import codec, weights\n"
+        code += "for found in weights.sets(): codec.shared('cpu', model=found.profile)\nprint(*sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         found = {name.split(".")[1] for name in done.stdout.split() if name.startswith("compass_codec.")}
         assert found - {"errors", "models"} == set(runner.CODEC)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -162,10 +163,11 @@ def test_closed_pipe_is_quiet(tmp_path, small_file):
 
 
 def test_no_pickle_in_the_package():
-    """Nothing that reads a file can run code from it."""
+    """Nothing that reads a file can run code from it. CompressAI's weights come in no safer form than what PyTorch
+    reads as tensors alone."""
     package = Path(container.__file__).parent
     for path in package.rglob("*.py"):
-        text = path.read_text()
+        text = re.sub(r"torch\.load\([^()]*weights_only=True\)", "", path.read_text())
         for word in ("torch.load", "pickle", "yaml.load", "eval(", "exec("):
             assert word not in text.replace(".eval(", ""), (path, word)
 

@@ -37,7 +37,6 @@ LAYOUT = 1  # of a record; new measures or another meaning take a new number
 # modules that decide what a file holds and decodes to
 CODEC = (
     "arrays",
-    "backbone",
     "codec",
     "colour",
     "container",
