@@ -103,7 +103,7 @@ class Deflated:
         return quality
 
     def encode(self, picture, prediction, quality):
-        return zlib.compress((picture - to_bytes(torch.cat(list(prediction), 2))).tobytes()), picture
+        return zlib.compress((picture - to_bytes(torch.cat(list(prediction()), 2))).tobytes()), picture
 
     def decode(self, data, size, prediction, quality):
         missing = np.frombuffer(zlib.decompress(data), np.uint8).reshape(*size, 3)
