@@ -80,13 +80,7 @@ class MeanScaleLayer:
 
     def quantise(self, centred: Tensor, index: Tensor) -> Tensor:
         """Symbols of y, less its means, from what they cost by their scale indices (uint8)."""
-        magnitude = centred.abs()
-        below = magnitude.floor()
-        column = below.clamp(max=MAGNITUDES - 1).to(torch.uint8)
-        # indexed by what fits a byte: 64 scale indices of 4 magnitudes
-        least = self.thresholds[(index * MAGNITUDES + column).int()]
-        symbols = below.add_(magnitude.sub_(below) > least).copysign_(centred)
-        return symbols.clamp_(-LATENT_LIMIT, LATENT_LIMIT)
+        return quantise(centred, index, self.thresholds)
 
     def parameters(self, z: Iterable[Tensor], size: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Strips of z to strips of the scale indices (uint8) and means (float32) of y, for a layer of ``size``.
@@ -150,6 +144,16 @@ class MeanScaleLayer:
 
     def level(self, quality: float) -> Tensor:
         return level_of(quality_to_lambda(quality))[None].to(self.device, non_blocking=True)
+
+
+def quantise(centred: Tensor, index: Tensor, least: Tensor) -> Tensor:
+    """Symbols of latents less their means, of scale indices ``index`` (uint8); ``least`` are the ``thresholds``."""
+    magnitude = centred.abs()
+    below = magnitude.floor()
+    column = below.clamp(max=MAGNITUDES - 1).to(torch.uint8)
+    # indexed by what fits a byte: 64 scale indices of 4 magnitudes
+    beyond = magnitude.sub_(below) > least[(index * MAGNITUDES + column).int()]
+    return below.add_(beyond).copysign_(centred).clamp_(-LATENT_LIMIT, LATENT_LIMIT)
 
 
 def thresholds(tables: entropy.Tables) -> np.ndarray:

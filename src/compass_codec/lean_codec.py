@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compass_codec import entropy, flow, strips
 from compass_codec.arrays import to_bytes, to_device, to_host, to_tensor
 from compass_codec.exact import ACTIVATION, Block, Conv
-from compass_codec.layer import LATENT_LIMIT, MAGNITUDES, thresholds
+from compass_codec.layer import LATENT_LIMIT, quantise, thresholds
 from compass_codec.lean import CELL, EPSILON, LAMBDAS, PHASES, STEPS, UNSHUFFLE, LeanCodec, eighth
 from compass_codec.lean_liff import LeanLIFF
 from compass_codec.networks import gain, level_of
@@ -291,12 +291,7 @@ class LeanLayer:
 
     def _quantise(self, centred: Tensor, index: Tensor) -> Tensor:
         """Symbols of y, less its means, from what they cost by their scale indices (uint8)."""
-        magnitude = centred.abs()
-        below = magnitude.floor()
-        column = below.clamp(max=MAGNITUDES - 1).to(torch.uint8)
-        least = self.thresholds[(index * MAGNITUDES + column).int()]
-        symbols = below.add_(magnitude.sub_(below) > least).copysign_(centred).clamp_(-LATENT_LIMIT, LATENT_LIMIT)
-        return symbols.mul_(index >= SKIPPED)
+        return quantise(centred, index, self.thresholds).mul_(index >= SKIPPED)
 
     def _reconstruct(
         self, networks: Prepared, y: Tensor, prediction: Iterable[Tensor], size: tuple[int, int]
