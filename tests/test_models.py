@@ -21,6 +21,7 @@ from compass_codec import container, mean_scale, server, weights
 from compass_codec.arrays import to_bytes
 from compass_codec.codec import Codec, _loaded, shared
 from compass_codec.errors import OptionError, WeightsError
+from compass_codec.pictures import psnr
 from compass_codec.weights import ModelSet
 
 INSTALLED = [each.profile for each in weights.sets() if isinstance(each, ModelSet)]
@@ -249,3 +250,14 @@ print(*{{"torch", "compressai"}} & sys.modules.keys(), file=sys.stderr)
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout and not done.stderr.strip(), (args, done.stderr)
+
+
+@pytest.mark.parametrize("profile", ["lean", "paper"])
+def test_a_file_of_each_installed_set_decodes_without_being_told(profile):
+    picture = crop(70, 45)
+    encoded = shared("cpu", model=profile).encode(picture, [1, 1.4, 2], 60)
+    assert psnr(np.array(picture), encoded.layers[-1]) > 26
+    for k, seen in enumerate(encoded.layers):
+        assert np.array_equal(np.array(compass_codec.decode(encoded.data, layer=k)), seen)
+    half = Codec.load("cpu", model=profile, precision="bfloat16").decode(encoded.data)
+    assert psnr(np.array(half), encoded.layers[-1]) > 40

@@ -25,7 +25,7 @@ from compass_codec.networks import gain, level_of
 
 FINE = 16  # parts of the distance between two scale levels in which log scales are added up
 MEAN_UNIT = 64  # means are multiples of one over it
-MEAN_LIMIT = 2**15 - 1  # of means in these units, and of symbols that an encoder makes
+MEAN_LIMIT = 2**15 - 1  # of means in these units
 SKIPPED = 3  # symbols of lower scale indices are zero and are not coded
 EXACT = "exact."  # what the names of an Entropy's tensors start with in a set
 PARTS = ("base", "residual", "liff")

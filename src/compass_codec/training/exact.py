@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -49,7 +50,8 @@ def of_part(stage: Any, part: str) -> dict[str, Tensor]:
     for k in range(len(LAMBDAS)):
         crops = x[torch.arange(SHARE * k, SHARE * (k + 1)) % len(x)]
         latents.append(stage.latents(part, crops, crops.new_full((SHARE,), float(k)), FACTORS[k % len(FACTORS)]))
-    found = integers(getattr(stage, part).codec, latents)
+    # on the CPU, where the units are
+    found = integers(copy.deepcopy(getattr(stage, part).codec).cpu(), [y.float().cpu() for y in latents])
     stage.train(mode)
     return {f"{EXACT}{name}": value for name, value in found.items()}
 
