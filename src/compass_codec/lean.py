@@ -28,14 +28,14 @@ STEPS = len(PHASES)
 EPSILON = 1e-6  # of the mean square in the norm
 
 
-def _depthwise(channels: int) -> nn.Conv2d:
+def _depthwise(channels: int, bias: bool = True) -> nn.Conv2d:
     """A depthwise 3x3 convolution that starts near the identity."""
-    layer = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-    assert layer.bias is not None
+    layer = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=bias)
     with torch.no_grad():
         layer.weight.mul_(0.3)
         layer.weight[:, 0, 1, 1] += 1
-        layer.bias.zero_()
+        if layer.bias is not None:
+            layer.bias.zero_()
     return layer
 
 
@@ -87,11 +87,11 @@ class GatedBlock(nn.Module):
 class PlainBlock(nn.Module):
     """x + f(x): depthwise 3x3, 1x1 to 2C, ReLU, 1x1 to C; its integer form is exact."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, bias: bool = True) -> None:
         super().__init__()
-        self.dw = _depthwise(channels)
-        self.p1 = nn.Conv2d(channels, 2 * channels, 1)
-        self.p2 = from_zero(nn.Conv2d(2 * channels, channels, 1))
+        self.dw = _depthwise(channels, bias)
+        self.p1 = nn.Conv2d(channels, 2 * channels, 1, bias=bias)
+        self.p2 = from_zero(nn.Conv2d(2 * channels, channels, 1, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.p2(F.relu(self.p1(self.dw(x))))

@@ -8,8 +8,11 @@ low rank. What target pixel (y, x) adds to bicubic interpolation is, for each co
 
 The features f_k, ``taps`` for each colour, come from blocks at half of the lower layer's size, and do not know the
 factor. a_k and b_k depend on local grid and cells alone, along one axis each: they are evaluated once for each row and
-each column of the target, not for each pixel. They are cosines plus a learned correction; the cosines alone tell apart
-all places within a pixel at factors 2, 3 and 4.
+each column of the target, not for each pixel. They are cosines plus a learned correction; with nine taps the cosines
+alone tell apart all places within a pixel at factors 2 and 3.
+
+The network of features has no biases and its first convolution ignores the mean of each colour. So what LIFF adds grows
+with the contrast of the lower layer, and is exactly zero where that layer is flat.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compass_codec.lean import GatedBlock, even, from_zero
+from compass_codec.lean import PlainBlock, even, from_zero
 from compass_codec.liff import bicubic, bicubic_matrix, nearest
 from compass_codec.strips import spans
 
@@ -56,13 +59,13 @@ class LeanLIFF(nn.Module):
     ``channels`` and ``blocks`` at half of the lower layer's size, ``taps`` functions of the place in a pixel.
     """
 
-    def __init__(self, channels: int = 64, blocks: int = 3, taps: int = 16, hidden: int = 32) -> None:
+    def __init__(self, channels: int = 48, blocks: int = 2, taps: int = 9, hidden: int = 32) -> None:
         super().__init__()
         self.dimensions = {"channels": channels, "blocks": blocks, "taps": taps, "hidden": hidden}
         self.taps = taps
-        self.embed = nn.Conv2d(12, channels, 1)
-        self.blocks = nn.ModuleList(GatedBlock(channels, rated=False) for _ in range(blocks))
-        self.out = from_zero(nn.Conv2d(channels, 4 * 3 * taps, 1))  # rows, columns, colours, taps
+        self.embed = nn.Conv2d(12, channels, 3, bias=False)
+        self.blocks = nn.ModuleList(PlainBlock(channels, bias=False) for _ in range(blocks))
+        self.out = from_zero(nn.Conv2d(channels, 4 * 3 * taps, 1, bias=False))  # rows, columns, colours, taps
         side = math.isqrt(taps - 1) + 1
         self.rows_phi = AlongAxis([k // side for k in range(taps)], hidden)
         self.columns_phi = AlongAxis([k % side for k in range(taps)], hidden)
@@ -71,7 +74,9 @@ class LeanLIFF(nn.Module):
         """Lower layer [B, 3, h, w], centred on zero, to features [B, h, w, 3 * taps]."""
         height, width = low.shape[-2:]
         x = F.pixel_unshuffle(even(low.to(self.embed.weight.dtype)), 2)
-        x = self.embed(x.contiguous(memory_format=torch.channels_last))
+        x = F.pad(x, (1, 1, 1, 1), mode="replicate").contiguous(memory_format=torch.channels_last)
+        weight = self.embed.weight.unflatten(1, (3, 4))
+        x = F.conv2d(x, (weight - weight.mean((2, 3, 4), keepdim=True)).flatten(1, 2))
         for block in self.blocks:
             x = block(x)
         x = self.out(x).permute(0, 2, 3, 1).unflatten(3, (2, 2, -1)).transpose(2, 3)
@@ -116,7 +121,7 @@ class LeanLIFF(nn.Module):
         its row ``y0`` on, and its features."""
         height, width = low.shape[-2:]
         # rows that a feature sees to either side beyond its own pair, and bicubic interpolation at least
-        reach = 2 * max(1, len(self.blocks))
+        reach = 2 * (len(self.blocks) + 1)
         step = max(1, FEATURE_PIXELS // width * size[0] // height)
         for first in range(*rows, step):
             last = min(first + step, rows[1])

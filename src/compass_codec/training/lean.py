@@ -37,6 +37,7 @@ PARTS = ("base", "residual", "liff")
 LOG_SCALES = (math.log(0.06), math.log(256.0))  # that the networks may give
 LEAST = 0.05  # standard deviation of latents that the start leaves at zero
 SOLID = 1 / 16  # of the crops become one colour, which photographs rarely are
+PREDICTION = 0.1  # of the loss of an enhancement layer is added for its prediction alone, from which LIFF learns first
 GRAINY, GRAIN, COLOURED = 0.05, 4 / 255, 0.3  # lambda from where crops get grain; its most; its part that has colour
 
 
@@ -118,7 +119,8 @@ class LeanContextStage(LeanStage):
 class LeanLayersStage(LeanStage):
     """LIFF and the codec of enhancement layers together, through recursive layers, above a frozen base (paper, eq. 5).
 
-    The loss sums the cost of the enhancement layers, each with its share of the top layer's pixels.
+    The loss sums the cost of the enhancement layers, each with its share of the top layer's pixels. A tenth of what the
+    prediction alone would cost, without bits, is added.
     """
 
     trains = ("residual", "liff")
@@ -184,6 +186,10 @@ class LeanLayersStage(LeanStage):
             known = self.liff(rec, (target.shape[-2], target.shape[-1]))
             change, bits = self.residual(target - known, level, True, known - 0.5)
             part, parts = cost(target, known + change, bits, lam)
+            alone, shown = cost(target, known, torch.zeros_like(bits), lam)
+            parts["prediction"] = shown["psnr"]
+            if self.training:
+                part = part + PREDICTION * alone
             loss = loss + target.shape[-2] * target.shape[-1] / (x.shape[-2] * x.shape[-1]) * part
             rec = to_8bit(known + change)
         return loss, parts
