@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compass_codec import cli, pictures
+from compass_codec import cli, metrics
 
 KODAK = Path(__file__).parents[2] / "shared" / "data" / "kodak"
 
@@ -74,4 +74,4 @@ def compass(*args: object) -> Result:
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    return pictures.psnr(np.asarray(a), np.asarray(b))
+    return metrics.psnr(np.asarray(a), np.asarray(b))

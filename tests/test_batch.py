@@ -463,7 +463,7 @@ def test_workers_end_with_a_killed_parent(tmp_path, method):
 JOBS = """
 import os, signal, sys, time
 from pathlib import Path
-from compass_codec import batch, jobs, pictures
+from compass_codec import batch, files, jobs
 from compass_codec.jobs import DecodeOptions, Job, Report
 
 def work(job):
@@ -475,7 +475,7 @@ def work(job):
         sys.exit(3)
     if job.source.name == "slow":
         os.fsync = lambda file: (os.write(1, b"\\nwriting\\n"), time.sleep(60))
-        pictures.write_file(job.target, b"half")
+        files.write_file(job.target, b"half")
     return Report(job.source, "decoded")
 
 jobs.run = work

@@ -305,7 +305,7 @@ def test_streams_paths_and_addresses_that_do_not_work_are_one_line(coded, photo,
 
 
 def test_names_as_long_as_the_file_system_takes(tmp_path, small_file):
-    from compass_codec.pictures import write_file
+    from compass_codec.files import write_file
 
     write_file(tmp_path / ("ä" * 125 + ".cmps"), small_file)
     assert len(list(tmp_path.iterdir())) == 1

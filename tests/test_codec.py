@@ -8,6 +8,7 @@ from PIL import Image
 
 import compass_codec
 from compass_codec import container
+from compass_codec.backbones.symbols import MAGNITUDES, MOST_BEYOND
 from compass_codec.codec import Codec, layer_sizes
 from compass_codec.errors import (
     CompassError,
@@ -18,8 +19,7 @@ from compass_codec.errors import (
     TruncatedError,
     WeightsError,
 )
-from compass_codec.layer import MAGNITUDES, MOST_BEYOND
-from compass_codec.networks import quality_to_lambda
+from compass_codec.networks.mean_scale import quality_to_lambda
 from compass_codec.search import CodedLayer
 from compass_codec.training.export import describe
 

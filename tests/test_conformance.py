@@ -14,7 +14,8 @@ from PIL import Image
 
 from compass_codec import container
 from compass_codec.codec import Codec, fastest  # as it is before conftest.py says no to it
-from compass_codec.pictures import psnr, pyramid
+from compass_codec.metrics import psnr
+from compass_codec.pictures import pyramid
 from compass_codec.search import Search
 
 GOLDEN = json.loads((FOLDER / "golden.json").read_text())

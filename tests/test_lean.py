@@ -9,12 +9,12 @@ from conftest import compass
 from PIL import Image
 
 from compass_codec.errors import CompassError
-from compass_codec.lean import EPSILON, LAMBDAS, PHASES, STEPS, LeanCodec, RMSNorm
-from compass_codec.lean import multiply_accumulates as codec_multiply_accumulates
-from compass_codec.lean_liff import LeanLIFF, multiply_accumulates
-from compass_codec.liff import bicubic, nearest
-from compass_codec.networks import level_of
-from compass_codec.training.export import export, read_tensors
+from compass_codec.networks.lean import EPSILON, LAMBDAS, PHASES, STEPS, LeanCodec, RMSNorm
+from compass_codec.networks.lean import multiply_accumulates as codec_multiply_accumulates
+from compass_codec.networks.lean_liff import LeanLIFF, multiply_accumulates
+from compass_codec.networks.liff import bicubic, nearest
+from compass_codec.networks.rates import level_of
+from compass_codec.training.export import export
 from compass_codec.training.lean import (
     PARTS,
     LeanContextStage,
@@ -26,6 +26,7 @@ from compass_codec.training.lean import (
     start,
 )
 from compass_codec.training.start import noise_pictures
+from compass_codec.training.tensors import read_tensors
 from compass_codec.training.trainer import Plan, Run, make_stage
 from compass_codec.weights import choose, load
 
@@ -199,9 +200,9 @@ def test_lean_liff_is_the_sum_over_taps_that_it_says(factor):
 @pytest.mark.parametrize("low", [(1, 1), (3, 50), (22, 17)])
 @torch.no_grad()
 def test_rows_of_lean_liff_are_those_of_all_at_once(factor, low, monkeypatch):
-    monkeypatch.setattr("compass_codec.lean_liff.FEATURE_PIXELS", 300)
-    monkeypatch.setattr("compass_codec.lean_liff.LOOK_UP_PIXELS", 200)
-    monkeypatch.setattr("compass_codec.lean_liff.CUBIC_COLUMNS", 16)
+    monkeypatch.setattr("compass_codec.networks.lean_liff.FEATURE_PIXELS", 300)
+    monkeypatch.setattr("compass_codec.networks.lean_liff.LOOK_UP_PIXELS", 200)
+    monkeypatch.setattr("compass_codec.networks.lean_liff.CUBIC_COLUMNS", 16)
     network, pixels = liff(), torch.randint(256, (1, 3, *low), dtype=torch.uint8)
     height, width = taller(pixels, factor)
     whole = network(pixels.float() / 255, (height, width))

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from compass_codec import entropy, exact, flow, lean_codec, strips
+from compass_codec import entropy
+from compass_codec.backbones import lean as lean_codec
+from compass_codec.backbones.lean import Entropy, LeanLayer, Prepared, quality_to_lambda
 from compass_codec.errors import DamagedError
-from compass_codec.lean import LAMBDAS, LeanCodec, PlainBlock
-from compass_codec.lean_codec import Entropy, LeanLayer, Prepared, quality_to_lambda
+from compass_codec.networks import exact, flow, strips
+from compass_codec.networks.lean import LAMBDAS, LeanCodec, PlainBlock
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.exact import SCALE_STEP, integers
 from compass_codec.training.export import z_table

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from compass_codec import liff as module
-from compass_codec.liff import LIFF, SIZES, bicubic, bicubic_matrix, nearest
 from compass_codec.measure import naive
+from compass_codec.networks import liff as module
+from compass_codec.networks.liff import LIFF, SIZES, bicubic, bicubic_matrix, nearest
 
 
 def test_nearest_by_searching():

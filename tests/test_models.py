@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 import compass_codec
 import compass_codec.pillow
-from compass_codec import container, mean_scale, server, weights
-from compass_codec.arrays import to_bytes
+from compass_codec import backbones, container, server, weights
+from compass_codec.backbones import mean_scale
 from compass_codec.codec import Codec, _loaded, shared
 from compass_codec.errors import OptionError, WeightsError
-from compass_codec.pictures import psnr
+from compass_codec.metrics import psnr
+from compass_codec.networks.arrays import to_bytes
 from compass_codec.weights import ModelSet
 
 INSTALLED = [each.profile for each in weights.sets() if isinstance(each, ModelSet)]
@@ -44,7 +45,7 @@ def idle(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     save_file({"x": np.zeros(1, np.float32)}, folder / "nothing.safetensors")
     (folder / "model.json").write_text(json.dumps(SPEC))
-    monkeypatch.setitem(weights.BACKBONES, "idle", __name__)
+    monkeypatch.setitem(backbones.NAMES, "idle", __name__)
     monkeypatch.setenv("COMPASS_MODELS", str(tmp_path / "sets"))
     return folder
 
@@ -122,7 +123,7 @@ def test_a_backbone_of_another_kind(idle, monkeypatch):
     """It codes files of layers with nothing that mean_scale has; there is no search for it."""
     parts = Deflated(), Deflated(), Nearest()
     monkeypatch.setitem(sys.modules, "deflated", SimpleNamespace(build=lambda *_: parts))
-    monkeypatch.setitem(weights.BACKBONES, "idle", "deflated")
+    monkeypatch.setitem(backbones.NAMES, "idle", "deflated")
     codec = Codec.load("cpu", idle)
     layers = [np.array(crop(*size)) for size in ((9, 7), (20, 70), (30, 90))]
     encoded = codec.encode_layers(layers, [1, 2, 3], 60)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import crop
 
-from compass_codec import networks
 from compass_codec.entropy import SCALE_RANGE
-from compass_codec.hyper import HyperDecoder
-from compass_codec.networks import GDN, LAMBDAS, ImageCodec, gain, half, level_of, quality_to_lambda, stages
+from compass_codec.networks import mean_scale as networks
+from compass_codec.networks.hyper import HyperDecoder
+from compass_codec.networks.mean_scale import GDN, LAMBDAS, ImageCodec, half, quality_to_lambda, stages
+from compass_codec.networks.rates import gain, level_of
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +111,11 @@ def test_transposed_convolutions_and_their_gradients_are_pytorchs(autocast):
 
 def test_levels_and_qualities():
     torch.testing.assert_close(
-        level_of(torch.tensor(LAMBDAS)), torch.arange(6.0, dtype=torch.float64), atol=1e-5, rtol=0
+        level_of(torch.tensor(LAMBDAS), LAMBDAS), torch.arange(6.0, dtype=torch.float64), atol=1e-5, rtol=0
     )
     assert quality_to_lambda(1) == pytest.approx(LAMBDAS[0])
     assert quality_to_lambda(100) == pytest.approx(LAMBDAS[-1])
-    assert 2 < float(level_of(0.01)) < 3
+    assert 2 < float(level_of(0.01, LAMBDAS)) < 3
 
 
 def test_gain_is_interpolated_geometrically():

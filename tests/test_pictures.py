@@ -11,7 +11,7 @@ from conftest import crop, psnr
 from PIL import Image, ImageCms, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
-from compass_codec import colour, pictures
+from compass_codec import colour, metrics, pictures
 from compass_codec.container import Sections
 from compass_codec.errors import DamagedError, PictureError
 
@@ -353,7 +353,7 @@ def test_lossy_outputs_are_good():
     image = crop(64, 48)
     for name, least in (("jpg", 36), ("webp", 33), ("avif", 36)):
         source = pictures.read(io.BytesIO(pictures.to_bytes(image, Path(f"x.{name}"))))
-        assert pictures.psnr(np.asarray(image), np.asarray(source.image)) > least, name
+        assert metrics.psnr(np.asarray(image), np.asarray(source.image)) > least, name
 
 
 def test_what_a_jpeg_cannot_hold_is_left_out():
@@ -747,12 +747,12 @@ def test_psnr_counts_what_shows():
     rng = np.random.default_rng(4)
     a, b = (rng.integers(0, 256, (6, 7, 3), np.uint8) for _ in range(2))
     alpha = np.zeros((6, 7), np.uint8)
-    assert pictures.psnr(a, b, alpha) == np.inf
+    assert metrics.psnr(a, b, alpha) == np.inf
     alpha[2:4] = 77
-    assert pictures.psnr(a, b, alpha) == pytest.approx(pictures.psnr(a[2:4], b[2:4]))
+    assert metrics.psnr(a, b, alpha) == pytest.approx(metrics.psnr(a[2:4], b[2:4]))
     alpha[2] = 154
     errors = [((a[row].astype(int) - b[row]) ** 2).mean() for row in (2, 2, 3)]
-    assert pictures.psnr(a, b, alpha) == pytest.approx(10 * np.log10(255**2 / np.mean(errors)))
+    assert metrics.psnr(a, b, alpha) == pytest.approx(10 * np.log10(255**2 / np.mean(errors)))
 
 
 def test_deeper_samples_of_heic_and_jpeg_2000_are_told():

@@ -10,7 +10,7 @@ import pytest
 from conftest import compass, crop
 from PIL import Image
 
-from compass_codec import container, pictures
+from compass_codec import container, metrics
 from compass_codec.rate import Target, search
 
 PIXELS = 100_000
@@ -114,7 +114,7 @@ def test_a_target_of_psnr_is_met_by_what_shows(tmp_path, codec):
     shown, decoded = (
         np.asarray(i)[16:32, 24:44, :3] for i in (picture, codec.decode((tmp_path / "in.cmps").read_bytes()))
     )
-    found = pictures.psnr(shown, decoded)
+    found = metrics.psnr(shown, decoded)
     report = json.loads(result.out)
     assert report["layers"][-1]["psnr"] == pytest.approx(found, abs=1e-3)
     assert 33 <= found <= 33.1 or "lies between two steps" in report["notes"][-1]

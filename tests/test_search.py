@@ -13,7 +13,7 @@ from conftest import compass, crop
 from compass_codec import container, entropy, search
 from compass_codec.errors import OptionError
 from compass_codec.measure import effort as efforts
-from compass_codec.networks import quality_to_lambda
+from compass_codec.networks.mean_scale import quality_to_lambda
 
 
 def layers_of(*widths: int) -> list[np.ndarray]:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import crop
 
-from compass_codec import container, liff, strips
+from compass_codec import container
 from compass_codec.codec import Codec
+from compass_codec.networks import liff, strips
 
 
 @pytest.mark.parametrize(("length", "largest"), [(1, 5), (5, 5), (6, 5), (100, 7)])

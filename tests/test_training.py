@@ -24,11 +24,12 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from compass_codec.backbones.mean_scale import PARTS
 from compass_codec.codec import Codec
 from compass_codec.entropy import PRECISION, scale_levels
-from compass_codec.liff import LIFF, SIZES, bicubic
-from compass_codec.mean_scale import PARTS
-from compass_codec.networks import LAMBDAS, ImageCodec, level_of
+from compass_codec.networks.liff import LIFF, SIZES, bicubic
+from compass_codec.networks.mean_scale import LAMBDAS, ImageCodec
+from compass_codec.networks.rates import level_of
 from compass_codec.training import stages
 from compass_codec.training.command import train
 from compass_codec.training.data import HELD_OUT, Pictures
@@ -293,8 +294,8 @@ class TestResume:
         monkeypatch.setattr(stage, "lower", lambda x, level: levels.append(level) or x.detach() * 0.9)
         lam = torch.tensor([0.0067, 0.0483])
         for factors in ((2.0, 1.5), (1.0, 2.0)):
-            stage(torch.rand(2, 3, 64, 64), lam, stages.level_of(lam).float(), factors)
-        assert torch.equal(levels[0], stages.level_of(lam).float())
+            stage(torch.rand(2, 3, 64, 64), lam, level_of(lam, LAMBDAS).float(), factors)
+        assert torch.equal(levels[0], level_of(lam, LAMBDAS).float())
         assert ((levels[1] > 0) & (levels[1] < levels[0])).all()
 
     @pytest.mark.parametrize("factors", [(1.5, 1.2), (1.0, 1.2)])
@@ -311,7 +312,7 @@ class TestResume:
             codes.clear()
             stage.zero_grad(set_to_none=True)
             with torch.autocast("cpu", torch.bfloat16):
-                stage(torch.rand(2, 3, 48, 48), lam, level_of(lam).float(), factors)[0].backward()
+                stage(torch.rand(2, 3, 48, 48), lam, level_of(lam, LAMBDAS).float(), factors)[0].backward()
             assert not [n for n, p in stage.named_parameters() if p.requires_grad and p.grad is None]
             below, lowest = round(48 / factors[0]), round(48 / factors[0] / 1.2)
             top = ("residual", 48, 48)
@@ -323,7 +324,7 @@ class TestResume:
         assert 2 < deeper < 10
         stage.eval()
         codes.clear()
-        stage(torch.rand(2, 3, 48, 48), lam, level_of(lam).float(), factors)
+        stage(torch.rand(2, 3, 48, 48), lam, level_of(lam, LAMBDAS).float(), factors)
         assert len(codes) == 2  # held-out losses depend on no chance
 
     def test_changed_settings_are_named(self, small, pictures, tmp_path):
@@ -542,7 +543,7 @@ class TestTables:
     def test_counted_tables_make_smaller_files_of_the_same_picture(self, folder, tmp_path, monkeypatch):
         """From ideal tables, counting the symbols of the very pictures that are then coded must save bytes."""
         # else the encoder would choose other symbols with other tables
-        monkeypatch.setattr("compass_codec.layer.BEYOND", 0)
+        monkeypatch.setattr("compass_codec.backbones.mean_scale.BEYOND", 0)
         from compass_codec.entropy import gaussian_tables
         from compass_codec.training.export import describe
         from compass_codec.training.tables import main

@@ -12,7 +12,7 @@ from browser import browser, complaints, loaded
 from conftest import compass, crop
 from PIL import Image
 
-from compass_codec import container, page, pictures
+from compass_codec import container, metrics, page, pictures
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -52,7 +52,7 @@ def test_the_table(folder, codec, small_file):
         assert row[:4] == [str(k), f"{entry.width} x {entry.height}", f"{2**k}", "50"]
         assert row[4:6] == [str(entry.end - before), f"{8 * (entry.end - before) / pixels:.3f}"]
         assert row[6:8] == [str(entry.end), f"{8 * entry.end / pixels:.3f}"]
-        assert row[8] == f"{pictures.psnr(reduced[k], np.asarray(codec.decode(small_file, k))):.2f}"
+        assert row[8] == f"{metrics.psnr(reduced[k], np.asarray(codec.decode(small_file, k))):.2f}"
         before = entry.end
 
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compass_codec import container, pictures, strips
-from compass_codec.arrays import to_tensor
+from compass_codec import container, pictures
 from compass_codec.errors import FormatError, LimitError, OptionError
+from compass_codec.networks import strips
+from compass_codec.networks.arrays import to_tensor
 from compass_codec.weights import ModelSet, Weights, choose
 from compass_codec.weights import load as load_weights
 

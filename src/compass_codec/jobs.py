@@ -226,7 +226,7 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
             return Report(source, "up to date", (target,))
     else:
         check_target(target, source, options)
-    from compass_codec import colour, pictures
+    from compass_codec import colour, metrics, pictures
 
     picture = pictures.read(io.BytesIO(standard("input").read()) if source == STDIO else source)
     if options.strip and picture.icc:
@@ -250,7 +250,7 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
     def measured(seen: Sequence[np.ndarray]) -> list[float]:
         """PSNR of each layer, of what shows."""
         shows: list[np.ndarray | None] = [*alphas] or [None] * len(layers)
-        return [pictures.psnr(*layer) for layer in zip(layers, seen, shows, strict=True)]
+        return [metrics.psnr(*layer) for layer in zip(layers, seen, shows, strict=True)]
 
     if options.target is None:
         data, reconstructed = attempt(plan.qualities)
@@ -401,7 +401,7 @@ def put(path: Path, data: bytes, make_folder: bool = False, not_before: int = 0)
     """Write the file whole or not at all, or to standard output, a pipe or a device. A file is not older than
     ``not_before`` (ns since 1970), the time of its source, which may lie in the future. Raises OSError naming
     ``path``."""
-    from compass_codec.pictures import write_file
+    from compass_codec.files import write_file
 
     name = "standard output" if path == STDIO else str(path)
     try:

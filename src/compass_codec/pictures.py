@@ -1,13 +1,10 @@
-"""Pictures in and out, through Pillow; and files that are either written whole or not at all."""
+"""Pictures in and out, through Pillow."""
 
 from __future__ import annotations
 
 import io
-import math
-import os
 import re
 import struct
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -468,29 +465,6 @@ def with_alpha(picture: np.ndarray, alpha: np.ndarray | None) -> Image.Image:
     return image
 
 
-def squared_error(a: np.ndarray, b: np.ndarray) -> int:
-    """Sum of squared differences of two uint8 pictures of one shape."""
-    import numpy as np
-
-    # a few rows at a time: all integers of a large picture take a gigabyte
-    parts = ((a[row : row + 64], b[row : row + 64]) for row in range(0, len(a), 64))
-    return sum(int(np.square(x.astype(np.int32) - y).sum(dtype=np.int64)) for x, y in parts)
-
-
-def psnr(a: np.ndarray, b: np.ndarray, alpha: np.ndarray | None = None) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures of one shape, in dB; infinite when they are equal. With
-    ``alpha``, uint8 [height, width], each pixel counts as much as it shows; infinite when none does."""
-    if alpha is None:
-        squares, samples = squared_error(a, b), a.size
-    else:
-        import numpy as np
-
-        rows = ((a[k], b[k], alpha[k]) for k in range(len(a)))  # one at a time, for memory
-        squares = sum(int((np.square(x.astype(np.int64) - y).sum(1) * weight).sum()) for x, y, weight in rows)
-        samples = a.shape[2] * int(alpha.sum(dtype=np.int64))
-    return 10 * math.log10(255**2 * samples / squares) if squares else math.inf
-
-
 @cache
 def register() -> None:
     """Make Pillow know its formats, HEIC where pillow-heif is installed (the extra ``heic``), and big-endian 16-bit
@@ -627,32 +601,3 @@ def _tags(exif: bytes | None, name: str) -> Image.Exif | None:
     except Exception:  # Pillow has no error of its own for bad EXIF
         return None
     return tags
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: beside it first, flushed to disk, then renamed. Raises OSError.
-
-    What is there and no regular file, such as a device or a pipe, is written to as it is.
-    """
-    path = path.resolve() if path.is_symlink() else path
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
-    handle, name = tempfile.mkstemp(prefix=".compass.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            mode = path.stat().st_mode & 0o777
-        except FileNotFoundError:
-            mask = os.umask(0)
-            os.umask(mask)
-            mode = 0o666 & ~mask
-        temporary.chmod(mode)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -15,21 +15,31 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compass_codec import entropy, strips
-from compass_codec.arrays import to_tensor
-from compass_codec.layer import LATENT_LIMIT, MeanScaleLayer
-from compass_codec.networks import ImageCodec
-from compass_codec.pictures import squared_error
+from compass_codec import entropy
+from compass_codec.backbones.mean_scale import MeanScaleLayer
+from compass_codec.backbones.symbols import LATENT_LIMIT
+from compass_codec.metrics import squared_error
+from compass_codec.networks import strips
+from compass_codec.networks.arrays import to_tensor
+from compass_codec.networks.mean_scale import ImageCodec
 
 if TYPE_CHECKING:
-    from compass_codec.backbone import LayerCodec
-    from compass_codec.codec import Codec
+    from compass_codec.backbones import LayerCodec
+
+    class Layered(Protocol):
+        """What of codec.Codec a search takes."""
+
+        base: LayerCodec
+        residual: LayerCodec
+
+        def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]: ...
+
 
 # Steps of annealing of each layer, and then of moves, that an effort adds to those below it. It goes on from where the
 # effort below has ended.
@@ -65,7 +75,7 @@ def gradients() -> Iterator[None]:
 
 
 def improve(
-    codec: Codec,
+    codec: Layered,
     layers: Sequence[np.ndarray],
     qualities: Sequence[float],
     coded: list[Coded],
@@ -110,7 +120,7 @@ def total(coded: Sequence[CodedLayer], weights: Sequence[float]) -> float:
 
 
 def efforts(
-    codec: Codec,
+    codec: Layered,
     layers: Sequence[np.ndarray],
     qualities: Sequence[float],
     lambdas: Sequence[float],
@@ -132,7 +142,7 @@ def efforts(
             same = all(a is b for a, b in zip(tried, best[:k], strict=True))
             size = (picture.shape[0], picture.shape[1])
             known = torch.cat(list(codec.predict(tried[-1].coded[1] if k else None, size)), 2)
-            job = Job(picture, known, quality, prices[k], torch.Generator().manual_seed(stage), deadline)
+            job = LayerTask(picture, known, quality, prices[k], torch.Generator().manual_seed(stage), deadline)
             search = searches[min(k, 1)]
             own = latents[k] = search.start(job, latents[k])
             search.anneal(job, own, stage)
@@ -161,7 +171,7 @@ def worth(lambdas: Sequence[float], weights: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Job:
+class LayerTask:
     """A layer to search: its pixels uint8 [height, width, 3], its prediction [1, 3, height, width] in 0..1, and what a
     unit of squared error costs in bits."""
 
@@ -247,7 +257,7 @@ class Search:
             self.channels = torch.arange(layer.codec.n, device=layer.device)[None, :, None, None]
 
     @gradients()
-    def start(self, job: Job, last: Latents | None) -> Latents:
+    def start(self, job: LayerTask, last: Latents | None) -> Latents:
         """The latents of a layer as the analysis gives them, or, if it was searched with another prediction before,
         ``last``, moved by what has changed."""
         level, shape = self.layer.level(job.quality), ImageCodec.latent_size(job.size)
@@ -269,12 +279,12 @@ class Search:
         return torch.cat(index, 2).clone(), torch.cat(means, 2).clone()
 
     @gradients()
-    def anneal(self, job: Job, latents: Latents, effort: int) -> None:
+    def anneal(self, job: LayerTask, latents: Latents, effort: int) -> None:
         """Move the latents on, in place, as ``effort`` adds to those below it."""
         for tile in Tile.all(job.size):
             self.descend(job, latents, tile, ANNEAL[effort], RATES[(effort > 2) + (effort > 5)])
 
-    def descend(self, job: Job, latents: Latents, tile: Tile, steps: int, rate: float) -> None:
+    def descend(self, job: LayerTask, latents: Latents, tile: Tile, steps: int, rate: float) -> None:
         """Move the latents in a tile's core, in place, by ``steps`` gradients."""
         pixels, prediction = job.pixels(tile)
         cut, z_cut = tile.part(LATENT, REACH), tile.part(1, REACH + HYPER_REACH)
@@ -307,16 +317,16 @@ class Search:
         latents.y[tile.part(LATENT)] = y.detach()[core]
         latents.z[tile.part(1)] = z.detach()[z_core]
 
-    def shown(self, latent: Tensor, job: Job, tile: Tile, prediction: Tensor) -> Tensor:
+    def shown(self, latent: Tensor, job: LayerTask, tile: Tile, prediction: Tensor) -> Tensor:
         """The pixels [1, 3, rows, columns] of a latent, not clipped or rounded."""
         return self.codec.synthesis(latent, self.layer.level(job.quality), tile.extent(PIXEL, REACH)) + prediction
 
-    def error(self, latent: Tensor, job: Job, tile: Tile, pixels: Tensor, prediction: Tensor) -> Tensor:
+    def error(self, latent: Tensor, job: LayerTask, tile: Tile, pixels: Tensor, prediction: Tensor) -> Tensor:
         """What the squared error of the pixels that the tile's core shows in costs, in bits."""
         out = self.shown(latent, job, tile, prediction).clamp(0, 1)
         return job.price * (out - pixels)[tile.part(PIXEL, REACH / 2, REACH)].square().sum()
 
-    def finish(self, job: Job, latents: Latents, effort: int) -> Coded:
+    def finish(self, job: LayerTask, latents: Latents, effort: int) -> Coded:
         """Round the latents and move the symbols of y; the layer's bytes and what the decoder will see. In place, the
         latents follow the moves."""
         z = _rounded(latents.z)
@@ -329,7 +339,7 @@ class Search:
         data = entropy.encode(_symbols(z), y, index[0].cpu().numpy(), self.layer.tables)
         return data, self.layer.rebuild(y, means, [job.known], job.quality, job.size)
 
-    def curvature(self, latent: Tensor, job: Job, tile: Tile, prediction: Tensor) -> Tensor:
+    def curvature(self, latent: Tensor, job: LayerTask, tile: Tile, prediction: Tensor) -> Tensor:
         """About the squared length [1, M, rows, columns] of what a step of 1 in each latent adds to the picture,
         measured with random pictures (Hutchinson), as a product of what is of its channel and what is of its place,
         which takes few of them. Channels that do more say more of a place."""
@@ -344,7 +354,7 @@ class Search:
         return of_channel.square() * of_place / of_channel.mean() / PROBES
 
     @gradients()
-    def move(self, job: Job, tile: Tile, symbols: Tensor, index: Tensor, means: Tensor, steps: int) -> Tensor:
+    def move(self, job: LayerTask, tile: Tile, symbols: Tensor, index: Tensor, means: Tensor, steps: int) -> Tensor:
         """The symbols of the tile's core, int64 [1, M, rows, columns], after ``steps`` of moves by one. Each changes a
         random part of those where it is a gain, by the gradient and the curvature of the error; at first a random
         number of bits decides what is a gain, ever smaller."""

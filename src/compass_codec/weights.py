@@ -17,17 +17,16 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compass_codec import backbones
 from compass_codec.container import MODEL_BYTES
 from compass_codec.errors import WeightsError
 
 if TYPE_CHECKING:
     import torch
 
-    from compass_codec.backbone import Backbone, LayerCodec, Predictor
+    from compass_codec.backbones import Backbone, LayerCodec, Predictor
 
 DEFAULT = "paper"  # the profile that encodes when none is named
-# Name of a backbone: its module, as backbone.Backbone says.
-BACKBONES = {"mean_scale": "compass_codec.mean_scale", "lean": "compass_codec.lean_codec"}
 PATH = "COMPASS_MODELS"  # environment variable: folders of sets, or sets, separated as in PATH
 CARD = "model.json"
 FORMAT = 1  # of model.json
@@ -232,8 +231,8 @@ def load(found: ModelSet, device: torch.device, precision: str = "float32") -> W
     # PyTorch hears of this with its first tensor. Large arrays come from the system anew each time; in pages of 4 KB
     # that alone takes a tenth of a picture's time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if found.backbone not in BACKBONES:
-        known = ", ".join(BACKBONES)
+    if found.backbone not in backbones.NAMES:
+        known = ", ".join(backbones.NAMES)
         raise WeightsError(f"{found.folder / CARD}: backbone {found.backbone}; this version has {known}")
     files = [_read(path) for path in found.files]
     tensors = {}
@@ -244,7 +243,7 @@ def load(found: ModelSet, device: torch.device, precision: str = "float32") -> W
             raise WeightsError(f"{path}: these weights cannot be used ({_line(e)})") from e
     try:
         with torch.inference_mode():
-            backbone: Backbone = importlib.import_module(BACKBONES[found.backbone])
+            backbone: Backbone = importlib.import_module(backbones.NAMES[found.backbone])
             base, residual, predictor = backbone.build(found.spec, tensors, device, precision)
     except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as e:
         raise WeightsError(f"{found.folder}: these weights cannot be used ({_line(e)})") from e

@@ -62,7 +62,7 @@ def view(
         header = container.read_header(data, max_pixels)
         last = container.pick(header, len(data), None)
     layers = header.layers[: last + 1]
-    from compass_codec import page, pictures
+    from compass_codec import metrics, page, pictures
 
     original = None
     if source is not None:
@@ -86,7 +86,7 @@ def view(
     if original is not None:
         reduced, alphas = pictures.pyramid_alpha(original, sizes)
         shows: list[np.ndarray | None] = [*alphas] or [None] * len(sizes)
-        psnr = [f"{pictures.psnr(*layer):.2f}" for layer in zip(reduced, decoded, shows, strict=True)]
+        psnr = [f"{metrics.psnr(*layer):.2f}" for layer in zip(reduced, decoded, shows, strict=True)]
     heads = ["layer", "size", "scale", "quality", "bytes", "bpp", "acc. bytes", "acc. bpp"]
     rows = [heads + ["PSNR, dB"] * bool(psnr)]
     panes = []

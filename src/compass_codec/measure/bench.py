@@ -18,8 +18,9 @@ from compass_codec.measure.protocol import FULL, LEVELS, OURS, Numbers, Scales, 
 
 if TYPE_CHECKING:
     from compass_codec.measure.report import Report
-    from compass_codec.measure.runner import Job, Runner
+    from compass_codec.measure.runner import Runner
     from compass_codec.measure.tables import Column, Published, Results
+    from compass_codec.measure.task import Task
 
 TABLES = ("two", "three", "single", "ablation")
 MIDDLE = 2.0  # the scale of the first enhancement layer of three
@@ -95,8 +96,9 @@ def bench(
 
     What was measured is kept in the folder, so that a run that was stopped goes on where it was.
     """
-    from compass_codec.measure.runner import Runner, Settings, Source, cores
+    from compass_codec.measure.runner import Runner, cores
     from compass_codec.measure.tables import ABLATED, Published, Results
+    from compass_codec.measure.task import Original, Settings
 
     if len(qualities) < FEWEST:
         raise click.UsageError(f"a rate-distortion curve needs at least {FEWEST} qualities")
@@ -109,7 +111,7 @@ def bench(
         for file in curves:
             published.read(file)
         pictures = pictures_in(images, QUICK if quick else 0)
-        sources = [Source.of(path) for path in pictures]
+        sources = [Original.of(path) for path in pictures]
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as e:
         missing = "" if images.is_dir() else f"; {WHERE}"
@@ -140,7 +142,7 @@ def _layered_methods(peers: Sequence[str]) -> list[str]:
     return [OURS, *([LEVELS] if J2K in peers else [])]
 
 
-def _run(runner: Runner, work: Sequence[Job], label: str) -> None:
+def _run(runner: Runner, work: Sequence[Task], label: str) -> None:
     """Run jobs under a progress bar that is as long as they are expected to take."""
     work = list(dict.fromkeys(work))
     total = sum(job.seconds() for job in work)
@@ -207,8 +209,8 @@ def _processor() -> str:
 
 
 def _write_page(runner: Runner, results: Results, scales: Scales, peers: Sequence[str], out: Path) -> None:
+    from compass_codec.files import write_file
     from compass_codec.measure.page import html, our_jobs, peer_jobs
-    from compass_codec.pictures import write_file
 
     ours = our_jobs(results, scales)
     _run(runner, ours, "the page, ours")
@@ -242,8 +244,8 @@ def _measure_cost(report: Report, results: Results, settings: Any, out: Path) ->
 
 
 def _write(report: Report, out: Path) -> None:
+    from compass_codec.files import write_file
     from compass_codec.measure.plots import bits_of_layers, rate_distortion
-    from compass_codec.pictures import write_file
 
     write_file(out / "results.json", (json.dumps(report.data(), indent=1) + "\n").encode())
     columns = report.columns()

@@ -64,7 +64,7 @@ def measure(task: tuple[list[Path], int, int, int]) -> tuple[list[Found], int]:
     import torch
     from PIL import Image
 
-    from compass_codec import container, pictures
+    from compass_codec import container, metrics, pictures
     from compass_codec.codec import Codec, layer_sizes
 
     files, side, count, effort = task
@@ -86,7 +86,7 @@ def measure(task: tuple[list[Path], int, int, int]) -> tuple[list[Found], int]:
                 header = container.read_header(data)
                 decoded = codec.decode_layers(data, header, count - 1)
                 for points, entry, layer, seen in zip(each.points[-1], header.layers, layers, decoded, strict=True):
-                    points.append((8 * entry.end, pictures.psnr(layer, seen)))
+                    points.append((8 * entry.end, metrics.psnr(layer, seen)))
                 each.seconds += seconds
                 each.memory = max(each.memory, memory)
     return found, pixels

@@ -16,7 +16,7 @@ import numpy as np
 from compass_codec.commands.common import one_line
 from compass_codec.measure.bd_rate import FEWEST, BDRate
 from compass_codec.measure.protocol import PUBLISHED, Curve, Numbers, layers_of, pictures_in, published, rows
-from compass_codec.pictures import psnr
+from compass_codec.metrics import psnr
 
 PEERS = (PUBLISHED, "jpeg", "webp", "jpeg2000")
 

@@ -57,7 +57,7 @@ class Files:
         """For each of ``layers``, in a file of these alone with ``qualities``: bytes of all that it needs, and PSNR."""
         import numpy as np
 
-        from compass_codec import container, pictures
+        from compass_codec import container, metrics
 
         scales = [self.scales[k] for k in layers]
         key = (tuple(scales), tuple(qualities))
@@ -67,7 +67,7 @@ class Files:
                 chosen = [source[k] for k in layers]
                 encoded = self.codec.encode_layers(chosen, scales, list(qualities))
                 size += [entry.end for entry in container.read_header(encoded.data).layers]
-                psnr += [pictures.psnr(*pair) for pair in zip(chosen, encoded.layers, strict=True)]
+                psnr += [metrics.psnr(*pair) for pair in zip(chosen, encoded.layers, strict=True)]
             self.known[key] = list(zip(size, psnr / len(self.pictures), strict=True))
             click.echo(".", err=True, nl=False)
         return self.known[key]

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compass_codec import container
-from compass_codec.arrays import to_tensor
 from compass_codec.codec import Codec
 from compass_codec.measure.peers import PEERS, resolutions
 from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales
+from compass_codec.networks.arrays import to_tensor
 
 Coded = list[tuple[int, np.ndarray]]
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from constriction import stream
 from torch import Tensor
 
-from compass_codec.arrays import to_tensor
-from compass_codec.liff import LIFF, bicubic, nearest
+from compass_codec.networks.arrays import to_tensor
+from compass_codec.networks.liff import LIFF, bicubic, nearest
 
 ROWS = 64  # of the target at a time; all at once would take gigabytes
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from compass_codec.measure.peers import PEERS, Gap
 from compass_codec.measure.protocol import OURS, Scales, layers_of, sizes_of, title
-from compass_codec.measure.runner import Job, Record, Settings, Source, load
 from compass_codec.measure.tables import TESTED, Results
+from compass_codec.measure.task import Original, Record, Settings, Task, load
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,9 +22,9 @@ SIDE = 208  # samples of a crop
 PICTURES = 3  # on the page
 
 
-def crop(job: Job, layers: Sequence[np.ndarray], settings: Settings) -> Record:
+def crop(job: Task, layers: Sequence[np.ndarray], settings: Settings) -> Record:
     """In a worker: the crop of the top layer as ``job.method`` gives it, what it cost, and its PSNR (of the whole)."""
-    from compass_codec.pictures import psnr
+    from compass_codec.metrics import psnr
 
     if job.method == OURS:
         total, decoded = _ours(job, layers, settings)
@@ -33,7 +33,7 @@ def crop(job: Job, layers: Sequence[np.ndarray], settings: Settings) -> Record:
     return {"crop": _data_url(decoded, job.box), "bytes": total, "psnr": psnr(layers[-1], decoded)}
 
 
-def _ours(job: Job, layers: Sequence[np.ndarray], settings: Settings) -> tuple[int, np.ndarray]:
+def _ours(job: Task, layers: Sequence[np.ndarray], settings: Settings) -> tuple[int, np.ndarray]:
     """Through the file. The tables take the encoder's word for what a decoder sees; here it is checked."""
     import numpy as np
 
@@ -49,7 +49,7 @@ def _ours(job: Job, layers: Sequence[np.ndarray], settings: Settings) -> tuple[i
     return len(encoded.data), decoded[-1]
 
 
-def _nearest(job: Job, layers: Sequence[np.ndarray]) -> tuple[int, np.ndarray]:
+def _nearest(job: Task, layers: Sequence[np.ndarray]) -> tuple[int, np.ndarray]:
     """A file for each layer, all at the setting that takes them nearest to the bytes wanted."""
     peer = PEERS[job.method]
     files: dict[int, list[bytes]] = {}
@@ -75,26 +75,26 @@ def _data_url(picture: np.ndarray, box: tuple[int, int, int, int] | None) -> str
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _box(source: Source, scales: Scales) -> tuple[int, int, int, int]:
+def _box(source: Original, scales: Scales) -> tuple[int, int, int, int]:
     """The middle of the top layer."""
     ((width, height),) = sizes_of(source.size, scales[-1:])
     w, h = min(SIDE, width), min(SIDE, height)
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def our_jobs(results: Results, scales: Scales) -> list[Job]:
+def our_jobs(results: Results, scales: Scales) -> list[Task]:
     """Crops of ours: the first pictures, at every quality."""
     return [
-        Job(source, OURS, scales, quality, _box(source, scales))
+        Task(source, OURS, scales, quality, _box(source, scales))
         for source in results.sources[:PICTURES]
         for quality in results.qualities
     ]
 
 
-def peer_jobs(ours: Sequence[Job], results: Results, peers: Sequence[str]) -> list[Job]:
+def peer_jobs(ours: Sequence[Task], results: Results, peers: Sequence[str]) -> list[Task]:
     """Crops of the peers at the bytes of ours, which must have been run."""
     return [
-        Job(job.source, peer, job.scales, box=job.box, target=results.records[job]["bytes"])
+        Task(job.source, peer, job.scales, box=job.box, target=results.records[job]["bytes"])
         for job in ours
         if "gap" not in results.records[job]
         for peer in peers

@@ -27,7 +27,7 @@ from compass_codec.measure.protocol import (
     sizes_of,
     title,
 )
-from compass_codec.pictures import psnr
+from compass_codec.metrics import psnr
 
 if TYPE_CHECKING:
     from compass_codec.codec import Codec

@@ -11,111 +11,24 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import compass_codec
 from compass_codec.measure.peers import J2K, PEERS, Gap
 from compass_codec.measure.protocol import (
-    BICUBIC,
     LEVELS,
-    OURS,
-    PADDED,
-    Scales,
     layers_of,
-    sizes_of,
 )
+from compass_codec.measure.task import SECONDS, Record, Settings, Task, load
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image
 
-Record = dict[str, Any]
-LAYOUT = 1  # of a record; new measures or another meaning take a new number
 # modules that decide what a file holds and decodes to
-CODEC = (
-    "arrays",
-    "codec",
-    "colour",
-    "container",
-    "entropy",
-    "exact",
-    "flow",
-    "hyper",
-    "layer",
-    "lean",
-    "lean_codec",
-    "lean_liff",
-    "liff",
-    "mean_scale",
-    "networks",
-    "pictures",
-    "strips",
-    "weights",
-)
-# Seconds of one core for a megapixel, for the progress bar alone.
-SECONDS = {OURS: 7.0, PADDED: 9.0, BICUBIC: 4.0}
+CODEC = ("codec", "colour", "container", "entropy", "metrics", "pictures", "weights", "backbones/*", "networks/*")
 MS_SSIM_SIDE = 161  # five scales of windows of 11 samples need this many
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all jobs of a run share."""
-
-    cache: Path
-    weights: Path | None = None
-    device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A picture, its size and the SHA-256 of its samples."""
-
-    path: Path
-    size: tuple[int, int]
-    digest: str
-
-    @classmethod
-    def of(cls, path: Path) -> Source:
-        picture = load(path)
-        return cls(path, picture.size, hashlib.sha256(picture.tobytes()).hexdigest())
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture coded in one way. With a ``box`` (left, top, width, height in the top layer) the record holds that
-    crop too; and a peer's setting is then the one that comes nearest to ``target`` bytes."""
-
-    source: Source
-    method: str
-    scales: Scales
-    setting: float = 0
-    box: tuple[int, int, int, int] | None = None
-    target: int = 0
-
-    def key(self, identity: str) -> str:
-        """What the record depends on, and nothing else: not the name or place of the picture."""
-        parts = {"layout": LAYOUT, "identity": identity, "picture": self.source.digest} | asdict(self)
-        del parts["source"]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-    def seconds(self) -> float:
-        """About how long it takes on one core."""
-        sizes = [w * h / 1e6 for w, h in sizes_of(self.source.size, self.scales)]
-        layered = SECONDS.get(self.method, 1.0) * sum(sizes[1:])
-        first = sizes[0] * (3.0 if self.method in SECONDS else 1.0)
-        return (layered + first) * (2 if self.method == OURS and self.box else 8 if self.box else 1) + 0.02
-
-
-@lru_cache(maxsize=1)
-def load(path: Path) -> Image.Image:
-    """The picture as the protocol takes it."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def precision(device: str) -> str:
@@ -132,8 +45,9 @@ def identity(method: str, settings: Settings) -> str:
     from compass_codec.weights import identity as weights_identity
 
     digest = hashlib.sha256()
-    for name in CODEC:
-        digest.update(Path(compass_codec.__file__).with_name(f"{name}.py").read_bytes())
+    for pattern in CODEC:
+        for path in sorted(Path(compass_codec.__file__).parent.glob(f"{pattern}.py")):
+            digest.update(path.read_bytes())
     weights = weights_identity(settings.weights)
     code = f"code {digest.hexdigest()[:12]}, {precision(settings.device)}"
     return f"{method} {compass_codec.__version__}, weights {weights}, {code}"
@@ -172,10 +86,10 @@ def ms_ssim(a: np.ndarray, b: np.ndarray) -> float | None:
     return float(measure(x, y, data_range=255))
 
 
-def measure(job: Job, settings: Settings) -> Record:
+def measure(job: Task, settings: Settings) -> Record:
     """Code the picture of ``job`` and measure every layer. Raises Gap for what cannot be measured."""
     from compass_codec.measure.methods import code
-    from compass_codec.pictures import psnr
+    from compass_codec.metrics import psnr
 
     layers = layers_of(load(job.source.path), job.scales)
     if job.box:
@@ -191,7 +105,7 @@ def measure(job: Job, settings: Settings) -> Record:
     return {"layers": record}
 
 
-def work(jobs: Sequence[tuple[str, Job]], settings: Settings) -> list[tuple[str, Record]]:
+def work(jobs: Sequence[tuple[str, Task]], settings: Settings) -> list[tuple[str, Record]]:
     """In a worker: measure ``jobs`` (key, job) in turn. What fails is a record that says why, and is not kept."""
     done = []
     for key, job in jobs:
@@ -219,7 +133,7 @@ class Runner:
 
     settings: Settings
     jobs: int = 1
-    records: dict[Job, Record] = field(default_factory=dict)
+    records: dict[Task, Record] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)
 
     def identities(self, methods: Sequence[str]) -> dict[str, str]:
@@ -231,11 +145,11 @@ class Runner:
                 self.gaps[method] = str(e)
         return found
 
-    def run(self, jobs: Sequence[Job], progress: Callable[[float], None]) -> None:
+    def run(self, jobs: Sequence[Task], progress: Callable[[float], None]) -> None:
         """Run what the cache does not have. ``progress`` is told the estimated seconds of whatever is done."""
         cache = Cache(self.settings.cache)
         identities = self.identities(list(dict.fromkeys(job.method for job in jobs)))
-        missing: dict[tuple, list[tuple[str, Job]]] = {}
+        missing: dict[tuple, list[tuple[str, Task]]] = {}
         for job in dict.fromkeys(jobs):
             if job.method in self.gaps:
                 self.records[job] = {"gap": self.gaps[job.method]}
@@ -252,7 +166,7 @@ class Runner:
             self.records.update((by_key[key], record) for key, record in done)
             progress(sum(by_key[key].seconds() for key, _ in done))
 
-    def _spread(self, groups: list[list[tuple[str, Job]]]) -> Iterator[list[tuple[str, Record]]]:
+    def _spread(self, groups: list[list[tuple[str, Task]]]) -> Iterator[list[tuple[str, Record]]]:
         """What each group gave, as they are done. The longest go first."""
         groups.sort(key=lambda group: -sum(job.seconds() for _, job in group))
         broken = []

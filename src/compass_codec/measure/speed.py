@@ -95,8 +95,8 @@ def factored() -> str:
     import torch
 
     from compass_codec.codec import Codec
-    from compass_codec.liff import bicubic
     from compass_codec.measure import naive
+    from compass_codec.networks.liff import bicubic
 
     body = []
     with torch.inference_mode():

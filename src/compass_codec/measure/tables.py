@@ -27,7 +27,7 @@ from compass_codec.measure.protocol import (
     Scales,
     sizes_of,
 )
-from compass_codec.measure.runner import Job, Record, Source
+from compass_codec.measure.task import Original, Record, Task
 
 RESAMPLES = 200  # of the pictures, for an interval
 KODAK = {f"kodim{i:02d}.png" for i in range(1, 25)}
@@ -79,7 +79,7 @@ class Points:
 class Results:
     """Records of a run, by the way of coding."""
 
-    def __init__(self, sources: Sequence[Source], qualities: Sequence[float], records: Mapping[Job, Record]) -> None:
+    def __init__(self, sources: Sequence[Original], qualities: Sequence[float], records: Mapping[Task, Record]) -> None:
         self.sources, self.qualities, self.records = sources, tuple(qualities), records
 
     def settings(self, method: str) -> tuple[float, ...]:
@@ -87,8 +87,8 @@ class Results:
             return PEERS[J2K if method == LEVELS else method].settings
         return self.qualities
 
-    def jobs(self, method: str, scales: Scales) -> list[Job]:
-        return [Job(source, method, scales, s) for s in self.settings(method) for source in self.sources]
+    def jobs(self, method: str, scales: Scales) -> list[Task]:
+        return [Task(source, method, scales, s) for s in self.settings(method) for source in self.sources]
 
     def points(self, method: str, scales: Scales) -> Points:
         """One file with all layers. Raises Gap when a picture could not be measured."""
@@ -96,7 +96,7 @@ class Results:
         for setting in self.settings(method):
             found.append([])
             for source in self.sources:
-                record = self.records[Job(source, method, scales, setting)]
+                record = self.records[Task(source, method, scales, setting)]
                 if "gap" in record:
                     raise Gap(record["gap"])
                 found[-1].append(record["layers"])
@@ -232,7 +232,7 @@ TESTED = "COMPASS"
 LEVELS_TITLE = "JPEG 2000, its resolution levels"
 
 
-def _published(found: Curve | None, sources: Sequence[Source]) -> Curve:
+def _published(found: Curve | None, sources: Sequence[Original]) -> Curve:
     if found is None:
         raise Gap("not in the curves given")
     if {s.path.name for s in sources} != KODAK:

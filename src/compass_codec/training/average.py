@@ -13,9 +13,10 @@ import click
 from safetensors.torch import save
 from torch import Tensor
 
-from compass_codec.mean_scale import PARTS
-from compass_codec.pictures import write_file
-from compass_codec.training.export import read_tensors, remember
+from compass_codec.backbones.mean_scale import PARTS
+from compass_codec.files import write_file
+from compass_codec.training.export import remember
+from compass_codec.training.tensors import read_tensors
 
 
 def average(old: dict[str, Tensor], new: dict[str, Tensor], share: float) -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int, liff
     """
     import torch
 
-    from compass_codec.mean_scale import PARTS
+    from compass_codec.backbones.mean_scale import PARTS
     from compass_codec.training import lean
     from compass_codec.training.export import import_start, load_parts
     from compass_codec.training.start import block_transform
@@ -99,7 +99,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     """Export the EMA weights to ``out``, next to copies of the parts that this stage did not train."""
     from dataclasses import asdict
 
-    from compass_codec.mean_scale import PARTS
+    from compass_codec.backbones.mean_scale import PARTS
     from compass_codec.training.export import device_name, export
     from compass_codec.training.lean import LeanStage
     from compass_codec.weights import CARD, folder_or_default

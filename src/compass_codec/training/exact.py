@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compass_codec.backbones.lean import EXACT, FINE, MEAN_UNIT
 from compass_codec.entropy import LEVELS, SCALE_RANGE
-from compass_codec.exact import ACTIVATION, pack
-from compass_codec.lean import LAMBDAS, PHASES, STEPS, LeanCodec, PlainBlock
-from compass_codec.lean_codec import EXACT, FINE, MEAN_UNIT
+from compass_codec.networks.exact import ACTIVATION, pack
+from compass_codec.networks.lean import LAMBDAS, PHASES, STEPS, LeanCodec, PlainBlock
 
 KEPT = 0.9999  # of an activation's values lie within its range; the rest is clamped
 SCALE_STEP = math.log(SCALE_RANGE[1] / SCALE_RANGE[0]) / (LEVELS - 1)
@@ -58,7 +58,7 @@ def of_part(stage: Any, part: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def integers(codec: LeanCodec, latents: list[Tensor]) -> dict[str, Tensor]:
-    """The tensors of a lean_codec.Entropy for ``codec``, whose activations are measured on ``latents``: y
+    """The tensors of a backbones.lean.Entropy for ``codec``, whose activations are measured on ``latents``: y
     [B, M, h, w] of pictures at all rates."""
     ranges, known = Ranges(), torch.full((codec.m,), 1e-3)
     hooks = [hook for name, block in _blocks(codec) for hook in _watch(ranges, name, block)]

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
+from compass_codec.backbones.mean_scale import PARTS
 from compass_codec.entropy import frequencies, gaussian_tables
-from compass_codec.liff import LIFF, SIZES
-from compass_codec.mean_scale import PARTS
-from compass_codec.pictures import write_file
+from compass_codec.files import write_file
+from compass_codec.networks.liff import LIFF, SIZES
 from compass_codec.training import exact, lean
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.lean import LeanStage, RatedLean
 from compass_codec.training.stages import RatedCodec, Stage
+from compass_codec.training.tensors import below, fill_module, read_tensors
 from compass_codec.weights import CARD, FORMAT, read_set
 
 BACKBONE = "mean_scale"
@@ -94,27 +94,6 @@ def remember(folder: Path, entry: dict[str, Any]) -> None:
     entries = json.loads(history.read_text()) if history.exists() else []
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     write_file(history, (json.dumps([*entries, entry | {"date": date}], indent=1) + "\n").encode())
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A weights file. Raises ValueError naming it if it cannot be read."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error
-
-
-def fill_module(module: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load ``module`` from those of ``tensors`` that it has a name for."""
-    own = module.state_dict()
-    for name, value in own.items():
-        if name not in tensors or tensors[name].shape != value.shape:
-            raise ValueError(f"{path}: not weights of this architecture (no {name} of shape {tuple(value.shape)})")
-    module.load_state_dict({name: tensors[name].to(value.dtype) for name, value in own.items()})
-
-
-def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def load_parts(stage: Stage, folder: Path, size: str | None = None) -> set[str]:

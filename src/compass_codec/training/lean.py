@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compass_codec.lean import LAMBDAS, UNSHUFFLE, LeanCodec
-from compass_codec.lean_liff import LeanLIFF
-from compass_codec.networks import level_of
-from compass_codec.pictures import write_file
+from compass_codec.files import write_file
+from compass_codec.networks.lean import LAMBDAS, UNSHUFFLE, LeanCodec
+from compass_codec.networks.lean_liff import LeanLIFF
+from compass_codec.networks.rates import level_of
 from compass_codec.training.data import Pictures
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.stages import (
@@ -30,6 +30,7 @@ from compass_codec.training.stages import (
     to_8bit,
 )
 from compass_codec.training.start import HAAR, LAMBDA_0, MIX, STEP
+from compass_codec.training.tensors import below, fill_module, read_tensors
 from compass_codec.weights import CARD, FORMAT, read_set
 
 BACKBONE = "lean"
@@ -293,8 +294,6 @@ def start(stage: LeanStage, weights: Path | None, pictures: Pictures, seed: int)
 
 
 def _start_base(stage: LeanStage, weights: Path | None, seed: int) -> str:
-    from compass_codec.training.export import below, read_tensors
-
     if weights is not None and weights.is_dir():
         stage.base = _rated(weights, "base")  # type: ignore[assignment]
         return "base from weights"
@@ -321,8 +320,6 @@ def _start_base(stage: LeanStage, weights: Path | None, seed: int) -> str:
 
 
 def _start_layers(stage: LeanLayersStage, weights: Path) -> list[str]:
-    from compass_codec.training.export import fill_module, read_tensors
-
     dimensions: dict[str, int] = {**stage.base.codec.dimensions, "conditional": stage.conditional}  # type: ignore
     residual = RatedLean(**dimensions)
     residual.load_state_dict(stage.base.state_dict(), strict=False)  # all but what sees the prediction
@@ -350,8 +347,6 @@ def _made(folder: Path, part: str, kind: Callable[..., Any], **more: bool) -> An
 
 def _rated(folder: Path, part: str, **more: bool) -> RatedLean:
     """The codec ``part`` of the set in ``folder``; it starts blind to the prediction where that one is."""
-    from compass_codec.training.export import below, fill_module, read_tensors
-
     path = folder / f"{part}.safetensors"
     rated: RatedLean = _made(folder, part, RatedLean, **more)
     tensors = read_tensors(path)

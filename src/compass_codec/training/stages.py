@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from compass_codec.layer import BEYOND, MOST_BEYOND
-from compass_codec.liff import LIFF, SIZES, bicubic
-from compass_codec.networks import LAMBDAS, ImageCodec, level_of, lower_bound
+from compass_codec.backbones.symbols import BEYOND, MOST_BEYOND
+from compass_codec.networks.liff import LIFF, SIZES, bicubic
+from compass_codec.networks.mean_scale import LAMBDAS, ImageCodec, lower_bound
+from compass_codec.networks.rates import level_of
 from compass_codec.training.data import resize
 from compass_codec.training.density import FactorizedDensity
 
@@ -39,7 +40,7 @@ def gaussian_bits(y: Tensor, scales: Tensor, means: Tensor) -> Tensor:
 
 
 def encoded(y: Tensor, scales: Tensor) -> Tensor:
-    """The symbols the encoder makes of y, less its means: what costs more bits must be nearer (layer.thresholds, here
+    """The symbols the encoder makes of y, less its means: what costs more bits must be nearer (symbols.thresholds, here
     with the bits of the normal distribution)."""
     below, zero = y.abs().floor(), torch.zeros_like(y)
     more = gaussian_bits(below + 1, scales, zero) - gaussian_bits(below, scales, zero)
@@ -313,7 +314,7 @@ def stacked(kept: Sequence[Tensor]) -> Tensor:
 def lower_rates(lam: Tensor) -> tuple[Tensor, Tensor]:
     """Lambdas between the lowest and ``lam``, and their levels: those of a layer whose size is repeated above it."""
     lam = LAMBDAS[0] * (lam / LAMBDAS[0]) ** torch.rand_like(lam)
-    return lam, level_of(lam).float()
+    return lam, level_of(lam, LAMBDAS).float()
 
 
 def draw_lambdas(batch: int, generator: torch.Generator, lambdas: Sequence[float] = LAMBDAS) -> Tensor:

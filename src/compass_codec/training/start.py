@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compass_codec.networks import GDN, LAMBDAS, ImageCodec
+from compass_codec.networks.mean_scale import GDN, LAMBDAS, ImageCodec
 
 # Orthonormal luma/chroma mix and 2x2 Haar packet: rows are basis vectors.
 MIX = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])

@@ -16,14 +16,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from compass_codec.backbone import LayerCodec
+from compass_codec.backbones import LayerCodec
+from compass_codec.backbones.mean_scale import MeanScaleLayer
 from compass_codec.codec import Codec, choose_device
 from compass_codec.entropy import Table, Tables, encode, frequencies, groups
 from compass_codec.errors import CompassError
-from compass_codec.layer import MeanScaleLayer
-from compass_codec.pictures import write_file
+from compass_codec.files import write_file
 from compass_codec.training.data import Pictures, resize
-from compass_codec.training.export import device_name, read_tensors, remember
+from compass_codec.training.export import device_name, remember
+from compass_codec.training.tensors import read_tensors
 
 PRIOR = 20.0  # symbols that the ideal table counts for, next to those that were seen
 FIRST = 8  # how many times fewer crops are counted at first

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compass_codec.networks import level_of
+from compass_codec.networks.rates import level_of
 from compass_codec.training import lean
 from compass_codec.training.data import Pictures
 from compass_codec.training.muon import Muon

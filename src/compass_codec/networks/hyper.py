@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compass_codec.entropy import scale_levels
 from compass_codec.errors import WeightsError
-from compass_codec.networks import LEAK, ImageCodec, stages
+from compass_codec.networks.mean_scale import LEAK, ImageCodec, stages
 
 ACTIVATION_BITS = 12  # fractional bits of activations, scales and means
 WEIGHT_BITS = 16  # fractional bits of weights

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compass_codec import entropy, flow, strips
-from compass_codec.arrays import to_bytes, to_device, to_host, to_tensor
-from compass_codec.exact import ACTIVATION, Block, Conv
-from compass_codec.layer import LATENT_LIMIT, quantise, thresholds
-from compass_codec.lean import CELL, EPSILON, LAMBDAS, PHASES, STEPS, UNSHUFFLE, LeanCodec, eighth
-from compass_codec.lean_liff import LeanLIFF
-from compass_codec.networks import gain, level_of
+from compass_codec import entropy
+from compass_codec.backbones.symbols import LATENT_LIMIT, fill, quantise, thresholds
+from compass_codec.networks import flow, strips
+from compass_codec.networks.arrays import to_bytes, to_device, to_host, to_tensor
+from compass_codec.networks.exact import ACTIVATION, Block, Conv
+from compass_codec.networks.lean import CELL, EPSILON, LAMBDAS, PHASES, STEPS, UNSHUFFLE, LeanCodec, eighth
+from compass_codec.networks.lean_liff import LeanLIFF
+from compass_codec.networks.rates import gain, level_of
 
 FINE = 16  # parts of the distance between two scale levels in which log scales are added up
 MEAN_UNIT = 64  # means are multiples of one over it
@@ -304,9 +305,6 @@ class LeanLayer:
         return done
 
 
-N = TypeVar("N", bound=nn.Module)
-
-
 def build(
     spec: dict[str, Any], tensors: dict[str, dict[str, Tensor]], device: torch.device, precision: str
 ) -> tuple[LeanLayer, LeanLayer, LeanLIFF]:
@@ -319,21 +317,13 @@ def build(
     base, residual = (
         _layer(spec[part], tensors[part], device, torch.float32 if part == "base" else kind) for part in PARTS[:2]
     )
-    return base, residual, _fill(lambda: LeanLIFF(**spec["liff"]), tensors["liff"], device).to(kind)
+    return base, residual, fill(lambda: LeanLIFF(**spec["liff"]), tensors["liff"], device).to(kind)
 
 
 def _layer(
     dimensions: dict[str, Any], tensors: dict[str, Tensor], device: torch.device, kind: torch.dtype
 ) -> LeanLayer:
-    codec = _fill(lambda: LeanCodec(**dimensions), tensors, device)
+    codec = fill(lambda: LeanCodec(**dimensions), tensors, device)
     exact = {name.removeprefix(EXACT): value for name, value in tensors.items() if name.startswith(EXACT)}
     tables = entropy.Tables(*(tensors[f"tables.{key}"].numpy() for key in ("z", "y", "y_lengths")), skipped=SKIPPED)
     return LeanLayer(codec, Entropy(exact, codec.m).to(device), tables, kind)
-
-
-def _fill(make: Callable[[], N], tensors: dict[str, Tensor], device: torch.device) -> N:
-    """The network that ``make`` makes, holding ``tensors``, without ever drawing random weights."""
-    with torch.device("meta"):
-        network = make()
-    network.load_state_dict({key: tensors[key].float() for key in network.state_dict()}, assign=True)
-    return network.requires_grad_(False).eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

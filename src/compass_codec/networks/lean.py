@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compass_codec.networks import gain
+from compass_codec.networks.rates import gain
 
 # The rate-distortion trade-offs that have gains of their own; between them gains are interpolated.
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)

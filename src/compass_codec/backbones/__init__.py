@@ -1,7 +1,7 @@
 """What a backbone offers: the codecs of layers and the predictor that codec.py makes files with.
 
-A backbone is a module whose ``build`` makes these three from the tensors of a set of weights; weights.BACKBONES names
-the modules. Sizes are (height, width) in pixels. A prediction comes as strips from top to bottom: float32
+A backbone is a module whose ``build`` makes these three from the tensors of a set of weights; NAMES names the
+modules. Sizes are (height, width) in pixels. A prediction comes as strips from top to bottom: float32
 [1, 3, rows, width] in about 0..1, on the device that the backbone was built for and as high as strips.strip_spans says.
 A strip may be a broadcast view, so nobody writes to it.
 """
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
+
+NAMES = {"mean_scale": "compass_codec.backbones.mean_scale", "lean": "compass_codec.backbones.lean"}
 
 
 class LayerCodec(Protocol):

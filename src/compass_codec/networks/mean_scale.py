@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compass_codec.networks.rates import gain
+
 # The rate-distortion trade-offs that have a gain vector of their own; between them gains are interpolated.
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
 LEAK = 2.0**-7  # a power of two, so that the hyper-decoder has an exact integer form
@@ -30,21 +32,6 @@ def stages(size: tuple[int, int], count: int) -> list[tuple[int, int]]:
     for _ in range(count):
         sizes.append((half(sizes[-1][0]), half(sizes[-1][1])))
     return sizes
-
-
-def level_of(lam: Tensor | float, lambdas: Sequence[float] = LAMBDAS) -> Tensor:
-    """Real-valued index into ``lambdas`` of a Lagrangian multiplier, linear in log(lambda) between neighbours."""
-    x = torch.as_tensor(lam, dtype=torch.float64).log()
-    knots = torch.tensor(lambdas, dtype=torch.float64, device=x.device).log()
-    i = torch.bucketize(x, knots[1:-1])
-    return i + (x - knots[i]) / (knots[i + 1] - knots[i])
-
-
-def gain(table: Tensor, level: Tensor) -> Tensor:
-    """Gains [B, M, 1, 1] at real levels [B], interpolated geometrically between rows of ``table``."""
-    i = level.floor().clamp(0, len(table) - 2).long()
-    t = (level - i).to(table.dtype)[:, None]
-    return ((1 - t) * table[i] + t * table[i + 1]).exp()[:, :, None, None]
 
 
 class _LowerBound(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compass_codec.strips import spans
+from compass_codec.networks.strips import spans
 
 
 class ResidualDenseBlock(nn.Module):

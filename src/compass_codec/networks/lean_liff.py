@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compass_codec.lean import PlainBlock, even, from_zero
-from compass_codec.liff import bicubic, bicubic_matrix, nearest
-from compass_codec.strips import spans
+from compass_codec.networks.lean import PlainBlock, even, from_zero
+from compass_codec.networks.liff import bicubic, bicubic_matrix, nearest
+from compass_codec.networks.strips import spans
 
 # What is in hand at a time on a CPU, so that it stays in its caches: target pixels that look up features, columns of
 # bicubic interpolation, and pixels of the lower layer that get features (their margin is computed twice).

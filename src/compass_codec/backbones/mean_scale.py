@@ -1,24 +1,25 @@
-"""One layer of the backbone "mean_scale" to bytes and back: an image codec and its entropy coder, a strip at a time."""
+"""The backbone "mean_scale", that of the paper: the mean-scale hyperprior for both image codecs, and LIFF."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compass_codec import entropy, strips
-from compass_codec.arrays import to_bytes, to_device, to_host, to_tensor
-from compass_codec.hyper import HyperDecoder
-from compass_codec.networks import ImageCodec, level_of, quality_to_lambda
+from compass_codec import entropy
+from compass_codec.backbones.symbols import fill, quantise, thresholds
+from compass_codec.networks import strips
+from compass_codec.networks.arrays import to_bytes, to_device, to_host, to_tensor
+from compass_codec.networks.hyper import HyperDecoder
+from compass_codec.networks.liff import LIFF
+from compass_codec.networks.mean_scale import LAMBDAS, ImageCodec, quality_to_lambda
+from compass_codec.networks.rates import level_of
 
-# Between two integers a latent becomes the larger, by magnitude, only beyond the middle: so much beyond it for each bit
-# that the larger costs more, and at most so much. Some 2 % of the bits of training pictures; the decoder does not care.
-BEYOND, MOST_BEYOND = 1 / 75, 0.25
-MAGNITUDES = 4  # that have thresholds of their own
-LATENT_LIMIT = 2**15 - 1  # of the symbols of y that the encoder makes; it holds them in 16 bits
+PARTS = ("base", "residual", "liff")
 
 
 class MeanScaleLayer:
@@ -143,27 +144,7 @@ class MeanScaleLayer:
         return cell_in, cell_out, 2, self.tile // pixels, strips.strip_rows(size[1], self.device) // pixels
 
     def level(self, quality: float) -> Tensor:
-        return level_of(quality_to_lambda(quality))[None].to(self.device, non_blocking=True)
-
-
-def quantise(centred: Tensor, index: Tensor, least: Tensor) -> Tensor:
-    """Symbols of latents less their means, of scale indices ``index`` (uint8); ``least`` are the ``thresholds``."""
-    magnitude = centred.abs()
-    below = magnitude.floor()
-    column = below.clamp(max=MAGNITUDES - 1).to(torch.uint8)
-    # indexed by what fits a byte: 64 scale indices of 4 magnitudes
-    beyond = magnitude.sub_(below) > least[(index * MAGNITUDES + column).int()]
-    return below.add_(beyond).copysign_(centred).clamp_(-LATENT_LIMIT, LATENT_LIMIT)
-
-
-def thresholds(tables: entropy.Tables) -> np.ndarray:
-    """For each scale index and magnitude m, float32 [LEVELS * MAGNITUDES]: what a latent must be beyond m to become
-    m + 1. The last magnitude stands for larger ones; what has no frequency of its own costs an escape at least."""
-    found = np.full((len(tables.y), MAGNITUDES), 0.5, np.float32)
-    for row, table in zip(found, tables.y, strict=True):
-        more = np.diff(-np.log2(table.freq[table.width :][: MAGNITUDES + 1].astype(float)))
-        row += np.clip(BEYOND * np.pad(more, (0, MAGNITUDES - len(more)), "edge"), 0, MOST_BEYOND)
-    return found.ravel()
+        return level_of(quality_to_lambda(quality), LAMBDAS)[None].to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -180,3 +161,22 @@ def residual_strips(picture: np.ndarray, prediction: Iterable[Tensor], device: t
     for strip in prediction:
         rows = slice(row, row := row + strip.shape[2])
         yield to_tensor(picture[rows], device).float().div_(255).sub_(strip)
+
+
+def build(
+    spec: dict[str, Any], tensors: dict[str, dict[str, Tensor]], device: torch.device, precision: str
+) -> tuple[MeanScaleLayer, MeanScaleLayer, LIFF]:
+    """See backbone.Backbone. ``spec`` decides nothing here."""
+    if missing := [part for part in PARTS if part not in tensors]:
+        raise ValueError(f"no part {missing[0]}")
+    base, residual = (_layer(tensors[part], device) for part in ("base", "residual"))
+    liff = fill(lambda: LIFF(**LIFF.dimensions(tensors["liff"])), tensors["liff"], device)
+    if (kind := getattr(torch, precision)) != torch.float32:
+        liff.to(kind)
+        residual.codec.pixels_in(kind)
+    return base, residual, liff
+
+
+def _layer(tensors: dict[str, Tensor], device: torch.device) -> MeanScaleLayer:
+    tables = entropy.Tables(*(tensors[f"tables.{k}"].numpy() for k in ("z", "y", "y_lengths")))
+    return MeanScaleLayer(fill(lambda: ImageCodec.like(tensors), tensors, device), tables, device)
