@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from compass_codec import container
 
 ROOT = Path(__file__).parents[1]
@@ -21,12 +23,46 @@ def test_the_largest_header_in_the_format_document(small_file):
     assert header.length <= 17 + 21 * len(header.layers) <= 80
 
 
-def test_readme_names_only_commands_that_exist():
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_pages_name_only_commands_that_exist(name):
     from compass_codec.cli import COMMANDS
 
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / name).read_text()
     for command in set(re.findall(r"`?compass ([a-z]+)", text)):
         assert command in COMMANDS, command
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"make ([a-z-]+)", text)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "models" / "README.md"])
+
+
+def prose(page: Path) -> str:
+    """A page without its code."""
+    return re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Those that GitHub gives the headings of a page without code."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    heads = [re.sub(r"[^\w\- ]", "", head.lower()) for head in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
+    return {head.replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_something(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        found = page.parent / name if name else page
+        assert found.exists(), link
+        assert not anchor or anchor in anchors(found), link
+
+
+def test_the_index_lists_every_document():
+    text = (ROOT / "docs" / "README.md").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").as_posix()
+        assert name == "README.md" or f"]({name})" in text, name
