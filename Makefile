@@ -8,7 +8,7 @@ RUN ?= runs/new
 DATA ?= $(wildcard ../shared/data/train-*.tar)
 CURVES ?= ../shared/anchors/kodak_single_layer_rd.json
 
-.PHONY: demo test check format install kodak tables speed effort layers weights-check train fuzz golden clean
+.PHONY: demo test check format install kodak tables speed effort layers weights-check train train-paper fuzz golden clean
 
 demo: install  ## encode a photograph in three sizes, decode all three, print the table
 	@mkdir -p out
@@ -55,11 +55,18 @@ layers: install  ## what several qualities of one size cost
 weights-check: install  ## make weights-check NEW=runs/a/weights: may these replace the weights in models/?
 	$(BIN)/python -m compass_codec.measure.ratchet $(OLD) $(NEW) --images $(KODAK) --curves $(CURVES) $(QUICK)
 
-# Stages in turn, within half an hour of one GPU, from the installed weights (or START='--weights ...'). DATA: tars or folders.
+# Stages in turn, within half an hour of one GPU, from the weights in models/ (or START='--weights ...'). DATA: tars or folders.
+train: START ?= --weights models/lean
+train-paper: START ?= --weights models/paper
 PHOTOS = $(DATA:%=--data %)
 GOES_ON = --resume $(RUN) --weights $(RUN)/weights
 
-train: install
+train: install  ## train lean
+	$(BIN)/compass train lean-context $(PHOTOS) --minutes 14 --batch 64,32 --side 128,256 --lr 8e-4 --compile --resume $(RUN) $(START)
+	$(BIN)/compass train lean-layers $(PHOTOS) --minutes 12 --batch 32 --side 192 --lr 6e-4 $(GOES_ON)
+	$(BIN)/python -m compass_codec.training.tables $(RUN)/weights $(PHOTOS)
+
+train-paper: install  ## train the networks of the paper
 	$(BIN)/compass train base $(PHOTOS) --minutes 10 --batch 64,32 --side 128,256 --lr 4e-4 --resume $(RUN) $(START)
 	$(BIN)/compass train liff $(PHOTOS) --minutes 3 --batch 64 --side 128 --lr 6e-4 $(GOES_ON)
 	$(BIN)/compass train residual $(PHOTOS) --minutes 7 --batch 64,32 --side 128,256 --lr 4e-4 $(GOES_ON)

@@ -510,18 +510,28 @@ class TestCommand:
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
-def test_make_train_runs_its_stages_in_turn(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("target", "profile", "stages", "minutes"),
+    [
+        ("train", "lean", ["lean-context", "lean-layers"], 26),
+        ("train-paper", "paper", ["base", "liff", "residual", "joint"], 23),
+    ],
+)
+def test_make_train_runs_its_stages_in_turn(target, profile, stages, minutes, folder, tmp_path, monkeypatch):
     """The recipe as it is, but for how long and on how much: every stage goes on from what those before it left."""
     from compass_codec.training.tables import main as tables
-    from compass_codec.weights import folder_or_default
+    from compass_codec.weights import choose
 
-    variables = [f"RUN={tmp_path}", f"DATA={folder}", "BIN=bin", "START="]
+    monkeypatch.chdir(ROOT)
+    variables = [f"RUN={tmp_path}", f"DATA={folder}", "BIN=bin"]
     env = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}  # as if not run by make
-    recipe = subprocess.run(["make", "-n", "train", *variables], cwd=ROOT, env=env, capture_output=True, text=True)
+    recipe = subprocess.run(["make", "-n", target, *variables], cwd=ROOT, env=env, capture_output=True, text=True)
     lines = [shlex.split(line) for line in recipe.stdout.splitlines() if " train " in line or ".training." in line]
-    assert [line[2] for line in lines[:-1]] == ["base", "liff", "residual", "joint"]
-    assert sum(int(line[line.index("--minutes") + 1]) for line in lines[:-1]) == 23
+    assert [line[2] for line in lines[:-1]] == stages
+    assert sum(int(line[line.index("--minutes") + 1]) for line in lines[:-1]) == minutes
     for line in lines[:-1]:
+        if "--compile" in line:
+            line.remove("--compile")
         for option, value in ("--minutes", "9"), ("--batch", "1"), ("--side", "64"):
             line[line.index(option) + 1] = value
         result = CliRunner().invoke(train, [*line[2:], "--steps", "1", "--device", "cpu"], catch_exceptions=False)
@@ -532,18 +542,33 @@ def test_make_train_runs_its_stages_in_turn(folder, tmp_path):
     result = CliRunner().invoke(tables, [*lines[-1][3:], *options], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     history = json.loads((tmp_path / "weights/history.json").read_text())
-    assert [entry["stage"] for entry in history[-5:]] == [*(line[2] for line in lines[:-1]), "tables"]
+    assert [entry["stage"] for entry in history[-len(lines) :]] == [*stages, "tables"]
     for part in PARTS:
-        before, after = (load_file(f / f"{part}.safetensors") for f in (folder_or_default(None), tmp_path / "weights"))
+        before, after = (
+            load_file(f / f"{part}.safetensors") for f in (choose(model=profile).folder, tmp_path / "weights")
+        )
         assert any(not torch.equal(after[name], value) for name, value in before.items()), part
     assert Codec.load("cpu", tmp_path / "weights").encode(Image.new("RGB", (64, 64)), [1, 2], 50).layers
+
+
+def test_compile_is_for_steps_of_base_codecs(folder, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    arguments = ["--data", folder, "--resume", tmp_path, "--steps", 1, "--batch", 1, "--side", 64, "--compile"]
+    result = CliRunner().invoke(train, ["base", *map(str, arguments)])
+    assert result.exit_code == 0 and len(compiled) == 1, result.output
+    result = CliRunner().invoke(train, ["residual", *map(str, arguments)])
+    assert (
+        result.exit_code == 1
+        and result.output == "Error: residual: layers of any size cannot be compiled; --compile is for base codecs\n"
+    )
 
 
 class TestTables:
     def test_counted_tables_make_smaller_files_of_the_same_picture(self, folder, tmp_path, monkeypatch):
         """From ideal tables, counting the symbols of the very pictures that are then coded must save bytes."""
         # else the encoder would choose other symbols with other tables
-        monkeypatch.setattr("compass_codec.backbones.mean_scale.BEYOND", 0)
+        monkeypatch.setattr("compass_codec.backbones.symbols.BEYOND", 0)
         from compass_codec.entropy import gaussian_tables
         from compass_codec.training.export import describe
         from compass_codec.training.tables import main

@@ -14,14 +14,13 @@ import click
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from compass_codec.backbones import LayerCodec
-from compass_codec.backbones.mean_scale import MeanScaleLayer
 from compass_codec.codec import Codec, choose_device
-from compass_codec.entropy import Table, Tables, encode, frequencies, groups
+from compass_codec.entropy import PRECISION, Table, Tables, frequencies
 from compass_codec.errors import CompassError
 from compass_codec.files import write_file
+from compass_codec.networks.arrays import to_bytes
 from compass_codec.training.data import Pictures, resize
 from compass_codec.training.export import device_name, remember
 from compass_codec.training.tensors import read_tensors
@@ -31,60 +30,55 @@ FIRST = 8  # how many times fewer crops are counted at first
 HELD_OUT = 10  # every so many-th crop is not counted
 
 
-class Counts:
-    """How often each symbol of one codec was seen: of z by channel, of y by scale index.
+class Counted(Table):
+    """A table that counts the symbols which are coded with it."""
 
-    Raises ValueError for a codec of another backbone than mean_scale.
+    def __init__(self, table: Table) -> None:
+        super().__init__(table.freq)
+        self.seen = np.zeros(2 * self.width + 1)
+        self.held_out = np.zeros(len(self.freq))  # with escapes, the last
+
+    def indices(self, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        positions, escaped = super().indices(symbols)
+        counts = np.bincount(positions, minlength=len(self.freq))
+        if Counted.hold_out:
+            self.held_out += counts
+        else:
+            self.seen += counts[:-1]
+        return positions, escaped
+
+    hold_out = False  # whether symbols are kept apart, to check the new frequencies on
+
+    def bits(self, freq: np.ndarray) -> float:
+        """What the symbols that were held out cost with frequencies ``freq``."""
+        return float((self.held_out * (PRECISION - np.log2(freq))).sum())
+
+
+class Counts:
+    """How often each symbol of one codec is coded from now on: of z by channel, of y by scale index.
+
+    Raises ValueError for a codec that has no tables.
     """
 
     def __init__(self, layer: LayerCodec) -> None:
-        if not isinstance(layer, MeanScaleLayer):
-            raise ValueError("only sets of the backbone mean_scale have tables that are counted")
-        self.layer = layer
-        self.z, self.y = ([np.zeros(2 * t.width + 1) for t in tables] for tables in (layer.tables.z, layer.tables.y))
-        # symbols of y, int32 [M, h, w], and their scale indices, that are only coded as a check
-        self.held_out: list[tuple[np.ndarray, np.ndarray]] = []
+        tables = getattr(layer, "tables", None)
+        if not isinstance(tables, Tables):
+            raise ValueError("this backbone has no tables that could be counted")
+        self.z, self.y = tables.z, tables.y = [Counted(t) for t in tables.z], [Counted(t) for t in tables.y]
 
-    def add(self, x: Tensor, quality: float, hold_out: bool = False) -> Tensor:
-        """Count the symbols of a picture [1, 3, H, W] centred on zero; returns its reconstruction."""
-        size = (x.shape[-2], x.shape[-1])
-        analysed = self.layer.analyse([x], size, quality)
-        ((symbols, indices, means),) = analysed.latents
-        y, index = symbols[0].cpu().numpy().astype(np.int32), indices[0].cpu().numpy()
-        if hold_out:
-            self.held_out.append((y, index))
-        else:
-            for counts, channel in zip(
-                self.z, torch.cat(analysed.z, 2)[0].flatten(1).long().cpu().numpy(), strict=True
-            ):
-                _count(counts, channel)
-            for number, where in groups(index):
-                _count(self.y[number], y.ravel()[where])
-        return self.layer.codec.synthesis(symbols + means, self.layer.level(quality), size)
-
-    def tables(self) -> dict[str, np.ndarray]:
+    def frequencies(self) -> dict[str, np.ndarray]:
         """New frequencies, by their names in the weights file."""
-        old = self.layer.tables
-        z = [_blend(counts, table) for counts, table in zip(self.z, old.z, strict=True)]
+        z = [_blend(table.seen, table) for table in self.z]
         # the means have taken out what is lopsided in y; the rest would be chance
-        y = [_blend((counts + counts[::-1]) / 2, table) for counts, table in zip(self.y, old.y, strict=True)]
+        y = [_blend((table.seen + table.seen[::-1]) / 2, table) for table in self.y]
         return {"z": np.stack(z), "y": np.concatenate(y)}
 
     def check(self, found: dict[str, np.ndarray]) -> str:
-        """What the symbols of y that were not counted take with the old tables and with new ones."""
-        new = Tables(found["z"], found["y"], np.array([len(t.freq) for t in self.layer.tables.y], np.int32))
-        none = np.zeros((len(self.z), 1, 1), np.int32)
-        before, now = (
-            sum(len(encode(none, y, index, tables)) for y, index in self.held_out)
-            for tables in (self.layer.tables, new)
-        )
-        return f"{len(self.held_out)} pieces that were not counted: {before} bytes before, {now} now"
-
-
-def _count(counts: np.ndarray, symbols: np.ndarray) -> None:
-    width = len(counts) // 2
-    inside = symbols[np.abs(symbols) <= width] + width
-    counts += np.bincount(inside, minlength=len(counts))
+        """What the symbols of y that were held out take with the old frequencies and with new ones."""
+        new = np.split(found["y"], np.cumsum([len(table.freq) for table in self.y])[:-1])
+        before = sum(table.bits(table.freq) for table in self.y)
+        now = sum(table.bits(freq) for table, freq in zip(self.y, new, strict=True))
+        return f"symbols of y that were not counted: {before / 8:.0f} bytes before, {now / 8:.0f} now"
 
 
 def _blend(counts: np.ndarray, table: Table) -> np.ndarray:
@@ -93,23 +87,21 @@ def _blend(counts: np.ndarray, table: Table) -> np.ndarray:
     return frequencies((counts + prior) / (counts.sum() + max(PRIOR, len(counts) / 2)))
 
 
-@torch.inference_mode()
 def count(codec: Codec, pictures: Pictures, crops: int, side: int, seed: int = 1) -> tuple[Counts, Counts]:
-    """Symbols of base and residual codec over random crops, qualities 1..100 and factors 1..4 between two layers."""
+    """Symbols of base and residual codec over random crops, each encoded as a layer of its own and above a smaller one,
+    at qualities 1..100 and factors 1..4."""
     generator = torch.Generator().manual_seed(seed)
-    base, residual = Counts(codec.base), Counts(codec.residual)
+    counts = Counts(codec.base), Counts(codec.residual)
     with click.progressbar(range(crops), label="counting") as bar:
         for n in bar:
-            hold_out = n % HELD_OUT == HELD_OUT - 1
+            Counted.hold_out = n % HELD_OUT == HELD_OUT - 1
             x = pictures.sample(1, side, generator)
             draw, quality = torch.rand(2, generator=generator).tolist()
-            factor, quality = 1 + 3 * draw, 1 + 99 * quality
-            base.add(x - 0.5, quality, hold_out)
-            small = resize(x, (round(side / factor), round(side / factor)))
-            below = base.add(small - 0.5, quality, hold_out) + 0.5
-            below = (below.clamp(0, 1) * 255).round().byte()
-            residual.add(x - codec.predictor.rows(below, (side, side), (0, side)), quality, hold_out)
-    return base, residual
+            small = resize(x, (round(side / (1 + 3 * draw)),) * 2)
+            large, low = (to_bytes(part) for part in (x, small))
+            codec.encode_layers([large], [1.0], 1 + 99 * quality)
+            codec.encode_layers([low, large], [1.0, side / low.shape[0]], 1 + 99 * quality)
+    return counts
 
 
 def rewrite(file: Path, tables: dict[str, np.ndarray]) -> None:
@@ -132,9 +124,9 @@ def main(weights: Path, data: tuple[Path, ...], crops: int, side: int, device: s
         for share in (FIRST, 1):
             counts = count(Codec.load(device, weights), pictures, -(-crops // share), side)
             for part, found in zip(("base", "residual"), counts, strict=True):
-                tables = found.tables()
+                tables = found.frequencies()
                 rewrite(weights / f"{part}.safetensors", tables)
-                if share == 1 and found.held_out:
+                if share == 1:
                     click.echo(f"{part}: {found.check(tables)}")
         minutes = round((time.monotonic() - start) / 60, 1)
         chosen = device_name(pictures.device)

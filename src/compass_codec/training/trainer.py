@@ -42,6 +42,7 @@ class Plan:
 
     ``side`` and ``batch`` hold one value or several, each for an equal share of the schedule: small crops first.
     ``hyper_lr`` is the hyper networks' learning rate relative to ``lr``. Every ``every`` seconds a checkpoint.
+    ``compile``: let torch.compile fuse what a step does, which takes minutes for each size of crops.
     """
 
     stage: str
@@ -57,6 +58,7 @@ class Plan:
     ema: float = 0.999
     clip: float = 1.0
     precision: str = "auto"
+    compile: bool = False
     seed: int = 1
     every: float = 120.0
     log_every: float = 10.0
@@ -99,13 +101,15 @@ class Run:
     """One stage being trained: the model, its EMA and optimiser, and how far it has come."""
 
     def __init__(self, plan: Plan, stage: Stage, pictures: Pictures, folder: Path, device: torch.device) -> None:
+        if plan.compile and stage.layered:
+            raise ValueError(f"{plan.stage}: layers of any size cannot be compiled; --compile is for base codecs")
         self.plan, self.stage, self.pictures, self.folder, self.device = plan, stage, pictures, folder, device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         stage.freeze()
         stage.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        self.model: nn.Module = stage
+        self.model: nn.Module = torch.compile(stage) if plan.compile else stage  # type: ignore[assignment]
         if self.world > 1:
-            self.model = nn.parallel.DistributedDataParallel(stage)
+            self.model = nn.parallel.DistributedDataParallel(self.model)
             # what the processes agree on each step goes over the CPU, so that nobody waits for the GPU
             self.control: Any = dist.new_group(backend="gloo")
         self.trained = {n: p for n, p in stage.named_parameters() if p.requires_grad}
