@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compass_codec import cli, metrics
+from compass_codec import cli, metrics, weights
 
+GOLDEN = Path(__file__).parent / "golden" / weights.DEFAULT
 KODAK = Path(__file__).parents[2] / "shared" / "data" / "kodak"
 
 

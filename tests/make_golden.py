@@ -1,7 +1,8 @@
-"""Writes the golden files: ``python tests/make_golden.py``, once for each set of weights.
+"""Writes the golden files of installed sets: ``python tests/make_golden.py [PROFILE...]``, after new weights.
 
-Each is a .cmps file, the SHA-256 of the symbols of every layer, and the pictures it decodes to (float32, CPU). The
-smallest is also walked through in docs/format.md, which is brought up to date.
+Each is a .cmps file, the SHA-256 of the symbols of every layer, and the pictures it decodes to (float32, CPU).
+rate.json has the bytes and PSNR of three crops. The smallest file of the default set is also walked through in
+docs/format.md, which is brought up to date.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
+from conftest import crop, photo
 from PIL import Image
 
-from compass_codec import container, pictures
+from compass_codec import container, pictures, weights
 from compass_codec.codec import Codec
+from compass_codec.metrics import psnr
 
-FOLDER = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 FORMAT = Path(__file__).parents[1] / "docs" / "format.md"
 KINDS = {
     "portrait": ((97, 61), [1, 1.6, 3.2], 55),
@@ -27,6 +31,7 @@ KINDS = {
     "dot": ((1, 1), [1, 4], 50),
     "small": ((8, 8), [1, 8], 50),
 }
+CROPS, QUALITIES = ((180, 60), (60, 330), (300, 450)), (15, 60, 95)  # what rate.json is of
 
 
 def symbol_hashes(codec: Codec, data: bytes) -> list[str]:
@@ -124,21 +129,39 @@ def example_with_sections(data: bytes) -> str:
     return walk.text()
 
 
-def main() -> None:
-    from conftest import crop
+def measured(codec: Codec) -> dict[str, list[list[float]]]:
+    """Bytes and PSNR in dB of the top layer of two, of crops of the portrait, at each of QUALITIES."""
+    found = {}
+    for left, top in CROPS:
+        image = photo().crop((left, top, left + 144, top + 112))
+        points = []
+        for quality in QUALITIES:
+            encoded = codec.encode(image, [1, 2], quality)
+            points.append([len(encoded.data), round(psnr(np.asarray(image), encoded.layers[-1]), 3)])
+        found[f"{left},{top}"] = points
+    return found
 
-    codec = Codec.load("cpu", precision="float32")
-    FOLDER.mkdir(exist_ok=True)
+
+def make(profile: str) -> None:
+    """The golden files of an installed set."""
+    codec, folder = Codec.load("cpu", precision="float32", model=profile), GOLDEN / profile
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rate.json").write_text(json.dumps(measured(codec), indent=1) + "\n")
     facts = {"model": codec.model, "symbols": {}}
     for name, (size, scales, quality) in KINDS.items():
         data = codec.encode(crop(*size), scales, quality).data
-        (FOLDER / f"{name}.cmps").write_bytes(data)
+        (folder / f"{name}.cmps").write_bytes(data)
         facts["symbols"][name] = symbol_hashes(codec, data)
         header = container.read_header(data)
         for k, picture in enumerate(codec.decode_layers(data, header, len(scales) - 1)):
-            Image.fromarray(np.asarray(picture)).save(FOLDER / f"{name}.layer{k}.png", optimize=True)
-    (FOLDER / "golden.json").write_text(json.dumps(facts, indent=1) + "\n")
-    small = (FOLDER / "small.cmps").read_bytes()
+            Image.fromarray(np.asarray(picture)).save(folder / f"{name}.layer{k}.png", optimize=True)
+    (folder / "golden.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def main() -> None:
+    for profile in sys.argv[1:] or [found.profile for found in weights.sets()]:
+        make(profile)
+    small = (GOLDEN / weights.DEFAULT / "small.cmps").read_bytes()
     examples = iter([example_with_sections(small), plain_example(small)])
     text = FORMAT.read_text()
     FORMAT.write_text(re.sub(r"```text\n.*?```", lambda _: f"```text\n{next(examples)}```", text, flags=re.DOTALL))

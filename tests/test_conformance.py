@@ -4,35 +4,54 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import compass, crop
-from make_golden import FOLDER, KINDS, symbol_hashes
+from make_golden import GOLDEN, KINDS, measured, symbol_hashes
 from PIL import Image
 
-from compass_codec import container
-from compass_codec.codec import Codec, fastest  # as it is before conftest.py says no to it
+from compass_codec import container, weights
+from compass_codec.codec import Codec, fastest, shared  # as it is before conftest.py says no to it
+from compass_codec.errors import WeightsError
 from compass_codec.metrics import psnr
+from compass_codec.networks.arrays import to_bytes
 from compass_codec.pictures import pyramid
 from compass_codec.search import Search
 
-GOLDEN = json.loads((FOLDER / "golden.json").read_text())
+PROFILES = [found.profile for found in weights.sets() if not isinstance(found, WeightsError)]
 
 
-def file_of(name: str) -> bytes:
-    return (FOLDER / f"{name}.cmps").read_bytes()
+@pytest.fixture(params=PROFILES)
+def profile(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def codec(profile, in_float32) -> Codec:
+    return shared("cpu", model=profile)
+
+
+def folder(codec: Codec) -> Path:
+    """Of the golden files of the codec's set, which a new version of the set takes with it."""
+    return GOLDEN / (weights.profile_of(codec.model) or "")
+
+
+def file_of(codec: Codec, name: str) -> bytes:
+    return (folder(codec) / f"{name}.cmps").read_bytes()
 
 
 def pictures(codec: Codec, name: str) -> list[np.ndarray]:
-    data = file_of(name)
+    data = file_of(codec, name)
     header = container.read_header(data)
     return [p.astype(int) for p in codec.decode_layers(data, header, len(header.layers) - 1)]
 
 
-def expected(name: str) -> list[np.ndarray]:
-    return [np.asarray(Image.open(FOLDER / f"{name}.layer{k}.png")).astype(int) for k in range(len(KINDS[name][1]))]
+def expected(codec: Codec, name: str) -> list[np.ndarray]:
+    files = [folder(codec) / f"{name}.layer{k}.png" for k in range(len(KINDS[name][1]))]
+    return [np.asarray(Image.open(file)).astype(int) for file in files]
 
 
 def check_pictures(codec: Codec) -> None:
@@ -41,7 +60,7 @@ def check_pictures(codec: Codec) -> None:
     apart: dict[bool, list[np.ndarray]] = {False: [np.zeros(1)], True: [np.zeros(1)]}
     for name in KINDS:
         below = 0
-        for found, golden in zip(pictures(codec, name), expected(name), strict=True):
+        for found, golden in zip(pictures(codec, name), expected(codec, name), strict=True):
             assert found.shape == golden.shape, name
             difference = np.abs(found - golden).ravel()
             assert difference.max() <= min(3, below + 1), name
@@ -53,8 +72,9 @@ def check_pictures(codec: Codec) -> None:
 
 
 def check_symbols(codec: Codec) -> None:
+    golden = json.loads((folder(codec) / "golden.json").read_text())
     for name in KINDS:
-        assert symbol_hashes(codec, file_of(name)) == GOLDEN["symbols"][name], name
+        assert symbol_hashes(codec, file_of(codec, name)) == golden["symbols"][name], name
 
 
 @contextlib.contextmanager
@@ -88,13 +108,32 @@ VARIANTS = {
 
 
 def test_golden_files_belong_to_these_weights(codec):
-    assert GOLDEN["model"] == codec.model
+    assert json.loads((folder(codec) / "golden.json").read_text())["model"] == codec.model
+
+
+def excess(golden: dict[str, list[list[float]]], found: dict[str, list[list[float]]]) -> float:
+    """How many more bits ``found`` takes than ``golden`` at equal PSNR, as a share, in the mean over crops."""
+    shares = []
+    for key, points in golden.items():
+        (bits, psnr), (bits_now, psnr_now) = ((np.log(x[:, 0]), x[:, 1]) for x in map(np.array, (points, found[key])))
+        slope = (bits[-1] - bits[0]) / (psnr[-1] - psnr[0])
+        shares.append((bits_now - bits - slope * (psnr_now - psnr)).mean())
+    return float(np.mean(shares))
+
+
+def test_the_encoder_is_no_worse(codec, monkeypatch):
+    """At most 0.5 % more bits at equal PSNR; which an encoder that rounds without a thought of bits does not keep."""
+    golden = json.loads((folder(codec) / "rate.json").read_text())
+    assert excess(golden, measured(codec)) < 0.005
+    for layer in (codec.base, codec.residual):
+        monkeypatch.setattr(layer, "thresholds", torch.full_like(layer.thresholds, 0.5))
+    assert excess(golden, measured(codec)) > 0.005
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_path_decodes_the_same(variant):
+def test_every_path_decodes_the_same(variant, profile):
     with VARIANTS[variant](), torch.inference_mode():
-        codec = Codec.load("cpu")
+        codec = Codec.load("cpu", model=profile)
         check_symbols(codec)
         check_pictures(codec)
 
@@ -102,10 +141,10 @@ def test_every_path_decodes_the_same(variant):
 LOST = {"float16": 0.02, "bfloat16": 0.05}  # dB of PSNR at most, next to what the encoder saw
 
 
-@pytest.fixture(scope="module", params=LOST)
-def short(request) -> tuple[Codec, float]:
+@pytest.fixture(params=LOST)
+def short(request, profile) -> tuple[Codec, float]:
     """A codec of fewer digits, and what they may lose."""
-    return Codec.load("cpu", precision=request.param), LOST[request.param]
+    return shared("cpu", precision=request.param, model=profile), LOST[request.param]
 
 
 @pytest.mark.parametrize("asked", ["auto", "float32", "float16", "bfloat16"])
@@ -114,10 +153,7 @@ def test_precision_is_that_which_is_fastest(monkeypatch, asked, units, best):
     monkeypatch.setattr("compass_codec.codec.fastest", fastest)
     here = {"avx512_fp16": True, "avx512_bf16": True} | {f"amx_{kind}": kind in units for kind in ("fp16", "bf16")}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: here, raising=False)
-    codec = Codec.load("cpu", precision=asked)
-    expected = getattr(torch, best if asked == "auto" else asked)
-    assert codec.residual.codec.pixel_type == codec.predictor.mlp_last.weight.dtype == expected
-    assert codec.base.codec.pixel_type == torch.float32
+    assert Codec.load("cpu", precision=asked).precision == (best if asked == "auto" else asked)
 
 
 def test_older_pytorch_does_not_say_what_is_faster(monkeypatch):
@@ -129,7 +165,7 @@ def test_fewer_digits_decode_the_golden_files(short):
     """The same symbols, and nearly the same pictures."""
     codec, lost = short
     check_symbols(codec)
-    source, golden = np.asarray(crop(*KINDS["portrait"][0])), expected("portrait")[-1]
+    source, golden = np.asarray(crop(*KINDS["portrait"][0])), expected(codec, "portrait")[-1]
     found = pictures(codec, "portrait")[-1]
     assert (found != golden).any()
     assert psnr(source, found) > psnr(source, golden) - lost
@@ -150,8 +186,9 @@ def test_precision_may_differ_between_encoder_and_decoder(codec, short, writes, 
         assert psnr(source, found) > psnr(source, seen) - lost
 
 
-def test_a_search_takes_gradients_in_float32(short):
-    codec, _ = short
+@pytest.mark.parametrize("precision", LOST)
+def test_a_search_takes_gradients_in_float32(precision):
+    codec = Codec.load("cpu", precision=precision, model="paper")
     search = Search(codec.residual)
     types = [{p.dtype for p in network.parameters()} for network in (codec.residual.codec, search.codec)]
     assert codec.residual.codec.pixel_type in types[0] and types[1] == {torch.float32}
@@ -174,11 +211,11 @@ def test_precision_on_the_command_line(tmp_path):
 
 def test_bfloat16_shows_in_a_base_layer():
     """Why that stays in float32: there it changes several times as many samples as in the layers above."""
-    short, wrong = Codec.load("cpu", precision="bfloat16"), Codec.load("cpu")
+    short, wrong = (Codec.load("cpu", precision=kind, model="paper") for kind in ("bfloat16", "float32"))
     with torch.inference_mode():  # as weights are made, without which not every convolution takes them
         wrong.base.codec.pixels_in(torch.bfloat16)
     check_symbols(wrong)
-    golden = expected("large")
+    golden = expected(short, "large")
     above, base = (
         [(found != seen).mean() for found, seen in zip(pictures(codec, "large"), golden, strict=True)]
         for codec in (short, wrong)
@@ -186,8 +223,9 @@ def test_bfloat16_shows_in_a_base_layer():
     assert above[0] == 0 < above[1] < 0.15 and base[0] > 0.25
 
 
-def test_integers_cost_next_to_nothing_in_rate(codec, monkeypatch):
+def test_integers_cost_next_to_nothing_in_rate(monkeypatch):
     """Bytes with the float hyper-decoder in the encoder instead (which no other device could decode)."""
+    codec = Codec.load("cpu", model="paper")
     image, total = crop(256, 192), {}
     for name in ("integer", "float"):
         if name == "float":
@@ -203,26 +241,25 @@ def test_integers_cost_next_to_nothing_in_rate(codec, monkeypatch):
     assert total["integer"] < total["float"] * 1.003, total
 
 
-def test_symbols_do_not_care_about_the_pixel_path(monkeypatch):
+def test_symbols_do_not_care_about_the_pixel_path(profile, monkeypatch):
     """A pixel path that is off by up to 1e-3 decodes the same symbols, and nearly the same picture."""
-    codec = Codec.load("cpu")
+    codec = Codec.load("cpu", model=profile)
     generator = torch.Generator().manual_seed(1)
-    for layer in (codec.base, codec.residual):
-        exact = layer.codec.synthesis
 
-        def noisy(*args, exact=exact):
-            x = exact(*args)
-            return x + (torch.rand(x.shape, generator=generator) * 2 - 1) * 1e-3
+    def noisy(strip: torch.Tensor) -> np.ndarray:
+        return to_bytes(strip + (torch.rand(strip.shape, generator=generator) * 2 - 1) * 1e-3)
 
-        monkeypatch.setattr(layer.codec, "synthesis", noisy)
+    for module in ("mean_scale", "lean"):
+        monkeypatch.setattr(f"compass_codec.backbones.{module}.to_bytes", noisy)
     check_symbols(codec)
-    found = pictures(codec, "portrait")
-    assert any((p != g).any() for p, g in zip(found, expected("portrait"), strict=True))
-    assert all(np.abs(p - g).mean() < 0.5 for p, g in zip(found, expected("portrait"), strict=True))
+    found, golden = pictures(codec, "portrait"), expected(codec, "portrait")
+    assert any((p != g).any() for p, g in zip(found, golden, strict=True))
+    assert all(np.abs(p - g).mean() < 0.5 for p, g in zip(found, golden, strict=True))
 
 
-def test_hyper_decoder_in_a_batch(codec):
+def test_hyper_decoder_in_a_batch():
     """Several pictures at once get the symbols' parameters that each gets alone."""
+    codec = shared("cpu", model="paper")
     torch.manual_seed(1)
     z = (torch.randn(4, 128, 2, 3) * 3).round()
     index, means = codec.residual.hyper(z, (7, 11))
@@ -233,8 +270,8 @@ def test_hyper_decoder_in_a_batch(codec):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_cuda_decodes_what_the_cpu_wrote_and_the_reverse(codec, precision):
-    cuda = Codec.load("cuda", precision=precision)
+def test_cuda_decodes_what_the_cpu_wrote_and_the_reverse(codec, profile, precision):
+    cuda = Codec.load("cuda", precision=precision, model=profile)
     check_symbols(cuda)
     if precision == "float32":
         check_pictures(cuda)

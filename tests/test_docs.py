@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import GOLDEN
 
 from compass_codec import container
 
@@ -14,7 +15,7 @@ def test_the_example_in_the_format_document_is_a_golden_file():
     text = (ROOT / "docs" / "format.md").read_text()
     block = re.findall(r"```text\n(.*?)```", text, re.DOTALL)[-1]
     described = bytes.fromhex("".join(line.split("  ")[0] for line in block.splitlines()))
-    assert described == (ROOT / "tests" / "golden" / "small.cmps").read_bytes()
+    assert described == (GOLDEN / "small.cmps").read_bytes()
 
 
 def test_the_largest_header_in_the_format_document(small_file):

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import crop, psnr
+from conftest import GOLDEN, crop, psnr
 from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 from test_pictures import profile
 
 import compass_codec.pillow  # noqa: F401
 from compass_codec import container, pictures
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_pictures
-from conftest import compass, crop
+from conftest import GOLDEN, compass, crop
 from PIL.PngImagePlugin import PngInfo
 from test_container import MODEL, PAYLOADS, SIZES, example
 from test_pictures import exif_bytes, mask
@@ -232,9 +232,6 @@ def test_extract_from_broken_files():
         assert container.extract(bytes(broken), 0) == container.extract(data, 0)
         with pytest.raises(DamagedError, match=words):
             container.extract(bytes(broken), 1)
-
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def test_the_example_with_sections_in_the_format_document():

@@ -14,8 +14,6 @@ from PIL import Image
 
 from compass_codec import container, metrics, page, pictures
 
-GOLDEN = Path(__file__).parent / "golden"
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, small_file) -> Path:
