@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
@@ -43,7 +45,7 @@ class Counts:
         self.layer = layer
         self.z, self.y = ([np.zeros(2 * t.width + 1) for t in tables] for tables in (layer.tables.z, layer.tables.y))
         # symbols of y, int32 [M, h, w], and their scale indices, that are only coded as a check
-        self.held_out: list[tuple[np.ndarray, np.ndarray]] = []
+        self.held_out: list[tuple[NDArray[np.int32], NDArray[np.uint8]]] = []
 
     def add(self, x: Tensor, quality: float, hold_out: bool = False) -> Tensor:
         """Count the symbols of a picture [1, 3, H, W] centred on zero; returns its reconstruction."""
@@ -62,7 +64,7 @@ class Counts:
                 _count(self.y[number], y.ravel()[where])
         return self.layer.codec.synthesis(symbols + means, self.layer.level(quality), size)
 
-    def tables(self) -> dict[str, np.ndarray]:
+    def tables(self) -> dict[str, NDArray[np.int32]]:
         """New frequencies, by their names in the weights file."""
         old = self.layer.tables
         z = [_blend(counts, table) for counts, table in zip(self.z, old.z, strict=True)]
@@ -70,7 +72,7 @@ class Counts:
         y = [_blend((counts + counts[::-1]) / 2, table) for counts, table in zip(self.y, old.y, strict=True)]
         return {"z": np.stack(z), "y": np.concatenate(y)}
 
-    def check(self, found: dict[str, np.ndarray]) -> str:
+    def check(self, found: dict[str, NDArray[np.int32]]) -> str:
         """What the symbols of y that were not counted take with the old tables and with new ones."""
         new = Tables(found["z"], found["y"], np.array([len(t.freq) for t in self.layer.tables.y], np.int32))
         none = np.zeros((len(self.z), 1, 1), np.int32)
@@ -81,13 +83,13 @@ class Counts:
         return f"{len(self.held_out)} pieces that were not counted: {before} bytes before, {now} now"
 
 
-def _count(counts: np.ndarray, symbols: np.ndarray) -> None:
+def _count(counts: NDArray[np.float64], symbols: NDArray[np.integer[Any]]) -> None:
     width = len(counts) // 2
     inside = symbols[np.abs(symbols) <= width] + width
     counts += np.bincount(inside, minlength=len(counts))
 
 
-def _blend(counts: np.ndarray, table: Table) -> np.ndarray:
+def _blend(counts: NDArray[np.float64], table: Table) -> NDArray[np.int32]:
     """Seen and ideal frequencies together; a wide table needs more of the ideal, its counts being thin."""
     prior = max(PRIOR, len(counts) / 2) * table.freq[:-1] / table.freq.sum()
     return frequencies((counts + prior) / (counts.sum() + max(PRIOR, len(counts) / 2)))
@@ -112,7 +114,7 @@ def count(codec: Codec, pictures: Pictures, crops: int, side: int, seed: int = 1
     return base, residual
 
 
-def rewrite(file: Path, tables: dict[str, np.ndarray]) -> None:
+def rewrite(file: Path, tables: dict[str, NDArray[np.int32]]) -> None:
     """Put new tables into a weights file."""
     found = {f"tables.{name}": torch.from_numpy(table) for name, table in tables.items()}
     write_file(file, save(read_tensors(file) | found))

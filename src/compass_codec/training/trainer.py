@@ -102,7 +102,7 @@ class Run:
         self.plan, self.stage, self.pictures, self.folder, self.device = plan, stage, pictures, folder, device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         stage.freeze()
-        stage.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        stage.to(device).to(memory_format=torch.channels_last).train()
         self.model: nn.Module = stage
         if self.world > 1:
             self.model = nn.parallel.DistributedDataParallel(stage)
