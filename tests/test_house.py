@@ -103,5 +103,7 @@ def test_no_import_goes_round():
 
 def test_a_climbing_import_is_found(tmp_path):
     path = tmp_path / "x.py"
-    path.write_text("def f():\n    from compass_codec.codec import Codec\n    from compass_codec import __version__, batch\n")
+    path.write_text(
+        "def f():\n    from compass_codec.codec import Codec\n    from compass_codec import __version__, batch\n"
+    )
     assert imports(path) == {"codec", "", "batch"}
