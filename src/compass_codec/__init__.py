@@ -16,6 +16,7 @@ from compass_codec.errors import CompassError
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
     from PIL import Image
     from typing_extensions import Buffer
 
@@ -24,7 +25,7 @@ __all__ = ["CompassError", "decode", "encode"]
 
 
 def encode(
-    image: Image.Image | np.ndarray,
+    image: Image.Image | NDArray[np.uint8],
     scales: Sequence[float],
     quality: float = 60,
     device: str = "auto",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from compass_codec import container, pictures
@@ -38,7 +39,7 @@ class Encoded:
     """A file and what its decoder will see: ``layers`` are uint8 [height, width, 3], smallest first."""
 
     data: bytes
-    layers: list[np.ndarray]
+    layers: list[NDArray[np.uint8]]
 
 
 def layer_sizes(size: tuple[int, int], scales: Sequence[float]) -> list[tuple[int, int]]:
@@ -95,7 +96,7 @@ class Codec:
 
     def encode(
         self,
-        image: Image.Image | np.ndarray,
+        image: Image.Image | NDArray[np.uint8],
         scales: Sequence[float],
         quality: float = DEFAULT_QUALITY,
         effort: int = 0,
@@ -114,7 +115,7 @@ class Codec:
     @torch.inference_mode()
     def encode_layers(
         self,
-        layers: Sequence[np.ndarray],
+        layers: Sequence[NDArray[np.uint8]],
         scales: Sequence[float],
         quality: float | Sequence[float],
         effort: int = 0,
@@ -142,7 +143,7 @@ class Codec:
         if layers[-1].shape[0] * layers[-1].shape[1] > container.MAX_PIXELS:
             raise LimitError(f"more than {container.MAX_PIXELS} pixels")
         deadline = math.inf if time_budget is None else started + time_budget
-        coded: list[tuple[bytes, np.ndarray]] = []
+        coded: list[tuple[bytes, NDArray[np.uint8]]] = []
         with float32_convolutions():
             for picture, q in zip(layers, qualities, strict=True):
                 coded.append(self.encode_layer(picture, coded[-1][1] if coded else None, q))
@@ -154,7 +155,9 @@ class Codec:
         payloads, seen = zip(*coded, strict=True)
         return Encoded(container.write(self.model, sizes, scales, qualities, payloads), list(seen))
 
-    def encode_layer(self, picture: np.ndarray, below: np.ndarray | None, quality: float) -> tuple[bytes, np.ndarray]:
+    def encode_layer(
+        self, picture: NDArray[np.uint8], below: NDArray[np.uint8] | None, quality: float
+    ) -> tuple[bytes, NDArray[np.uint8]]:
         """A layer, uint8 [height, width, 3], given what the decoder will see of the one below it: its bytes, and what
         the decoder will see of it."""
         codec = self.base if below is None else self.residual
@@ -172,13 +175,13 @@ class Codec:
         *_, picture = self.decode_layers(data, header, last)
         return pictures.with_alpha(picture, alpha)
 
-    def decode_layers(self, data: bytes, header: container.Header, last: int) -> Iterator[np.ndarray]:
+    def decode_layers(self, data: bytes, header: container.Header, last: int) -> Iterator[NDArray[np.uint8]]:
         """Decode layers 0 to ``last`` in turn, each as uint8 [height, width, 3]. Raises DamagedError on the way,
         TruncatedError, FormatError, and WeightsError if the weights that the file was made with are not found."""
         if header.model != self.model:
             yield from self.of(header.model).decode_layers(data, header, last)
             return
-        below: np.ndarray | None = None
+        below: NDArray[np.uint8] | None = None
         for k, entry in enumerate(header.layers[: last + 1]):
             size = (entry.height, entry.width)
             part = container.payload(header, data, k)
@@ -187,7 +190,7 @@ class Codec:
                 below = codec.decode(part, size, self.predict(below, size), entry.quality)
             yield below
 
-    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
+    def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Tensor]:
         """Strips [1, 3, rows, width] of what a layer of ``size`` adds to: mid-grey for the base layer, for the others
         what the predictor makes of ``below``."""
         low = None if below is None else to_tensor(below, self.device)

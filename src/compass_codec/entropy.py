@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from constriction import stream
+from numpy.typing import NDArray
 
 from compass_codec.errors import DamagedError
 
@@ -22,22 +24,25 @@ SCALE_RANGE = (0.11, 256.0)
 SYMBOL_LIMIT = 2**20  # no honest symbol comes near; keeps garbage from overflowing integers
 PIECE = 2**22  # symbols coded in one call, which bounds what the calls need beside them
 
+Symbols = NDArray[np.signedinteger[Any]]  # of any width
 
-def scale_levels() -> np.ndarray:
+
+def scale_levels() -> NDArray[np.float64]:
     """Standard deviations [64] that have a table, evenly spaced in log scale."""
     low, high = map(math.log, SCALE_RANGE)
-    return np.exp(np.linspace(low, high, LEVELS))
+    levels: NDArray[np.float64] = np.exp(np.linspace(low, high, LEVELS))
+    return levels
 
 
-def frequencies(pmf: np.ndarray) -> np.ndarray:
+def frequencies(pmf: NDArray[np.float64]) -> NDArray[np.int32]:
     """Probabilities of -w..w to integer frequencies of -w..w and escape: each at least 1, their sum 2**PRECISION."""
     pmf = np.append(pmf, max(0.0, 1.0 - float(pmf.sum())))
-    out = np.maximum(1, np.rint(pmf * 2.0**PRECISION)).astype(np.int64)
+    out: NDArray[np.int64] = np.maximum(1, np.rint(pmf * 2.0**PRECISION)).astype(np.int64)
     out[out.argmax()] += 2**PRECISION - out.sum()
     return out.astype(np.int32)
 
 
-def gaussian_tables() -> tuple[np.ndarray, np.ndarray]:
+def gaussian_tables() -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Tables of zero-mean normal distributions, one for each scale level, one after the other: frequencies (int32)
     and the length of each table [64] (int32). Made once, then stored with the weights."""
     tables = []
@@ -55,12 +60,12 @@ def gaussian_tables() -> tuple[np.ndarray, np.ndarray]:
 class Table:
     """One probability table, ready for the coder; symbols are integers of any size."""
 
-    def __init__(self, freq: np.ndarray) -> None:
+    def __init__(self, freq: NDArray[np.int32]) -> None:
         self.freq = freq
         self.width = len(freq) // 2 - 1
 
     @cached_property
-    def model(self):
+    def model(self) -> Any:
         # constriction gives every symbol 1 and shares out the rest in proportion; handed f - 1 it arrives at f
         return stream.model.Categorical((self.freq - 1).astype(np.float64), perfect=False)
 
@@ -68,7 +73,7 @@ class Table:
     def least_bits(self) -> float:
         return PRECISION - math.log2(int(self.freq.max()))
 
-    def indices(self, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def indices(self, symbols: Symbols) -> tuple[NDArray[np.int32], Symbols]:
         """Positions in the table (int32) and the values that had to be escaped."""
         escaped = np.abs(symbols) > self.width
         positions = np.where(escaped, 2 * self.width + 1, symbols + self.width).astype(np.int32, copy=False)
@@ -81,7 +86,9 @@ class Tables:
 
     Symbols of scale indices below ``skipped`` are zero and are not coded."""
 
-    def __init__(self, z: np.ndarray, y: np.ndarray, y_lengths: np.ndarray, *, skipped: int = 0) -> None:
+    def __init__(
+        self, z: NDArray[np.int32], y: NDArray[np.int32], y_lengths: NDArray[np.int32], *, skipped: int = 0
+    ) -> None:
         self.skipped = skipped
         self.z = [Table(freq) for freq in z]
         self.y = [Table(freq) for freq in np.split(y, np.cumsum(y_lengths)[:-1])]
@@ -94,7 +101,7 @@ class Tables:
         return max(0, math.floor((z_bits + y_bits) / 8) - 8)
 
 
-def _zigzag(values: np.ndarray) -> bytes:
+def _zigzag(values: Symbols) -> bytes:
     out = bytearray()
     for v in values.tolist():
         u = 2 * v if v >= 0 else -2 * v - 1
@@ -105,7 +112,7 @@ def _zigzag(values: np.ndarray) -> bytes:
     return bytes(out)
 
 
-def groups(index: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def groups(index: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.intp] | NDArray[np.bool_]]]:
     """The scale indices that occur, and where in the flat array: positions, or bools for all of it."""
     flat = index.ravel()
     pieces = (flat[at : at + PIECE] for at in range(0, max(1, len(flat)), PIECE))
@@ -122,20 +129,20 @@ class Encoder:
     """Writes one layer's symbols: z first, then y in as many parts as scale indices become known."""
 
     def __init__(self, tables: Tables) -> None:
-        self.tables, self.coder, self.escapes = tables, stream.queue.RangeEncoder(), list[np.ndarray]()
+        self.tables, self.coder, self.escapes = tables, stream.queue.RangeEncoder(), list[Symbols]()
 
-    def _put(self, table: Table, symbols: np.ndarray) -> None:
+    def _put(self, table: Table, symbols: Symbols) -> None:
         for at in range(0, len(symbols), PIECE):
             positions, escaped = table.indices(symbols[at : at + PIECE])
             self.coder.encode(positions, table.model)
             self.escapes.append(escaped)
 
-    def z(self, z: np.ndarray) -> None:
+    def z(self, z: Symbols) -> None:
         """The hyper-latent's symbols [channels, height, width], int32."""
         for table, channel in zip(self.tables.z, z, strict=True):
             self._put(table, channel.ravel())
 
-    def y(self, index: np.ndarray, symbols: np.ndarray) -> None:
+    def y(self, index: NDArray[np.uint8], symbols: Symbols) -> None:
         """Symbols of the latent, int32, and their scale indices, uint8, of one shape."""
         for number, where in groups(index):
             if number >= self.tables.skipped:
@@ -144,11 +151,11 @@ class Encoder:
     def data(self) -> bytes:
         """All that was put."""
         values = np.concatenate([np.empty(0, np.int32), *self.escapes])
-        words = self.coder.get_compressed().astype(">u4").tobytes()
+        words: bytes = self.coder.get_compressed().astype(">u4").tobytes()
         return _zigzag(np.array([len(values)])) + _zigzag(values) + words[:-3] + words[-3:].rstrip(b"\0")
 
 
-def encode(z: np.ndarray, y: np.ndarray, index: np.ndarray, tables: Tables) -> bytes:
+def encode(z: Symbols, y: Symbols, index: NDArray[np.uint8], tables: Tables) -> bytes:
     """Code one layer's symbols: z [channels, h, w] and y [M, h, w] in integers, and the scale indices of y in uint8."""
     coder = Encoder(tables)
     coder.z(z)
@@ -188,7 +195,7 @@ class Decoder:
             raise DamagedError("a layer's symbols make no sense")
         return value // 2 if value % 2 == 0 else -(value + 1) // 2
 
-    def _group(self, table: Table, count: int) -> np.ndarray:
+    def _group(self, table: Table, count: int) -> NDArray[np.int32]:
         symbols = np.empty(count, np.int32)
         for at in range(0, count, PIECE):
             part = symbols[at : at + PIECE]
@@ -201,11 +208,11 @@ class Decoder:
             symbols[i] = next(self.escapes, 0)
         return symbols
 
-    def z(self, channels: int, height: int, width: int) -> np.ndarray:
+    def z(self, channels: int, height: int, width: int) -> NDArray[np.int32]:
         """The hyper-latent's symbols [channels, height, width]."""
         return np.stack([self._group(t, height * width) for t in self.tables.z]).reshape(channels, height, width)
 
-    def y(self, index: np.ndarray) -> np.ndarray:
+    def y(self, index: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The latent's symbols, in the shape of their scale indices ``index`` (uint8)."""
         symbols = np.zeros(index.size, np.int32)
         for number, where in groups(index):

@@ -22,6 +22,7 @@ from compass_codec.rate import HIGHEST, LOWEST, SIZE_WINDOW, Target, search
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
     from compass_codec.codec import Codec
     from compass_codec.search import Coded
@@ -240,16 +241,16 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
     notes, encodes = [*picture.notes, *plan.notes], 0
     del picture  # Pillow's copy of a large picture is not needed any more
 
-    def attempt(quality: float | Sequence[float]) -> tuple[bytes, list[np.ndarray]]:
+    def attempt(quality: float | Sequence[float]) -> tuple[bytes, list[NDArray[np.uint8]]]:
         show = _show_effort if options.progress else None
         result = loaded.encode_layers(
             layers, plan.scales, quality, options.effort, options.time_budget, show, plan.weights
         )
         return container.attach(result.data, sections), result.layers
 
-    def measured(seen: Sequence[np.ndarray]) -> list[float]:
+    def measured(seen: Sequence[NDArray[np.uint8]]) -> list[float]:
         """PSNR of each layer, of what shows."""
-        shows: list[np.ndarray | None] = [*alphas] or [None] * len(layers)
+        shows: list[NDArray[np.uint8] | None] = [*alphas] or [None] * len(layers)
         return [metrics.psnr(*layer) for layer in zip(layers, seen, shows, strict=True)]
 
     if options.target is None:
@@ -462,7 +463,9 @@ def _show_effort(effort: int, gain: float, layers: list[Coded]) -> None:
     )
 
 
-def _verify(loaded: Codec, data: bytes, layers: Sequence[np.ndarray], sections: container.Sections, path: Path) -> None:
+def _verify(
+    loaded: Codec, data: bytes, layers: Sequence[NDArray[np.uint8]], sections: container.Sections, path: Path
+) -> None:
     header = container.read_header(data)
     if container.sections(header, data) != sections:
         raise DamagedError(f"alpha or metadata in {path} are not what was written")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 
-def squared_error(a: np.ndarray, b: np.ndarray) -> int:
+def squared_error(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
     """Sum of squared differences of two uint8 pictures of one shape."""
     # a few rows at a time: all integers of a large picture take a gigabyte
     parts = ((a[row : row + 64], b[row : row + 64]) for row in range(0, len(a), 64))
     return sum(int(np.square(x.astype(np.int32) - y).sum(dtype=np.int64)) for x, y in parts)
 
 
-def psnr(a: np.ndarray, b: np.ndarray, alpha: np.ndarray | None = None) -> float:
+def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8], alpha: NDArray[np.uint8] | None = None) -> float:
     """Peak signal-to-noise ratio of two uint8 pictures of one shape, in dB; infinite when they are equal. With
     ``alpha``, uint8 [height, width], each pixel counts as much as it shows; infinite when none does."""
     if alpha is None:

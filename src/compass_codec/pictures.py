@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from compass_codec import colour
@@ -21,6 +21,7 @@ from compass_codec.errors import CompassError, DamagedError, PictureError
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
 
 ANIMATED = {"GIF", "PNG", "WEBP", "AVIF", "JXL"}  # formats whose further frames are an animation
@@ -67,7 +68,7 @@ def library(what: str, kind: type[CompassError] = PictureError) -> Iterator[None
             yield
     except (CompassError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Image.UnidentifiedImageError as e:
+    except UnidentifiedImageError as e:
         raise kind("not a picture that Pillow can read") from e
     except Image.DecompressionBombError as e:
         raise kind(f"the picture is too large ({str(e).split(', could')[0]})") from e
@@ -335,7 +336,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return flatten(image) if image.has_transparency_data else image.convert("RGB")
 
 
-def pyramid(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+def pyramid(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[NDArray[np.uint8]]:
     """The picture reduced to each (width, height), bicubic, as uint8 [height, width, 3]."""
     import numpy as np
 
@@ -346,7 +347,9 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def pyramid_alpha(source: Source, sizes: Sequence[tuple[int, int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def pyramid_alpha(
+    source: Source, sizes: Sequence[tuple[int, int]]
+) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
     """The picture reduced to each (width, height): colours as uint8 [height, width, 3], and alpha as uint8
     [height, width]; no alpha where the picture is opaque.
 
@@ -397,7 +400,9 @@ def filled(image: Image.Image) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _weighted_mean(weighted: Image.Image, weight: Image.Image, size: tuple[int, int], alpha: np.ndarray) -> np.ndarray:
+def _weighted_mean(
+    weighted: Image.Image, weight: Image.Image, size: tuple[int, int], alpha: NDArray[np.uint8]
+) -> NDArray[np.float32]:
     """Values times weight and weight, reduced and divided: float32 of ``alpha``'s shape. Where little shows, the
     filter has no negative lobes, which over a small weight would give any colour."""
     import numpy as np
@@ -409,7 +414,7 @@ def _weighted_mean(weighted: Image.Image, weight: Image.Image, size: tuple[int, 
     return np.where(alpha >= 128, bicubic, bilinear)
 
 
-def _filled(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+def _filled(values: NDArray[np.float32], known: NDArray[np.bool_]) -> NDArray[np.float32]:
     """float32 [height, width] with the values that are not known made from those around, over ever larger distances;
     mid-grey if none is known."""
     import numpy as np
@@ -428,7 +433,7 @@ def _filled(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     return np.where(known, values, np.asarray(around)[:height, :width])
 
 
-def alpha_to_bytes(alpha: np.ndarray) -> bytes:
+def alpha_to_bytes(alpha: NDArray[np.uint8]) -> bytes:
     """Code an alpha plane, uint8 [height, width], without loss: as WebP or as PNG, whichever is smaller."""
     image, webp, png = Image.fromarray(alpha), io.BytesIO(), io.BytesIO()
     with library("alpha cannot be written"):
@@ -438,7 +443,7 @@ def alpha_to_bytes(alpha: np.ndarray) -> bytes:
     return min(filter(None, (webp.getvalue(), png.getvalue())), key=len)
 
 
-def alpha_from_bytes(data: bytes, size: tuple[int, int]) -> np.ndarray:
+def alpha_from_bytes(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
     """An alpha plane of ``size`` (width, height) as uint8 [height, width]. Raises DamagedError for anything else than a
     lossless WebP or an 8-bit grey PNG of just this size, before it is decoded."""
     import numpy as np
@@ -457,7 +462,7 @@ def alpha_from_bytes(data: bytes, size: tuple[int, int]) -> np.ndarray:
         return np.array(image if image.mode == "L" else image.getchannel("G"))
 
 
-def with_alpha(picture: np.ndarray, alpha: np.ndarray | None) -> Image.Image:
+def with_alpha(picture: NDArray[np.uint8], alpha: NDArray[np.uint8] | None) -> Image.Image:
     """uint8 [height, width, 3] and, for RGBA, uint8 [height, width], as a Pillow image."""
     image = Image.fromarray(picture)
     if alpha is not None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import io
 import os
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from PIL import Image, ImageFile
 
 from compass_codec import container
 from compass_codec.errors import CompassError, PictureError
+
+if TYPE_CHECKING:
+    from PIL._imaging import PixelAccess
 
 HEADER_READ = 4096  # more than any header
 SCALES = (1.0, 2.0, 4.0)
@@ -92,7 +95,7 @@ class CompassImageFile(ImageFile.ImageFile):
         self.seek(next((k for k, (w, h) in enumerate(sides) if w >= size[0] and h >= size[1]), self._frame))
         return self.mode, (0, 0, *self.size)
 
-    def load(self) -> Image.core.PixelAccess | None:
+    def load(self) -> PixelAccess | None:
         """Decode the present layer. Raises OSError."""
         if self.tile:
             picture = self._decode()

@@ -110,7 +110,7 @@ class Remote:
             headers["If-Range"] = etag
         request = urllib.request.Request(self.url, headers={"User-Agent": f"compass/{__version__}", **headers})
         try:
-            answer = _opener().open(request, timeout=self.timeout)
+            answer: http.client.HTTPResponse = _opener().open(request, timeout=self.timeout)
         except urllib.error.HTTPError as e:
             if e.code != 416:
                 raise

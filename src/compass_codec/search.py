@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from compass_codec import entropy
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
         base: LayerCodec
         residual: LayerCodec
 
-        def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]: ...
+        def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Tensor]: ...
 
 
 # Steps of annealing of each layer, and then of moves, that an effort adds to those below it. It goes on from where the
@@ -63,7 +64,7 @@ ESCAPE_BITS = 16.0  # about what an escaped value costs beyond its escape
 TILE, REACH, HYPER_REACH = 12, 1, 2
 LATENT, PIXEL = 4, 64  # latents of y and pixels along the side of a cell of z
 
-Coded = tuple[bytes, np.ndarray]  # a layer's bytes, and what the decoder will see: uint8 [height, width, 3]
+Coded = tuple[bytes, NDArray[np.uint8]]  # a layer's bytes, and what the decoder will see: uint8 [height, width, 3]
 Progress = Callable[[int, float, list[Coded]], None]
 
 
@@ -76,7 +77,7 @@ def gradients() -> Iterator[None]:
 
 def improve(
     codec: Layered,
-    layers: Sequence[np.ndarray],
+    layers: Sequence[NDArray[np.uint8]],
     qualities: Sequence[float],
     coded: list[Coded],
     effort: int,
@@ -106,7 +107,7 @@ class CodedLayer:
     cost: float
 
     @classmethod
-    def of(cls, coded: Coded, picture: np.ndarray, lam: float) -> CodedLayer:
+    def of(cls, coded: Coded, picture: NDArray[np.uint8], lam: float) -> CodedLayer:
         return cls(coded, 8 * len(coded[0]) + lam / 3 * squared_error(picture, coded[1]))
 
     def priced(self, error_counts: float) -> float:
@@ -121,7 +122,7 @@ def total(coded: Sequence[CodedLayer], weights: Sequence[float]) -> float:
 
 def efforts(
     codec: Layered,
-    layers: Sequence[np.ndarray],
+    layers: Sequence[NDArray[np.uint8]],
     qualities: Sequence[float],
     lambdas: Sequence[float],
     best: list[CodedLayer],
@@ -175,7 +176,7 @@ class LayerTask:
     """A layer to search: its pixels uint8 [height, width, 3], its prediction [1, 3, height, width] in 0..1, and what a
     unit of squared error costs in bits."""
 
-    picture: np.ndarray
+    picture: NDArray[np.uint8]
     known: Tensor
     quality: float
     price: float
@@ -434,5 +435,5 @@ def _rounded(z: Tensor) -> Tensor:
     return z.round().clamp(-entropy.SYMBOL_LIMIT, entropy.SYMBOL_LIMIT)
 
 
-def _symbols(x: Tensor) -> np.ndarray:
+def _symbols(x: Tensor) -> NDArray[np.int32]:
     return x[0].cpu().numpy().astype(np.int32)

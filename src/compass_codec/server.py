@@ -24,6 +24,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 import anyio
 from PIL import Image, features
+from PIL import __version__ as pillow_version
 from starlette.applications import Starlette
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.datastructures import MutableHeaders
@@ -417,7 +418,7 @@ class App:
             if not self._allowed(file.layers[layer]):
                 needed = f"a layer of {sizes[layer][0]} x {sizes[layer][1]} pixels"
                 raise HTTPException(400, f"that size needs {needed}; the limit is {self.settings.max_pixels}")
-            facts = f"{file.version} {size} {extension} {__version__} {Image.__version__}"
+            facts = f"{file.version} {size} {extension} {__version__} {pillow_version}"
             headers = self._headers(hashlib.sha256(facts.encode()).hexdigest()[:24], file)
             if name == full:
                 headers["Vary"] = "Accept"

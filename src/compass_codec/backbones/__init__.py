@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 NAMES = {"mean_scale": "compass_codec.backbones.mean_scale", "lean": "compass_codec.backbones.lean"}
@@ -31,19 +32,23 @@ class LayerCodec(Protocol):
         ...
 
     def encode(
-        self, picture: np.ndarray, prediction: Callable[[], Iterable[Tensor]], quality: float
-    ) -> tuple[bytes, np.ndarray]:
+        self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Tensor]], quality: float
+    ) -> tuple[bytes, NDArray[np.uint8]]:
         """A layer, uint8 [height, width, 3], to its bytes, at least one and fewer than 2^28, and what the decoder will
         see, like the layer. ``prediction`` makes its prediction, anew whenever it is called: of a large picture it is
         too much to keep."""
         ...
 
-    def decode(self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float) -> np.ndarray:
+    def decode(
+        self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float
+    ) -> NDArray[np.uint8]:
         """The bytes of a layer of ``size`` and its prediction to the layer, uint8 [height, width, 3]. Raises
         DamagedError for bytes that no encoder writes."""
         ...
 
-    def parse(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, *tuple[Any, ...]]:
+    def parse(
+        self, data: bytes, size: tuple[int, int]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32], *tuple[Any, ...]]:
         """The bytes of a layer of ``size`` to all that they say, in integers: hyper-latent and latent, int32 [channels,
         rows, columns] each, and what else a backbone makes of them. The same on every device and in every precision.
         Raises DamagedError."""

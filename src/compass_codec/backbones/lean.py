@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compass_codec import entropy
@@ -227,8 +228,8 @@ class LeanLayer:
         return quality_to_lambda(quality)
 
     def encode(
-        self, picture: np.ndarray, prediction: Callable[[], Iterable[Tensor]], quality: float
-    ) -> tuple[bytes, np.ndarray]:
+        self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Tensor]], quality: float
+    ) -> tuple[bytes, NDArray[np.uint8]]:
         """See backbone.LayerCodec."""
         size = (picture.shape[0], picture.shape[1])
         networks = self._networks(quality)
@@ -245,17 +246,19 @@ class LeanLayer:
         self.exact.walk(self.exact.features(z, (y.shape[2], y.shape[3])), y, code)
         return coder.data(), self._reconstruct(networks, y, prediction(), size)
 
-    def decode(self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float) -> np.ndarray:
+    def decode(
+        self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float
+    ) -> NDArray[np.uint8]:
         """See backbone.LayerCodec."""
         _, y = self._read(data, size)
         return self._reconstruct(self._networks(quality), y, prediction, size)
 
-    def parse(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def parse(self, data: bytes, size: tuple[int, int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """See backbone.LayerCodec; the latent, symbols plus means, is in units of 1 / MEAN_UNIT."""
         z, y = self._read(data, size)
         return z, to_host(y[0].mul_(MEAN_UNIT).to(torch.int32))
 
-    def _read(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, Tensor]:
+    def _read(self, data: bytes, size: tuple[int, int]) -> tuple[NDArray[np.int32], Tensor]:
         """Bytes of a layer of ``size`` to the symbols of z [N, h, w] and the quantised latent [1, M, h, w]."""
         h, w = (-(-side // CELL) for side in size)
         rows, columns = -(-h // 4), -(-w // 4)
@@ -278,7 +281,7 @@ class LeanLayer:
         return max(1, CELLS[self.device.type] // -(-width // CELL))
 
     def _pixels(
-        self, picture: np.ndarray, prediction: strips.Rows, size: tuple[int, int]
+        self, picture: NDArray[np.uint8], prediction: strips.Rows, size: tuple[int, int]
     ) -> Iterator[tuple[Tensor, Tensor, bool]]:
         """What Prepared.analysis takes."""
         for first, end in strips.spans(-(-size[0] // CELL), self._rows(size[1])):
@@ -296,7 +299,7 @@ class LeanLayer:
 
     def _reconstruct(
         self, networks: Prepared, y: Tensor, prediction: Iterable[Tensor], size: tuple[int, int]
-    ) -> np.ndarray:
+    ) -> NDArray[np.uint8]:
         """The quantised latent and strips of the prediction to the layer. Encoder and decoder both come here."""
         done, row = np.empty((*size, 3), np.uint8), 0
         for strip in networks.synthesis(flow.cut(y, self._rows(size[1])), prediction, size):

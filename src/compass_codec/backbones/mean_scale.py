@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from compass_codec import entropy
@@ -37,8 +38,8 @@ class MeanScaleLayer:
         return quality_to_lambda(quality)
 
     def encode(
-        self, picture: np.ndarray, prediction: Callable[[], Iterable[Tensor]], quality: float
-    ) -> tuple[bytes, np.ndarray]:
+        self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Tensor]], quality: float
+    ) -> tuple[bytes, NDArray[np.uint8]]:
         """See backbone.LayerCodec."""
         size = (picture.shape[0], picture.shape[1])
         predicted, known = strips.fork(prediction())
@@ -98,20 +99,24 @@ class MeanScaleLayer:
         for strip in strips.run(network, z, ImageCodec.hyper_size(size)[0], ImageCodec.latent_size(size)):
             yield strip[:, :m].to(torch.uint8), strip[:, m:]
 
-    def decode(self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float) -> np.ndarray:
+    def decode(
+        self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float
+    ) -> NDArray[np.uint8]:
         """See backbone.LayerCodec."""
         _, y, _, means = self.parse(data, size)
         return self.rebuild(y, means, prediction, quality, size)
 
     def rebuild(
-        self, y: np.ndarray, means: Tensor, prediction: Iterable[Tensor], quality: float, size: tuple[int, int]
-    ) -> np.ndarray:
+        self, y: NDArray[np.int32], means: Tensor, prediction: Iterable[Tensor], quality: float, size: tuple[int, int]
+    ) -> NDArray[np.uint8]:
         """Symbols of y [M, h, w], their means [1, M, h, w] and strips of the prediction to the layer."""
         cells = strips.strip_spans(size, self.device, 16)
         y_hat = (to_device(y[None, :, a:b], self.device) + means[:, :, a:b] for a, b in cells)
         return self.reconstruct(y_hat, prediction, quality, size)
 
-    def parse(self, data: bytes, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
+    def parse(
+        self, data: bytes, size: tuple[int, int]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8], Tensor]:
         """Bytes of a layer of ``size`` (height, width) to the symbols of z [N, h, w] and of y [M, h, w], int32, and
         the scale indices [M, h, w], uint8, and means [1, M, h, w] of y."""
         z_size, y_size, m = ImageCodec.hyper_size(size), ImageCodec.latent_size(size), self.codec.m
@@ -128,7 +133,7 @@ class MeanScaleLayer:
 
     def reconstruct(
         self, y_hat: Iterable[Tensor], prediction: Iterable[Tensor], quality: float, size: tuple[int, int]
-    ) -> np.ndarray:
+    ) -> NDArray[np.uint8]:
         """Strips of the quantised latent and of the prediction to the layer, uint8 [height, width, 3]; in floating
         point. Encoder and decoder both come here."""
         level, known = self.level(quality), strips.Rows(prediction)
@@ -155,7 +160,7 @@ class Analysis:
     latents: Iterator[tuple[Tensor, Tensor, Tensor]]
 
 
-def residual_strips(picture: np.ndarray, prediction: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+def residual_strips(picture: NDArray[np.uint8], prediction: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
     """Strips of ``picture``, uint8 [height, width, 3], less those of its prediction [1, 3, rows, width], in 0..1."""
     row = 0
     for strip in prediction:

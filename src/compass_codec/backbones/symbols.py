@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compass_codec import entropy
@@ -30,7 +31,7 @@ def quantise(centred: Tensor, index: Tensor, least: Tensor) -> Tensor:
     return below.add_(beyond).copysign_(centred).clamp_(-LATENT_LIMIT, LATENT_LIMIT)
 
 
-def thresholds(tables: entropy.Tables) -> np.ndarray:
+def thresholds(tables: entropy.Tables) -> NDArray[np.float32]:
     """For each scale index and magnitude m, float32 [LEVELS * MAGNITUDES]: what a latent must be beyond m to become
     m + 1. The last magnitude stands for larger ones; what has no frequency of its own costs an escape at least."""
     found = np.full((len(tables.y), MAGNITUDES), 0.5, np.float32)
@@ -46,4 +47,4 @@ def fill(make: Callable[[], N], tensors: dict[str, Tensor], device: torch.device
         network = make()
     network.load_state_dict({k: tensors[k].float() for k in network.state_dict()}, assign=True)
     network.requires_grad_(False).eval()
-    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return network.to(device).to(memory_format=torch.channels_last)

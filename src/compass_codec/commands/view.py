@@ -22,6 +22,7 @@ from compass_codec.jobs import STDIO, Options, check_target, put
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
 
 @click.command()
@@ -85,7 +86,7 @@ def view(
     psnr: list[str] = []
     if original is not None:
         reduced, alphas = pictures.pyramid_alpha(original, sizes)
-        shows: list[np.ndarray | None] = [*alphas] or [None] * len(sizes)
+        shows: list[NDArray[np.uint8] | None] = [*alphas] or [None] * len(sizes)
         psnr = [f"{metrics.psnr(*layer):.2f}" for layer in zip(reduced, decoded, shows, strict=True)]
     heads = ["layer", "size", "scale", "quality", "bytes", "bpp", "acc. bytes", "acc. bpp"]
     rows = [heads + ["PSNR, dB"] * bool(psnr)]

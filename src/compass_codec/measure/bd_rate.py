@@ -5,6 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Points = tuple[NDArray[np.float64], NDArray[np.float64]]  # x, rising, and y
 
 FEWEST = 4  # points a curve must have
 
@@ -21,7 +28,7 @@ class BDRate:
         return f"{self.percent:+.2f} % over {self.low:.2f} to {self.high:.2f} dB"
 
 
-def _curve(rate: Sequence[float], psnr: Sequence[float]):
+def _curve(rate: Sequence[float], psnr: Sequence[float]) -> Points:
     """PSNR and log rate of the points, by rising PSNR."""
     import numpy as np
 
@@ -34,7 +41,7 @@ def _curve(rate: Sequence[float], psnr: Sequence[float]):
     return x, y
 
 
-def _difference(first, second, what: str) -> tuple[float, float, float]:
+def _difference(first: Points, second: Points, what: str) -> tuple[float, float, float]:
     """Mean of ``second`` minus ``first``, each (x, y) with rising x, over the x that both cover; and that range."""
     from scipy.interpolate import PchipInterpolator
 

@@ -28,7 +28,7 @@ QUICK = 5
 WHERE = "the Kodak pictures, kodim01.png to kodim24.png, are at https://r0k.us/graphics/kodak/"
 
 
-class Names(click.ParamType):
+class Names(click.ParamType):  # type: ignore[type-arg]  # older click has it without an argument
     """Some of a few names, separated by commas."""
 
     def __init__(self, known: Sequence[str]) -> None:

@@ -11,10 +11,16 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compass_codec.measure.peers import J2K, PEERS, Gap
 from compass_codec.measure.protocol import LEVELS, OURS, Scales, layers_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from compass_codec.codec import Codec
 
 ENOUGH = 2.0  # seconds: what is quicker is repeated, and the best of the runs counts
 MOST = 5  # runs
@@ -69,7 +75,7 @@ def cost(method: str, picture: Path, scales: Scales, setting: float, weights: Pa
     return Cost(*found)
 
 
-def _files(task: dict[str, Any], layers: list) -> list[bytes]:
+def _files(task: dict[str, Any], layers: list[NDArray[np.uint8]]) -> list[bytes]:
     method, scales, setting = task["method"], task["scales"], task["setting"]
     if method == OURS:
         return [_codec(task).encode_layers(layers, [s / scales[0] for s in scales], setting).data]
@@ -96,7 +102,7 @@ def _pictures(task: dict[str, Any], files: list[bytes]) -> None:
         PEERS[method].decode(data)
 
 
-def _codec(task: dict[str, Any]):
+def _codec(task: dict[str, Any]) -> Codec:
     from compass_codec.codec import shared
 
     return shared(task["device"], Path(task["weights"]) if task["weights"] else None)

@@ -16,6 +16,7 @@ import click
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
     from compass_codec.codec import Codec
     from compass_codec.search import Coded
@@ -35,7 +36,7 @@ class Found:
 
 
 def ladder(
-    codec: Codec, layers: Sequence[np.ndarray], scales: Sequence[float], quality: float, effort: int
+    codec: Codec, layers: Sequence[NDArray[np.uint8]], scales: Sequence[float], quality: float, effort: int
 ) -> list[tuple[bytes, float, float]]:
     """The file of each effort up to this one, the processor seconds up to it, and the peak memory of what it adds to
     those below. An effort goes on from the one below it, so that two encodes tell of all."""

@@ -20,6 +20,9 @@ from compass_codec.measure.protocol import pictures_in, rows
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
+
+    from compass_codec.codec import Codec
 
 QUALITIES = (1.0, 20.0, 40.0, 60.0, 80.0, 100.0)  # of the files that are compared with
 Points = list[tuple[float, float]]  # bytes of all pictures, mean PSNR in dB
@@ -49,9 +52,9 @@ def once(scales: Sequence[float], k: int) -> list[int]:
 class Files:
     """Files of some pictures at one time, each measured once."""
 
-    def __init__(self, codec, pictures: Sequence[list[np.ndarray]], scales: Sequence[float]) -> None:
+    def __init__(self, codec: Codec, pictures: Sequence[list[NDArray[np.uint8]]], scales: Sequence[float]) -> None:
         self.codec, self.pictures, self.scales = codec, pictures, scales
-        self.known: dict[tuple, Points] = {}
+        self.known: dict[tuple[tuple[float, ...], tuple[float, ...]], Points] = {}
 
     def measure(self, layers: Sequence[int], qualities: Sequence[float]) -> Points:
         """For each of ``layers``, in a file of these alone with ``qualities``: bytes of all that it needs, and PSNR."""

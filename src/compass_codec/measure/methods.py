@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,13 +22,13 @@ from compass_codec.measure.peers import PEERS, resolutions
 from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales
 from compass_codec.networks.arrays import to_tensor
 
-Coded = list[tuple[int, np.ndarray]]
+Coded = list[tuple[int, NDArray[np.uint8]]]
 
 
 class Measured(Codec):
     """A codec that tells what the tables need."""
 
-    def code(self, layers: Sequence[np.ndarray], scales: Scales, quality: float) -> Coded:
+    def code(self, layers: Sequence[NDArray[np.uint8]], scales: Scales, quality: float) -> Coded:
         """For each layer, the bytes of the file that it needs and what it decodes to."""
         encoded = self.encode_layers(layers, [s / scales[0] for s in scales], quality)
         ends = [entry.end for entry in container.read_header(encoded.data).layers]
@@ -38,10 +40,10 @@ class Remembering(Measured):
 
     KEPT = 4
 
-    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
+    def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Tensor]:
         if below is None:
             return super().predict(below, size)
-        known: OrderedDict[tuple, list[Tensor]] = self.__dict__.setdefault("known", OrderedDict())
+        known: OrderedDict[tuple[Any, ...], list[Tensor]] = self.__dict__.setdefault("known", OrderedDict())
         key = (hashlib.sha256(below.tobytes()).digest(), below.shape, size)
         if key not in known:
             known[key] = list(super().predict(below, size))
@@ -54,7 +56,7 @@ class Remembering(Measured):
 class Bicubic(Measured):
     """The paper's table 4: bicubic interpolation instead of LIFF."""
 
-    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
+    def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Tensor]:
         if below is None:
             return super().predict(below, size)
         x = to_tensor(below, self.device).float() / 255
@@ -69,14 +71,14 @@ class Padded(Measured):
 
     true: Iterator[tuple[tuple[int, int], tuple[int, int]]]
 
-    def code(self, layers: Sequence[np.ndarray], scales: Scales, quality: float) -> Coded:
+    def code(self, layers: Sequence[NDArray[np.uint8]], scales: Scales, quality: float) -> Coded:
         sizes = [(p.shape[0], p.shape[1]) for p in layers]
         self.true = pairwise(sizes)
         edges = [((0, -h % 64), (0, -w % 64), (0, 0)) for h, w in sizes]
         coded = super().code([np.pad(p, e, "edge") for p, e in zip(layers, edges, strict=True)], scales, quality)
         return [(end, p[:h, :w]) for (end, p), (h, w) in zip(coded, sizes, strict=True)]
 
-    def predict(self, below: np.ndarray | None, size: tuple[int, int]) -> Iterator[Tensor]:
+    def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Tensor]:
         if below is None:
             return super().predict(below, size)
         (low, left), (height, width) = next(self.true)
@@ -98,7 +100,7 @@ def codec(method: str, weights: Path | None, device: str) -> Measured:
 
 
 def code(
-    method: str, layers: Sequence[np.ndarray], scales: Scales, setting: float, weights: Path | None, device: str
+    method: str, layers: Sequence[NDArray[np.uint8]], scales: Scales, setting: float, weights: Path | None, device: str
 ) -> Coded:
     """Code ``layers`` (uint8 [height, width, 3], smallest first): for each, the bytes that it and all below it need,
     and what it decodes to. Formats that hold one size take a file for each. Raises Gap for what cannot be done."""

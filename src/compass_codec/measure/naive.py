@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from constriction import stream
+from numpy.typing import NDArray
 from torch import Tensor
 
 from compass_codec.networks.arrays import to_tensor
@@ -39,11 +40,11 @@ def liff(network: LIFF, low: Tensor, size: tuple[int, int]) -> Tensor:
     return bicubic(low.double(), size).float() + torch.cat(strips).permute(2, 0, 1)[None]
 
 
-def code(codec: Any, layers: list[np.ndarray], level: Tensor) -> list[np.ndarray]:
+def code(codec: Any, layers: list[NDArray[np.uint8]], level: Tensor) -> list[NDArray[np.uint8]]:
     """Encode and decode uint8 pictures [height, width, 3], smallest first; ``codec``, a Codec of mean_scale networks,
     should hold weights with channels first. Returns the decoded layers."""
-    encoded: list[tuple[np.ndarray, np.ndarray, Tensor]] = []
-    done: list[np.ndarray] = []
+    encoded: list[tuple[NDArray[np.uint32], NDArray[np.float64], Tensor]] = []
+    done: list[NDArray[np.uint8]] = []
     for picture in layers:
         part = codec.residual.codec if done else codec.base.codec
         x, size = to_tensor(picture, codec.device).contiguous().float() / 255, (picture.shape[0], picture.shape[1])
@@ -57,7 +58,7 @@ def code(codec: Any, layers: list[np.ndarray], level: Tensor) -> list[np.ndarray
         encoder.encode(symbols.int().numpy().ravel(), gaussians, np.zeros_like(spread), spread)
         encoded.append((encoder.get_compressed(), spread, z))
         done.append(_shown(codec, done, part.synthesis(symbols + means, level, size)))
-    decoded: list[np.ndarray] = []
+    decoded: list[NDArray[np.uint8]] = []
     for picture, (words, spread, z) in zip(layers, encoded, strict=True):
         part = codec.residual.codec if decoded else codec.base.codec
         size = (picture.shape[0], picture.shape[1])
@@ -68,13 +69,13 @@ def code(codec: Any, layers: list[np.ndarray], level: Tensor) -> list[np.ndarray
     return decoded
 
 
-def _below(codec: Any, done: list[np.ndarray], size: tuple[int, int]) -> Tensor:
+def _below(codec: Any, done: list[NDArray[np.uint8]], size: tuple[int, int]) -> Tensor:
     if not done:
         return torch.tensor(0.5)
     return liff(codec.predictor, to_tensor(done[-1], codec.device).contiguous().float() / 255, size)
 
 
-def _shown(codec: Any, done: list[np.ndarray], residual: Tensor) -> np.ndarray:
+def _shown(codec: Any, done: list[NDArray[np.uint8]], residual: Tensor) -> NDArray[np.uint8]:
     """The layer that comes after those that are ``done``."""
     x = _below(codec, done, (residual.shape[2], residual.shape[3])) + residual
     return (x[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

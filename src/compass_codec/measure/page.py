@@ -17,12 +17,13 @@ from compass_codec.measure.task import Original, Record, Settings, Task, load
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
 SIDE = 208  # samples of a crop
 PICTURES = 3  # on the page
 
 
-def crop(job: Task, layers: Sequence[np.ndarray], settings: Settings) -> Record:
+def crop(job: Task, layers: Sequence[NDArray[np.uint8]], settings: Settings) -> Record:
     """In a worker: the crop of the top layer as ``job.method`` gives it, what it cost, and its PSNR (of the whole)."""
     from compass_codec.metrics import psnr
 
@@ -33,7 +34,7 @@ def crop(job: Task, layers: Sequence[np.ndarray], settings: Settings) -> Record:
     return {"crop": _data_url(decoded, job.box), "bytes": total, "psnr": psnr(layers[-1], decoded)}
 
 
-def _ours(job: Task, layers: Sequence[np.ndarray], settings: Settings) -> tuple[int, np.ndarray]:
+def _ours(job: Task, layers: Sequence[NDArray[np.uint8]], settings: Settings) -> tuple[int, NDArray[np.uint8]]:
     """Through the file. The tables take the encoder's word for what a decoder sees; here it is checked."""
     import numpy as np
 
@@ -49,7 +50,7 @@ def _ours(job: Task, layers: Sequence[np.ndarray], settings: Settings) -> tuple[
     return len(encoded.data), decoded[-1]
 
 
-def _nearest(job: Task, layers: Sequence[np.ndarray]) -> tuple[int, np.ndarray]:
+def _nearest(job: Task, layers: Sequence[NDArray[np.uint8]]) -> tuple[int, NDArray[np.uint8]]:
     """A file for each layer, all at the setting that takes them nearest to the bytes wanted."""
     peer = PEERS[job.method]
     files: dict[int, list[bytes]] = {}
@@ -64,7 +65,7 @@ def _nearest(job: Task, layers: Sequence[np.ndarray]) -> tuple[int, np.ndarray]:
     return total(best), peer.decode(files[best][-1])
 
 
-def _data_url(picture: np.ndarray, box: tuple[int, int, int, int] | None) -> str:
+def _data_url(picture: NDArray[np.uint8], box: tuple[int, int, int, int] | None) -> str:
     """The box of a picture as a lossless WebP inside a URL."""
     from PIL import Image
 
@@ -131,7 +132,7 @@ def html(results: Results, scales: Scales, peers: Sequence[str]) -> str:
     return page.replace("/*DATA*/null", data)
 
 
-def _tile(name: str, record: Record, wanted: int) -> dict:
+def _tile(name: str, record: Record, wanted: int) -> dict[str, str]:
     if "gap" in record:
         return {"name": name, "gap": record["gap"]}
     share = f" ({100 * record['bytes'] / wanted:.0f} %)" if record["bytes"] != wanted else ""

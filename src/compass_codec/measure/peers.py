@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
 
 class Gap(Exception):
@@ -61,7 +62,7 @@ class Peer:
         library = f" {self.feature} {features.version(self.feature)}" if self.feature else ""
         return f"{self.package} {version(self.package)}{library}"
 
-    def encode(self, picture: np.ndarray, setting: float) -> bytes:
+    def encode(self, picture: NDArray[np.uint8], setting: float) -> bytes:
         """uint8 [height, width, 3] to a file."""
         from PIL import Image
 
@@ -70,7 +71,7 @@ class Peer:
         Image.fromarray(picture).save(buffer, self.format, **self.options(setting))
         return buffer.getvalue()
 
-    def decode(self, data: bytes, halvings: int = 0) -> np.ndarray:
+    def decode(self, data: bytes, halvings: int = 0) -> NDArray[np.uint8]:
         """A file to uint8 [height, width, 3]; with ``halvings``, a resolution that JPEG 2000 holds below the full."""
         import numpy as np
         from PIL import Image
@@ -110,7 +111,7 @@ class Learned(Peer):
         names = (_weights(self.format, round(setting)).name.split(".")[0] for setting in self.settings)
         return f"{self.package} {version(self.package)}, torch {version('torch')}, {' '.join(names)}"
 
-    def encode(self, picture: np.ndarray, setting: float) -> bytes:
+    def encode(self, picture: NDArray[np.uint8], setting: float) -> bytes:
         import torch
         from torch.nn import functional as F
 
@@ -123,7 +124,7 @@ class Learned(Peer):
         strings = (struct.pack(">I", len(string)) + string for (string,) in coded["strings"])
         return struct.pack(self.HEAD, quality, height, width) + b"".join(strings)
 
-    def decode(self, data: bytes, halvings: int = 0) -> np.ndarray:
+    def decode(self, data: bytes, halvings: int = 0) -> NDArray[np.uint8]:
         import torch
 
         quality, height, width = struct.unpack_from(self.HEAD, data)
@@ -135,7 +136,8 @@ class Learned(Peer):
         shape = [-(-side // network.downsampling_factor) for side in (height, width)]
         with torch.no_grad():
             x = network.decompress(strings, shape)["x_hat"][0, :, :height, :width]
-        return (255 * x).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        picture: NDArray[np.uint8] = (255 * x).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        return picture
 
 
 PATIENCE = 20  # seconds that a server may be silent
@@ -200,7 +202,7 @@ PEERS = {
 }
 
 
-def resolutions(layers: Sequence[np.ndarray], setting: float) -> list[tuple[int, np.ndarray]]:
+def resolutions(layers: Sequence[NDArray[np.uint8]], setting: float) -> list[tuple[int, NDArray[np.uint8]]]:
     """One JPEG 2000 file of the last of ``layers``; for each layer, how many bytes of the file the resolution of that
     size needs and what it decodes to. Raises Gap unless each layer is the last one halved a few times.
 
@@ -226,7 +228,7 @@ def resolutions(layers: Sequence[np.ndarray], setting: float) -> list[tuple[int,
     for k in halvings:
         whole = peer.decode(data, k)
 
-        def enough(end: int, k: int = k, whole: np.ndarray = whole) -> bool:
+        def enough(end: int, k: int = k, whole: NDArray[np.uint8] = whole) -> bool:
             try:
                 return np.array_equal(peer.decode(data[:end].ljust(len(data) - 2, b"\0") + data[-2:], k), whole)
             except (OSError, SyntaxError, ValueError):  # what Pillow raises for a damaged file

@@ -19,6 +19,7 @@ from compass_codec.measure.bd_rate import BDRate, bd_rate
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
     from PIL import Image
 
 Scales = tuple[float, ...]
@@ -36,7 +37,7 @@ def sizes_of(size: tuple[int, int], scales: Scales) -> list[tuple[int, int]]:
     return [(max(1, int(size[0] * 0.25 * s)), max(1, int(size[1] * 0.25 * s))) for s in scales]
 
 
-def layers_of(picture: Image.Image, scales: Scales) -> list[np.ndarray]:
+def layers_of(picture: Image.Image, scales: Scales) -> list[NDArray[np.uint8]]:
     """The layers of one picture, uint8 [height, width, 3], smallest first."""
     import numpy as np
     from PIL import Image
@@ -82,7 +83,7 @@ def rows(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-class Numbers(click.ParamType):
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # older click has it without an argument
     """Rising numbers separated by commas."""
 
     name = "X,Y,..."

@@ -21,10 +21,11 @@ from compass_codec.measure.protocol import (
     LEVELS,
     layers_of,
 )
-from compass_codec.measure.task import SECONDS, Record, Settings, Task, load
+from compass_codec.measure.task import SECONDS, Original, Record, Settings, Task, load
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
 # modules that decide what a file holds and decodes to
 CODEC = ("codec", "colour", "container", "entropy", "metrics", "pictures", "weights", "backbones/*", "networks/*")
@@ -75,7 +76,7 @@ class Cache:
             f.write(line.encode())
 
 
-def ms_ssim(a: np.ndarray, b: np.ndarray) -> float | None:
+def ms_ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float | None:
     """MS-SSIM of two uint8 pictures [height, width, 3]; None when a side is too short for its five scales."""
     if min(a.shape[:2]) < MS_SSIM_SIDE:
         return None
@@ -149,7 +150,7 @@ class Runner:
         """Run what the cache does not have. ``progress`` is told the estimated seconds of whatever is done."""
         cache = Cache(self.settings.cache)
         identities = self.identities(list(dict.fromkeys(job.method for job in jobs)))
-        missing: dict[tuple, list[tuple[str, Task]]] = {}
+        missing: dict[tuple[Original, str, float | None], list[tuple[str, Task]]] = {}
         for job in dict.fromkeys(jobs):
             if job.method in self.gaps:
                 self.records[job] = {"gap": self.gaps[job.method]}

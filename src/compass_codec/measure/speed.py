@@ -17,9 +17,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 REPEATS = 3
 SIZE = (768, 512)
@@ -37,7 +40,7 @@ def seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
     return min(times)
 
 
-def photograph(width: int, height: int):
+def photograph(width: int, height: int) -> Image.Image:
     """The public-domain portrait that matplotlib ships, resized."""
     import matplotlib
     from PIL import Image
@@ -127,7 +130,10 @@ def whole() -> tuple[str, dict[str, dict[str, float]]]:
         "encode": seconds(lambda: codec.encode_layers(layers, SCALES, 60)),
         "decode": seconds(lambda: codec.decode(data)),
     }
-    works = {"encode": lambda: codec.encode_layers(layers, SCALES, 60), "decode": lambda: codec.decode(data)}
+    works: dict[str, Callable[[], Any]] = {
+        "encode": lambda: codec.encode_layers(layers, SCALES, 60),
+        "decode": lambda: codec.decode(data),
+    }
     for name, work in works.items():
         with timed(codec) as spent:
             for _ in range(REPEATS):
@@ -173,7 +179,8 @@ def alone(function: str, *arguments: Any) -> list[float]:
     """What a function of this module gives in a process of its own."""
     code = f"from compass_codec.measure import speed; print(speed.{function}(*{arguments!r}))"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    found: list[float] = json.loads(done.stdout)
+    return found
 
 
 def encode_here(file: str, sizes: list[Size]) -> list[float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compass_codec.measure import paper
 from compass_codec.measure.bd_rate import bd_psnr, bd_rate
@@ -40,14 +41,15 @@ class Points:
 
     settings: tuple[float, ...]
     scales: Scales
-    bits: np.ndarray
-    psnr: np.ndarray
-    ms_ssim: np.ndarray
-    pixels: np.ndarray
+    bits: NDArray[np.float64]
+    psnr: NDArray[np.float64]
+    ms_ssim: NDArray[np.float64]
+    pixels: NDArray[np.float64]
 
     @property
-    def bpp(self) -> np.ndarray:
-        return self.bits / self.pixels
+    def bpp(self) -> NDArray[np.float64]:
+        bpp: NDArray[np.float64] = self.bits / self.pixels
+        return bpp
 
     def curve(self, layer: int = -1, chosen: Sequence[int] | slice = slice(None)) -> Curve:
         """Means over the ``chosen`` pictures."""
@@ -59,7 +61,7 @@ class Points:
         decibels = -10 * np.log10(np.maximum(1 - self.ms_ssim[:, :, layer], 1e-12))
         return Curve(self.bpp[:, :, layer].mean(1).tolist(), decibels.mean(1).tolist())
 
-    def own_bits(self) -> np.ndarray:
+    def own_bits(self) -> NDArray[np.float64]:
         """Mean bits of each layer alone, [settings, layers]; the header counts to the first."""
         return np.diff(self.bits.mean(1), axis=1, prepend=0)
 
@@ -92,7 +94,7 @@ class Results:
 
     def points(self, method: str, scales: Scales) -> Points:
         """One file with all layers. Raises Gap when a picture could not be measured."""
-        found: list[list[list[dict]]] = []
+        found: list[list[list[dict[str, Any]]]] = []
         for setting in self.settings(method):
             found.append([])
             for source in self.sources:
@@ -105,7 +107,7 @@ class Results:
             for k in ("bytes", "psnr", "ms_ssim")
         )
         pixels = np.array([[w * h for w, h in sizes_of(s.size, scales)] for s in self.sources], float)
-        return Points(self.settings(method), scales, 8 * bits, psnr, ms_ssim, pixels)
+        return Points(self.settings(method), scales, np.multiply(8, bits), psnr, ms_ssim, pixels)
 
     def simulcast(self, method: str, scales: Scales) -> Points:
         """A file for each layer, at the same setting."""

@@ -12,6 +12,7 @@ computes. What leads to scales and means uses ReLU, and no normalisation, so tha
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,16 +51,17 @@ class RMSNorm(torch.autograd.Function):
     """x [B, C, H, W] over the root of its mean square over channels, with a gradient that takes few passes."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         scale = (x.float().square().mean(1, keepdim=True) + EPSILON).rsqrt().to(x.dtype)
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         y, scale = ctx.saved_tensors
-        return torch.addcmul(grad, y, (grad * y).mean(1, keepdim=True), value=-1) * scale
+        by_x: Tensor = torch.addcmul(grad, y, (grad * y).mean(1, keepdim=True), value=-1) * scale
+        return by_x
 
 
 class GatedBlock(nn.Module):
@@ -75,13 +77,14 @@ class GatedBlock(nn.Module):
         self.log_gain = nn.Parameter(torch.zeros(len(LAMBDAS), channels)) if rated else None
 
     def forward(self, x: Tensor, level: Tensor | None = None) -> Tensor:
-        h: Tensor = RMSNorm.apply(self.dw(x))  # type: ignore[no-untyped-call]
+        h: Tensor = RMSNorm.apply(self.dw(x))
         # the norm's weights, on those that come next: less arithmetic
         a, b = F.conv2d(h, self.p1.weight * self.norm[:, None, None], self.p1.bias).chunk(2, 1)
         gated = F.silu(a) * b
         if self.log_gain is not None and level is not None:
             gated = gated * gain(self.log_gain, level).to(a.dtype)
-        return x + self.p2(gated)
+        added: Tensor = self.p2(gated)
+        return x + added
 
 
 class PlainBlock(nn.Module):
@@ -94,7 +97,8 @@ class PlainBlock(nn.Module):
         self.p2 = from_zero(nn.Conv2d(2 * channels, channels, 1, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.p2(F.relu(self.p1(self.dw(x))))
+        added: Tensor = self.p2(F.relu(self.p1(self.dw(x))))
+        return x + added
 
 
 def eighth(x: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ class AlongAxis(nn.Module):
         cells = offset.new_tensor([cell, across]).expand(len(offset), 2)
         h = torch.cat([offset[:, None], cells], 1).to(self.first.weight.dtype)
         h = F.silu(self.second(F.silu(self.first(h))))
-        return cosines + self.last(h).float()
+        correction: Tensor = self.last(h)
+        return cosines + correction.float()
 
 
 class LeanLIFF(nn.Module):
@@ -80,7 +81,8 @@ class LeanLIFF(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.out(x).permute(0, 2, 3, 1).unflatten(3, (2, 2, -1)).transpose(2, 3)
-        return x.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+        found: Tensor = x.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+        return found
 
     def phi(self, low: tuple[int, int], size: tuple[int, int], rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Values [N, taps] along rows and columns at offsets [N], from a layer of size ``low`` to one of ``size``."""
@@ -142,7 +144,7 @@ def look_up(features: Tensor, row: Tensor, column: Tensor, a: Tensor, b: Tensor)
     row, place = row - first, torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
     most = int(place.max()) + 1
     values = near.new_zeros(count, most, taps).index_put((row, place), a.to(near.dtype))
-    out = near.flatten(2, 3) @ values.transpose(1, 2)
+    out: Tensor = near.flatten(2, 3) @ values.transpose(1, 2)
     out = out.unflatten(2, (-1, 3)).permute(0, 3, 1, 4, 2).flatten(2, 3)
     return out.index_select(2, row * most + place)
 

@@ -30,7 +30,8 @@ class ResidualDenseBlock(nn.Module):
         features = x
         for conv in self.convs:
             features = torch.cat([features, F.relu(conv(features), inplace=True)], 1)
-        return self.fuse(features).add_(x)
+        fused: Tensor = self.fuse(features)
+        return fused.add_(x)
 
 
 class FeatureExtractor(nn.Module):
@@ -52,7 +53,8 @@ class FeatureExtractor(nn.Module):
         for block in self.blocks:
             x = block(x)
             features.append(x)
-        return self.fuse(torch.cat(features, 1)).add_(shallow)
+        fused: Tensor = self.fuse(torch.cat(features, 1))
+        return fused.add_(shallow)
 
 
 # Pixels in hand at a time: of the lower layer on a side of a tile, and of the target in a strip within it. On the CPU a

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,19 +39,20 @@ class _LowerBound(torch.autograd.Function):
     """max(x, bound) whose gradient still lets x rise from below the bound (Balle et al. 2018)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, bound: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.bound = bound
         return x.clamp(min=bound)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return grad * ((x >= ctx.bound) | (grad < 0)), None
 
 
 def lower_bound(x: Tensor, bound: float) -> Tensor:
-    return _LowerBound.apply(x, bound)
+    bounded: Tensor = _LowerBound.apply(x, bound)
+    return bounded
 
 
 class GDN(nn.Module):
@@ -73,7 +75,8 @@ class GDN(nn.Module):
         gamma = lower_bound(self.gamma, self.PEDESTAL**0.5) ** 2 - self.PEDESTAL
         gamma, beta = gamma[:, :, None, None].to(x.dtype), beta.to(x.dtype)
         if torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad):
-            return _Normalised.apply(x, gamma, beta, self.inverse)
+            normalised: Tensor = _Normalised.apply(x, gamma, beta, self.inverse)
+            return normalised
         return _divisor(x, gamma, beta, self.inverse).mul_(x)
 
 
@@ -87,14 +90,14 @@ class _Normalised(torch.autograd.Function):
     """GDN with a gradient of its own: what autograd makes of it goes through memory nearly twice as often."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, inverse: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, inverse: bool) -> Tensor:
         root = _divisor(x, gamma, beta, inverse)
         ctx.save_for_backward(x, gamma, root)
         ctx.inverse = inverse
         return x * root
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, gamma, root = ctx.saved_tensors
         # with y = x n^p: dL/dn = p dL/dy x n^(p-1), of which p waits
         power, by_norm = (0.5, grad * x / root) if ctx.inverse else (-0.5, grad * x * root * root * root)
@@ -125,19 +128,20 @@ class _Up(nn.ConvTranspose2d):
             return super().forward(x, output_size)
         kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         assert self.bias is not None
-        return _Raised.apply(x.to(kind), self.weight.to(kind), self.bias.to(kind))
+        raised: Tensor = _Raised.apply(x.to(kind), self.weight.to(kind), self.bias.to(kind))
+        return raised
 
 
 class _Raised(torch.autograd.Function):
     """The transposed convolution of :class:`_Up`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return F.conv_transpose2d(x, weight, bias, 2, 2, 1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         by_weight = torch.ops.aten.convolution_backward(
             x, grad, weight, None, [2, 2], [2, 2], [1, 1], False, [0, 0], 1, [False, True, False]

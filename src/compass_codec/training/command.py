@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LEAN = ("lean", "lean-context", "lean-layers", "lean-residual")
 
 
-class Integers(click.ParamType):
+class Integers(click.ParamType):  # type: ignore[type-arg]  # older click has it without an argument
     """Positive whole numbers separated by commas."""
 
     name = "N[,N...]"

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -36,7 +37,7 @@ def read_files(source: Path) -> Iterator[tuple[str, bytes]]:
         raise ValueError(f"{source}: neither a folder nor a tar file ({error})") from error
 
 
-def _decode(item: tuple[str, bytes]) -> np.ndarray | None:
+def _decode(item: tuple[str, bytes]) -> NDArray[np.uint8] | None:
     try:
         return np.asarray(Image.open(io.BytesIO(item[1])).convert("RGB")).transpose(2, 0, 1)
     except (OSError, Image.DecompressionBombError):

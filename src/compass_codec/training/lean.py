@@ -327,7 +327,7 @@ def _start_layers(stage: LeanLayersStage, weights: Path) -> list[str]:
     if (weights / "residual.safetensors").exists():
         residual, words[0] = _rated(weights, "residual", conditional=stage.conditional), "residual from weights"
     if (path := weights / "liff.safetensors").exists():
-        stage.liff = _made(weights, "liff", LeanLIFF)  # type: ignore[assignment]
+        stage.liff = _made(weights, "liff", LeanLIFF)
         fill_module(stage.liff, read_tensors(path), path)
         words[1] = "liff from weights"
     stage.residual = residual  # type: ignore[assignment]

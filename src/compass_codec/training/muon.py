@@ -17,7 +17,7 @@ SMALLEST = 16  # a matrix with fewer rows or columns is left to Adam
 def orthogonal(matrix: Tensor) -> Tensor:
     """The nearest orthogonal matrix, roughly: singular values end between about 0.7 and 1.2."""
     a, b, c = COEFFICIENTS
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    x: Tensor = matrix.bfloat16() if matrix.is_cuda else matrix
     wide = x.shape[0] <= x.shape[1]
     x = x if wide else x.T
     x = x / (x.norm() + 1e-7)

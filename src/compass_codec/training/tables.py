@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save
 
 from compass_codec.backbones import LayerCodec
@@ -38,7 +39,7 @@ class Counted(Table):
         self.seen = np.zeros(2 * self.width + 1)
         self.held_out = np.zeros(len(self.freq))  # with escapes, the last
 
-    def indices(self, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def indices(self, symbols: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         positions, escaped = super().indices(symbols)
         counts = np.bincount(positions, minlength=len(self.freq))
         if Counted.hold_out:
@@ -49,7 +50,7 @@ class Counted(Table):
 
     hold_out = False  # whether symbols are kept apart, to check the new frequencies on
 
-    def bits(self, freq: np.ndarray) -> float:
+    def bits(self, freq: NDArray[np.int32]) -> float:
         """What the symbols that were held out cost with frequencies ``freq``."""
         return float((self.held_out * (PRECISION - np.log2(freq))).sum())
 
@@ -66,14 +67,14 @@ class Counts:
             raise ValueError("this backbone has no tables that could be counted")
         self.z, self.y = tables.z, tables.y = [Counted(t) for t in tables.z], [Counted(t) for t in tables.y]
 
-    def frequencies(self) -> dict[str, np.ndarray]:
+    def frequencies(self) -> dict[str, NDArray[np.int32]]:
         """New frequencies, by their names in the weights file."""
         z = [_blend(table.seen, table) for table in self.z]
         # the means have taken out what is lopsided in y; the rest would be chance
         y = [_blend((table.seen + table.seen[::-1]) / 2, table) for table in self.y]
         return {"z": np.stack(z), "y": np.concatenate(y)}
 
-    def check(self, found: dict[str, np.ndarray]) -> str:
+    def check(self, found: dict[str, NDArray[np.int32]]) -> str:
         """What the symbols of y that were held out take with the old frequencies and with new ones."""
         new = np.split(found["y"], np.cumsum([len(table.freq) for table in self.y])[:-1])
         before = sum(table.bits(table.freq) for table in self.y)
@@ -81,7 +82,7 @@ class Counts:
         return f"symbols of y that were not counted: {before / 8:.0f} bytes before, {now / 8:.0f} now"
 
 
-def _blend(counts: np.ndarray, table: Table) -> np.ndarray:
+def _blend(counts: NDArray[np.float64], table: Table) -> NDArray[np.int32]:
     """Seen and ideal frequencies together; a wide table needs more of the ideal, its counts being thin."""
     prior = max(PRIOR, len(counts) / 2) * table.freq[:-1] / table.freq.sum()
     return frequencies((counts + prior) / (counts.sum() + max(PRIOR, len(counts) / 2)))
@@ -104,7 +105,7 @@ def count(codec: Codec, pictures: Pictures, crops: int, side: int, seed: int = 1
     return counts
 
 
-def rewrite(file: Path, tables: dict[str, np.ndarray]) -> None:
+def rewrite(file: Path, tables: dict[str, NDArray[np.int32]]) -> None:
     """Put new tables into a weights file."""
     found = {f"tables.{name}": torch.from_numpy(table) for name, table in tables.items()}
     write_file(file, save(read_tensors(file) | found))

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import click
 import numpy as np
@@ -106,8 +106,8 @@ class Run:
         self.plan, self.stage, self.pictures, self.folder, self.device = plan, stage, pictures, folder, device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         stage.freeze()
-        stage.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        self.model: nn.Module = torch.compile(stage) if plan.compile else stage  # type: ignore[assignment]
+        stage.to(device).to(memory_format=torch.channels_last).train()
+        self.model: nn.Module = cast(nn.Module, torch.compile(stage)) if plan.compile else stage
         if self.world > 1:
             self.model = nn.parallel.DistributedDataParallel(self.model)
             # what the processes agree on each step goes over the CPU, so that nobody waits for the GPU
