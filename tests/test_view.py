@@ -4,6 +4,8 @@ import base64
 import io
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from browser import browser, complaints, loaded
 from conftest import compass, crop
 from PIL import Image
 
-from compass_codec import container, page, pictures
+from compass_codec import container, page, pictures, remote
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -156,6 +158,28 @@ def test_names_that_are_not_utf8(tmp_path, small_file):
     assert compass("view", path, "--source", source, "--quiet").code == 0
     html = path.with_suffix(".html").read_text()
     assert "bad\ufffd.cmps" in html and "\ufffd.png" in html
+
+
+def test_streams_and_addresses(tmp_path, small_file, monkeypatch):
+    (tmp_path / "photo.cmps").write_bytes(small_file)
+    crop(80, 60).save(tmp_path / "source.png")
+    view = [sys.executable, "-m", "compass_codec", "view"]
+    done = subprocess.run([*view, "-"], input=small_file, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and len(embedded(done.stdout.decode())) == 3
+    with (tmp_path / "source.png").open("rb") as file:
+        done = subprocess.run([*view, tmp_path / "photo.cmps", "--source", "-"], stdin=file, capture_output=True)
+    assert done.returncode == 0 and len(embedded((tmp_path / "photo.html").read_text())) == 4
+    result = compass("view", "-", "--source", "/dev/stdin")
+    assert result.code == 2 and "standard input is for one" in result.err
+
+    monkeypatch.chdir(tmp_path)
+    header = container.read_header(small_file)
+    found = remote.Prefix(small_file, header, 2, b"", len(small_file), len(small_file))
+    monkeypatch.setattr(remote, "read_prefix", lambda *args: found)
+    result = compass("view", "https://example.org/pictures/far.cmps")
+    assert (result.code, result.out) == (0, "far.html: 3 layers\n") and (tmp_path / "far.html").exists()
+    result = compass("view", tmp_path / "photo.cmps", "--source", "https://example.org/a.png")
+    assert result.code == 2 and "is an address on the web" in result.err
 
 
 def test_what_is_refused(folder, tmp_path, small_file):
