@@ -4,8 +4,6 @@ import base64
 import io
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from browser import browser, complaints, loaded
 from conftest import compass, crop
 from PIL import Image
 
-from compass_codec import container, page, pictures, remote
+from compass_codec import container, jobs, page, pictures, remote
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -163,12 +161,12 @@ def test_names_that_are_not_utf8(tmp_path, small_file):
 def test_streams_and_addresses(tmp_path, small_file, monkeypatch):
     (tmp_path / "photo.cmps").write_bytes(small_file)
     crop(80, 60).save(tmp_path / "source.png")
-    view = [sys.executable, "-m", "compass_codec", "view"]
-    done = subprocess.run([*view, "-"], input=small_file, capture_output=True)
-    assert (done.returncode, done.stderr) == (0, b"") and len(embedded(done.stdout.decode())) == 3
-    with (tmp_path / "source.png").open("rb") as file:
-        done = subprocess.run([*view, tmp_path / "photo.cmps", "--source", "-"], stdin=file, capture_output=True)
-    assert done.returncode == 0 and len(embedded((tmp_path / "photo.html").read_text())) == 4
+    streams = {"input": io.BytesIO(small_file), "output": io.BytesIO()}
+    monkeypatch.setattr(jobs, "standard", lambda name: streams[name])
+    assert compass("view", "-").code == 0 and len(embedded(streams["output"].getvalue().decode())) == 3
+    streams["input"] = io.BytesIO((tmp_path / "source.png").read_bytes())
+    assert compass("view", tmp_path / "photo.cmps", "--source", "-", "-o", "/dev/stdout", "--quiet").code == 0
+    assert len(embedded(streams["output"].getvalue().decode())) == 3 + 4
     result = compass("view", "-", "--source", "/dev/stdin")
     assert result.code == 2 and "standard input is for one" in result.err
 
