@@ -15,7 +15,7 @@ import pytest
 from conftest import compass, crop
 from PIL import Image
 
-from compass_codec import batch, container, jobs
+from compass_codec import batch, container, jobs, pictures
 from compass_codec.errors import OptionError
 from compass_codec.jobs import EncodeOptions, plan_layers
 
@@ -359,6 +359,27 @@ def test_a_note_says_what_was_converted(tmp_path):
 
 def test_heic_is_a_picture_where_pillow_heif_is_installed():
     assert {".heic", ".heif", ".avif", ".png"} <= batch.picture_suffixes()
+
+
+def test_without_pillow_heif_a_line_says_what_to_install(tmp_path, album):
+    pictures.register()
+    crop(24, 16).save(album / "c.heic", "HEIF")
+    shutil.copy(album / "c.heic", album / "d.png")
+    code = "import sys; sys.modules['pillow_heif'] = None; from compass_codec.cli import main; main()"
+
+    def run(*args: object) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
+
+    needs = 'needs pillow-heif: pip install "compass_codec[heic]"'
+    one = run("encode", album / "c.heic", "-s", "1")
+    assert (one.returncode, one.stderr) == (1, f"compass: {album / 'c.heic'}: a HEIC picture, which {needs}\n")
+    (album / "a.png").unlink()
+    (album / "far" / "b.jpg").unlink()
+    walk = run("encode", album, "-s", "1", "-j", "1", "--out-dir", tmp_path / "out")
+    assert walk.stderr == f"compass: {album / 'd.png'}: a HEIC picture, which {needs}\n"
+    assert f"1 .heic ({needs})" in walk.stdout and walk.returncode == 1
+    out = run("decode", album / "d.png", "--format", "heic")
+    assert out.returncode == 2 and needs in out.stderr and len(out.stderr.splitlines()) == 1
 
 
 def test_a_folder_that_cannot_be_read_is_one_failure_and_the_summary_says_what_was_left_out(

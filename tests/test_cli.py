@@ -2,8 +2,10 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -286,6 +288,96 @@ def test_paths_that_are_pipes(coded, photo, tmp_path):
         assert done.returncode == 0, (index, done.stderr)
     done = run("encode", photo, "--scales", "1,2", "-o", "/dev/stdout", "--quiet")
     assert container.read_header(done.stdout).end == len(done.stdout)
+
+
+@pytest.fixture
+def fifo(tmp_path):
+    """Makes named pipes: what is written to one, once somebody opens it."""
+    started = []
+
+    def make(name: str, content: bytes) -> Path:
+        os.mkfifo(tmp_path / name)
+        writer = subprocess.Popen(["dd", "status=none", f"of={tmp_path / name}"], stdin=subprocess.PIPE)
+        writer.stdin.write(content)
+        writer.stdin.close()
+        started.append(writer)
+        return tmp_path / name
+
+    yield make
+    for writer in started:
+        writer.kill()
+        writer.wait()
+
+
+def test_named_pipes_are_opened_once(coded, fifo, tmp_path):
+    """Also where the beginning of a picture is looked at before it is read, as for what a PNG says of its colours."""
+    image = tmp_path / "wide.png"
+    crop(24, 16).save(image, gamma=1.0)
+    data = image.read_bytes()
+    at = data.index(b"IDAT") - 4
+    cicp = struct.pack(">I", 4) + b"cICP" + bytes([12, 13, 0, 1])
+    wide = data[:at] + cicp + struct.pack(">I", zlib.crc32(cicp[4:])) + data[at:]
+    code = (
+        "import sys, pathlib; from compass_codec import pictures; print(pictures.read(pathlib.Path(sys.argv[1])).notes)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, fifo("a.png", wide)], capture_output=True, text=True, timeout=300
+    )
+    assert "colour by code points is kept" in done.stdout, done.stderr
+    page = tmp_path / "o.html"
+    result = compass("view", fifo("a.cmps", coded.read_bytes()), "--source", fifo("b.png", data), "-o", page)
+    assert result.code == 1 and "24 x 16; the picture in" in result.err
+    assert compass("view", fifo("b.cmps", coded.read_bytes()), "-o", page).out == f"{page}: 3 layers\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "encode PIPE -s 1",
+        "decode PIPE",
+        "decode PIPE --all",
+        "extract PIPE -l 0",
+        "view PIPE",
+        "encode PIPE PHOTO -s 1",
+    ],
+)
+def test_a_pipe_names_no_output(photo, tmp_path, line):
+    """Nothing is read from it either: with nobody at its other end, that would never end."""
+    os.mkfifo(tmp_path / "pipe.x")
+    names = {"PIPE": tmp_path / "pipe.x", "PHOTO": photo}
+    before = {*tmp_path.iterdir()}
+    result = compass(*(names.get(word, word) for word in line.split()))
+    assert result.code == 1 and result.err == (
+        f"compass: {tmp_path / 'pipe.x'}: is a pipe or device; -o says where its output goes\n"
+    )
+    assert {*tmp_path.iterdir()} - before == ({photo.with_suffix(".cmps")} if "PHOTO" in line else set())
+
+
+def test_one_pipe_takes_one_picture(coded, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    result = compass("decode", coded, "--all", "-o", tmp_path / "pipe")
+    assert result.code == 2 and len(lines(result)) == 1 and "--all" in result.err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "bench --images {0} --out {1}/no",
+        "bench --images {0} --out {0}/out --curves {1}",
+        "train base --data {0} --resume {1}/no",
+    ],
+)
+def test_what_the_system_says_is_told_without_its_number(photo, tmp_path, line):
+    (tmp_path / "file").touch()
+    result = compass(*line.format(tmp_path, tmp_path / "file").split())
+    assert result.code == 1 and len(lines(result)) == 1
+    assert result.err.startswith(f"compass: {tmp_path / 'file'}") and "Errno" not in result.err
+
+
+def test_a_name_with_a_new_line_is_told_in_one(tmp_path):
+    crop(24, 16).convert("L").save(tmp_path / "a\nb.png")
+    result = compass("encode", tmp_path / "a\nb.png", "-s", "1")
+    assert result.code == 0 and len(result.err.splitlines()) == 1 and "a b.png: greyscale" in result.err
 
 
 def test_streams_paths_and_addresses_that_do_not_work_are_one_line(coded, photo, tmp_path):

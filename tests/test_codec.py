@@ -13,6 +13,8 @@ from compass_codec.codec import Codec, layer_sizes
 from compass_codec.errors import (
     CompassError,
     DamagedError,
+    FormatError,
+    LayerError,
     LimitError,
     OptionError,
     PictureError,
@@ -163,6 +165,55 @@ def test_bad_options(codec):
         codec.encode(Image.new("F", (4, 4)), [1], 50)
     with pytest.raises(LimitError):
         codec.decode(codec.encode(image, [1], 50).data, max_pixels=63)
+
+
+def test_arrays_of_every_shape_are_taken():
+    pixels = np.asarray(crop(12, 8))
+    grey = compass_codec.encode(pixels[..., 0], [1], device="cpu")
+    for same in (pixels[..., :1], memoryview(pixels[..., :1]), torch.tensor(pixels[..., 0])):
+        assert compass_codec.encode(same, [1], device="cpu") == grey
+    assert compass_codec.decode(memoryview(grey)).size == (12, 8)
+    assert container.read_header(bytearray(grey)) == container.read_header(grey)
+    assert container.extract(memoryview(grey), 0) == grey
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"image": np.zeros((8, 8, 3))},
+        {"image": np.zeros((0, 8, 3), np.uint8)},
+        {"image": "a.png"},
+        {"image": None},
+        {"scales": 2},
+        {"scales": [None]},
+        {"quality": "high"},
+        {"quality": None},
+        {"device": "tpu"},
+        {"device": None},
+        {"device": ["cpu"]},
+        {"model": "none"},
+        {"model": 5},
+        {"model": b"paper"},
+    ],
+)
+def test_what_encode_cannot_take_is_told(wrong):
+    with pytest.raises(CompassError) as caught:
+        compass_codec.encode(**{"image": np.zeros((8, 8, 3), np.uint8), "scales": [1]} | wrong)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("layer", ["0", 1.0, [0], float("nan"), -1, 3])
+def test_layers_that_no_file_has(small_file, layer):
+    for call in (compass_codec.decode, container.extract):
+        with pytest.raises(LayerError):
+            call(small_file, layer)
+
+
+@pytest.mark.parametrize("data", [None, 5, "text", ["list"], object()])
+def test_what_is_no_file(data):
+    for call in (compass_codec.decode, container.read_header, lambda data: container.extract(data, 0)):
+        with pytest.raises(FormatError):
+            call(data)
 
 
 def test_weights_folder_problems(tmp_path):

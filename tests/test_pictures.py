@@ -12,6 +12,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
 from compass_codec import colour, metrics, pictures
+from compass_codec.commands import values
 from compass_codec.container import Sections
 from compass_codec.errors import DamagedError, PictureError
 
@@ -724,6 +725,13 @@ def test_formats_that_cannot_work_are_refused_by_name(suffix):
     with pytest.raises(PictureError) as caught:
         pictures.check_format(Path(f"x.{suffix}"))
     assert suffix in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a.png", "", ".", "png/a", "png\n"])
+def test_what_is_no_extension(text):
+    with pytest.raises(ValueError):
+        values.extension(text)
+    assert values.extension("PNG") == values.extension(".PNG") == ".PNG"
 
 
 def test_formats_that_work_are_not_refused():

@@ -12,7 +12,7 @@ from browser import browser, complaints, loaded
 from conftest import compass, crop
 from PIL import Image
 
-from compass_codec import container, metrics, page, pictures
+from compass_codec import container, jobs, metrics, page, pictures, remote
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,28 @@ def test_names_that_are_not_utf8(tmp_path, small_file):
     assert compass("view", path, "--source", source, "--quiet").code == 0
     html = path.with_suffix(".html").read_text()
     assert "bad\ufffd.cmps" in html and "\ufffd.png" in html
+
+
+def test_streams_and_addresses(tmp_path, small_file, monkeypatch):
+    (tmp_path / "photo.cmps").write_bytes(small_file)
+    crop(80, 60).save(tmp_path / "source.png")
+    streams = {"input": io.BytesIO(small_file), "output": io.BytesIO()}
+    monkeypatch.setattr(jobs, "standard", lambda name: streams[name])
+    assert compass("view", "-").code == 0 and len(embedded(streams["output"].getvalue().decode())) == 3
+    streams["input"] = io.BytesIO((tmp_path / "source.png").read_bytes())
+    assert compass("view", tmp_path / "photo.cmps", "--source", "-", "-o", "/dev/stdout", "--quiet").code == 0
+    assert len(embedded(streams["output"].getvalue().decode())) == 3 + 4
+    result = compass("view", "-", "--source", "/dev/stdin")
+    assert result.code == 2 and "standard input is for one" in result.err
+
+    monkeypatch.chdir(tmp_path)
+    header = container.read_header(small_file)
+    found = remote.Prefix(small_file, header, 2, b"", len(small_file), len(small_file))
+    monkeypatch.setattr(remote, "read_prefix", lambda *args: found)
+    result = compass("view", "https://example.org/pictures/far.cmps")
+    assert (result.code, result.out) == (0, "far.html: 3 layers\n") and (tmp_path / "far.html").exists()
+    result = compass("view", tmp_path / "photo.cmps", "--source", "https://example.org/a.png")
+    assert result.code == 2 and "is an address on the web" in result.err
 
 
 def test_what_is_refused(folder, tmp_path, small_file):

@@ -52,5 +52,5 @@ def decode(data: Buffer, layer: int | None = None, device: str = "auto") -> Imag
     """
     from compass_codec import codec, container
 
-    data = codec.as_bytes(data)
+    data = container.as_bytes(data)
     return codec.shared(device, model=container.read_header(data).model).decode(data, layer)

@@ -26,8 +26,6 @@ from compass_codec.jobs import DecodeOptions, EncodeOptions, Job, Report
 
 # formats that Pillow recognises and does not decode by itself
 UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-# extension: what teaches Pillow to read it
-PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 NAMED_KINDS = 5  # of what a walk left out
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 DIED = "the process that worked on it died, perhaps for want of memory; fewer of them (-j) need less"
@@ -47,6 +45,13 @@ def picture_suffixes() -> frozenset[str]:
     register()
     formats = Image.registered_extensions().items()
     return frozenset(s.lower() for s, name in formats if name in Image.OPEN and name not in UNREADABLE)
+
+
+def missing(suffix: str) -> str:
+    """In brackets, what has to be installed to read pictures of this extension; empty if nothing helps."""
+    from compass_codec.pictures import HEIC_SUFFIXES, NEEDS_HEIF
+
+    return f" ({NEEDS_HEIF})" if suffix in HEIC_SUFFIXES else ""
 
 
 @dataclass
@@ -89,8 +94,8 @@ def make_jobs(
 ) -> Found:
     """A job for every file: ``named`` go to ``out_dir`` by their last name, relative names in a list (``listed``) with
     their folders, and what lies below a folder and has one of ``suffixes`` with its place in it. A folder that cannot
-    be read is one failure. Without ``out_dir`` outputs lie beside their sources, and folders are refused. Raises
-    OptionError when two files would be written to one."""
+    be read is one failure, and so is a pipe where there is no ``out_dir``. Without that, outputs lie beside their
+    sources, and folders are refused. Raises OptionError when two files would be written to one."""
     found, jobs_of = Found(), dict[str, Job]()
     places = [(path, Path(path.name)) for path in named]
     for path in listed:
@@ -103,7 +108,11 @@ def make_jobs(
             raise OptionError(f"{path}: is a directory; --out-dir takes what is in it")
         for source in _walk(path, suffixes(), found) if below else [path]:
             name = source.relative_to(path) if below else place
-            target = (out_dir / name if out_dir else source).with_suffix(extension)
+            try:
+                target = (out_dir / name).with_suffix(extension) if out_dir else jobs.beside(source, extension)
+            except OptionError as e:
+                found.failed.append(Report(source, "failed", error=jobs.reason(source, e)))
+                continue
             key = os.path.abspath(target)  # noqa: PTH100 (resolve() would follow links)
             if key in jobs_of and not _same(jobs_of[key].source, source):
                 raise OptionError(f"{jobs_of[key].source} and {source} would both be written to {target}")
@@ -138,8 +147,8 @@ def _walk(folder: Path, suffixes: frozenset[str], found: Found) -> Iterator[Path
         elif stat.S_ISDIR(kind):
             found.left_out["links to folders"] += 1
         elif suffix not in suffixes:
-            unread = f"{suffix} ({PLUGINS[suffix]} is not installed)" if suffix in PLUGINS and len(suffixes) > 1 else ""
-            found.left_out[unread or suffix or "without extension"] += 1
+            why = missing(suffix) if len(suffixes) > 1 else ""  # one: of .cmps files
+            found.left_out[f"{suffix or 'without extension'}{why}"] += 1
         elif kind and not stat.S_ISREG(kind):
             found.left_out["pipes and devices"] += 1
         else:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compass_codec import container, pictures
-from compass_codec.errors import FormatError, LimitError, OptionError
+from compass_codec.errors import LimitError, OptionError
 from compass_codec.networks import strips
 from compass_codec.networks.arrays import to_tensor
 from compass_codec.weights import ModelSet, Weights, choose
@@ -47,7 +47,7 @@ def layer_sizes(size: tuple[int, int], scales: Sequence[float]) -> list[tuple[in
     return [(max(1, round(size[0] * s / scales[-1])), max(1, round(size[1] * s / scales[-1]))) for s in scales]
 
 
-def check_quality(quality: float) -> float:
+def check_quality(quality: Any) -> float:
     """Quality in steps of 0.01, as the file stores it. Raises OptionError outside 1..100."""
     try:
         number = float(quality)
@@ -131,7 +131,11 @@ class Codec:
         scales = container.check_scales(scales)
         qualities = [
             check_quality(q)
-            for q in (quality if isinstance(quality, (Sequence, np.ndarray)) else [quality] * len(layers))
+            for q in (
+                quality
+                if isinstance(quality, (Sequence, np.ndarray)) and not isinstance(quality, (str, bytes))
+                else [quality] * len(layers)
+            )
         ]
         if not len(layers) == len(scales) == len(qualities):
             raise OptionError(f"{len(layers)} layers, {len(scales)} scale factors, {len(qualities)} qualities")
@@ -166,7 +170,7 @@ class Codec:
     def decode(self, data: Buffer, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:
         """Decode one layer (default: the highest that ``data`` holds whole) as an RGB picture, RGBA if it has alpha.
         The file may be of another set of weights than this codec, if that is found; see ``of``."""
-        data = as_bytes(data)
+        data = container.as_bytes(data)
         header = container.read_header(data, max_pixels)
         last = container.pick(header, len(data), layer)
         coded = container.sections(header, data, last).alpha.get(last)
@@ -204,14 +208,6 @@ class Codec:
 def float32_convolutions() -> AbstractContextManager[None]:
     """Keep CUDA from computing convolutions in TF32, whose 10 bits show in the pixels; nothing changes on a CPU."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-
-
-def as_bytes(data: Buffer) -> bytes:
-    """Bytes, or anything that holds them, such as a memoryview. Raises FormatError for anything else."""
-    try:
-        return data if isinstance(data, bytes) else memoryview(data).tobytes()
-    except TypeError as e:
-        raise FormatError(f"the bytes of a file are needed, not {type(data).__name__}") from e
 
 
 def choose_device(name: str) -> torch.device:

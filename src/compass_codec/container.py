@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from decimal import Context, Decimal
 from enum import Enum
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compass_codec.errors import DamagedError, FormatError, LayerError, LimitError, OptionError, TruncatedError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 MAGIC = b"CMPS"
 VERSION = 2
@@ -261,10 +264,11 @@ def attach(data: bytes, sections: Sections) -> bytes:
     return _rewrite(header, [payload(header, data, k) for k in range(len(header.layers))], sections)
 
 
-def extract(data: bytes, layer: int, tail: bytes = b"", strip: bool = False) -> bytes:
+def extract(data: Buffer, layer: int, tail: bytes = b"", strip: bool = False) -> bytes:
     """A file of layers 0 to ``layer``, with their alpha and, unless ``strip``, ICC profile, EXIF and XMP as far as they
     are there. ``data`` is the file, or its first part with ``tail``, the bytes behind the last layer's end. Raises
     LayerError, TruncatedError or DamagedError, and what read_header raises."""
+    data = as_bytes(data)
     header = read_header(data, MAX_SIDE**2)
     last = pick(header, len(data), layer)
     kept = sections(header, data, last, tail)
@@ -296,11 +300,20 @@ def _rewrite(header: Header, payloads: list[bytes], sections: Sections) -> bytes
     return write(header.model, sizes, [e.scale for e in layers], [e.quality for e in layers], payloads, sections)
 
 
-def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
+def as_bytes(data: Buffer) -> bytes:
+    """Bytes, or anything that holds them, such as a memoryview. Raises FormatError for anything else."""
+    try:
+        return data if isinstance(data, bytes) else memoryview(data).tobytes()
+    except TypeError as e:
+        raise FormatError(f"the bytes of a file are needed, not {type(data).__name__}") from e
+
+
+def read_header(data: Buffer, max_pixels: int = MAX_PIXELS) -> Header:
     """Read and check a file's header; ``data`` is the file or any first part that holds the header.
 
     Raises FormatError, DamagedError, TruncatedError or LimitError. Nothing of the layers is read.
     """
+    data = as_bytes(data)
     reader = Reader(data)
     if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
         raise FormatError("not a .cmps file" if data else "the file is empty")
@@ -378,8 +391,8 @@ def pick(header: Header, size: int, layer: int | None) -> int:
         if not complete:
             raise TruncatedError(f"cut off after {size} bytes; layer 0 ends at {header.layers[0].end}")
         return complete - 1
-    if not 0 <= layer < len(header.layers):
-        raise LayerError(f"no layer {layer}; the file has layers 0 to {len(header.layers) - 1}")
+    if not hasattr(layer, "__index__") or not 0 <= layer < len(header.layers):
+        raise LayerError(f"no layer {layer!r}; the file has layers 0 to {len(header.layers) - 1}")
     if layer >= complete:
         raise TruncatedError(f"cut off after {size} bytes; layer {layer} ends at {header.layers[layer].end}")
     return layer

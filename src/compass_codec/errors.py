@@ -7,6 +7,14 @@ def one_line(text: object) -> str:
     return str(text) if len(lines) == 1 else " ".join(line.strip() for line in lines if line.strip())
 
 
+def told(error: BaseException) -> str:
+    """An error as one line; one of the operating system begins with the file's name and has no number."""
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        return one_line(f"{name}{error.strerror or error}")
+    return one_line(error)
+
+
 class CompassError(ValueError):
     """Base of all errors of this package."""
 

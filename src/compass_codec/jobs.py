@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from compass_codec.codec import Codec
+    from compass_codec.pictures import Source
     from compass_codec.search import Coded
 
 STDIO = Path("-")
@@ -211,6 +212,16 @@ def is_stream(path: Path) -> bool:
     return path == STDIO or (kind != 0 and not stat.S_ISREG(kind) and not stat.S_ISDIR(kind))
 
 
+def beside(source: Path, ending: str) -> Path:
+    """Where the output of a file lies unless a place for it is named: beside it, under its name with another ending.
+    Raises OptionError for a pipe or device, whose name is no file's, and IsADirectoryError."""
+    if is_stream(source):
+        raise OptionError("is a pipe or device; -o says where its output goes")
+    if source.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a directory", str(source))
+    return source.with_suffix(ending)
+
+
 def standard(name: Literal["input", "output"]) -> BinaryIO:
     """Standard input or output. Raises OSError where it is closed."""
     stream = sys.stdin if name == "input" else sys.stdout
@@ -229,7 +240,7 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
         check_target(target, source, options)
     from compass_codec import colour, metrics, pictures
 
-    picture = pictures.read(io.BytesIO(standard("input").read()) if source == STDIO else source)
+    picture = read_picture(source)
     if options.strip and picture.icc:
         picture = replace(picture, image=colour.to_srgb(picture.image, picture.icc, picture.notes, "--strip"))
     plan = plan_layers(picture.image.size, options)
@@ -420,6 +431,13 @@ def put(path: Path, data: bytes, make_folder: bool = False, not_before: int = 0)
                 os.utime(path, ns=(not_before, not_before))
     except OSError as e:
         raise OSError(e.errno, e.strerror or str(e), name) from e
+
+
+def read_picture(path: Path) -> Source:
+    """The picture in a file or on standard input. Raises PictureError or OSError."""
+    from compass_codec import pictures
+
+    return pictures.read(io.BytesIO(standard("input").read()) if path == STDIO else path)
 
 
 def read_parts(

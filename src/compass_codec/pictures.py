@@ -7,7 +7,7 @@ import re
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+HEIC = re.compile(rb".{4}ftyp(?:.{4}){0,16}?he[iv][cxms]", re.DOTALL)  # how a file begins
+HEIC_SUFFIXES = {".heic", ".heics", ".heif", ".heifs", ".hif"}
+NEEDS_HEIF = 'needs pillow-heif: pip install "compass_codec[heic]"'
 ANIMATED = {"GIF", "PNG", "WEBP", "AVIF", "JXL"}  # formats whose further frames are an animation
 WITH_ALPHA = {"PNG", "WEBP", "AVIF", "HEIF", "TIFF", "JPEG2000"}
 WITH_EXTRAS = {"PNG", "JPEG", "WEBP", "AVIF", "HEIF", "TIFF"}
@@ -106,17 +109,15 @@ def read(path: Path | BinaryIO) -> Source:
     """Open a picture, upright as its EXIF orientation says. CMYK and grey profiles are applied; the RGB pixels are then
     sRGB and carry none. Raises PictureError; also for an animation and for samples of 32 bits."""
     register()
-    with library("damaged picture"), Image.open(path) as image:
-        if isinstance(path, Path):
-            with path.open("rb") as file:
-                head = file.read(HEAD)
-        else:
-            at = path.tell()
-            path.seek(0)
-            head = path.read(HEAD)
-            path.seek(at)
+    with library("damaged picture"), path.open("rb") if isinstance(path, Path) else nullcontext(path) as opened:
+        file = opened if opened.seekable() else io.BytesIO(opened.read())  # a pipe is read once
+        file.seek(0)
+        head = file.read(HEAD)
+        if "HEIF" not in Image.OPEN and HEIC.match(head):
+            raise PictureError(f"a HEIC picture, which {NEEDS_HEIF}")
         notes: list[str] = []
-        return from_image(_loaded(image, head, notes), notes)
+        with Image.open(file) as image:
+            return from_image(_loaded(image, head, notes), notes)
 
 
 def _loaded(image: Image.Image, head: bytes, notes: list[str]) -> Image.Image:
@@ -317,14 +318,15 @@ def split(image: Image.Image, notes: list[str] | None = None) -> Source:
 
 
 def as_image(picture: object) -> Image.Image:
-    """A Pillow image as it is, an array (uint8 [height, width, 3], or 4 with alpha, or [height, width]) as such. Raises
-    PictureError for anything else."""
+    """A Pillow image as it is, an array (uint8 [height, width, 3], or 4 with alpha, or 1, or [height, width]) as such.
+    Raises PictureError for anything else."""
     if isinstance(picture, Image.Image):
         return picture
     import numpy as np
 
     with library("neither a Pillow image nor an array of pixels"):
-        return Image.fromarray(np.asarray(picture))
+        pixels = np.asarray(picture)
+        return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -495,6 +497,8 @@ ICNS_SIDE = 1024
 def _check_suffix(suffix: str) -> str:
     register()
     name = Image.EXTENSION.get(suffix)
+    if name is None and suffix in HEIC_SUFFIXES:
+        raise PictureError(f"{suffix} {NEEDS_HEIF}")
     if name is None or name not in Image.SAVE:
         raise PictureError(f"no picture format known for {suffix or 'a name without extension'!r}")
     if suffix in NOT_WRITTEN:

@@ -178,6 +178,8 @@ def choose(folder: Path | None = None, model: str | None = None) -> ModelSet:
         if given is not None:
             return given
         model = DEFAULT
+    if not isinstance(model, str):
+        raise WeightsError(f"weights are named by text, not by {type(model).__name__}")
     by_identity = IDENTITY.fullmatch(model) is not None
     candidates = [*([given] if given else []), *sets()]
     for each in candidates:

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 import click
 
-from compass_codec import batch, container, jobs
-from compass_codec.errors import CompassError
+from compass_codec import batch, container, errors, jobs
+from compass_codec.errors import CompassError, told
 from compass_codec.jobs import HEADER_READ, STDIO, DecodeOptions, EncodeOptions, Job, Report
 
 __all__ = ["HEADER_READ", "STDIO"]
@@ -58,7 +58,7 @@ def one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
+        raise click.ClickException(told(error)) from error
 
 
 @contextmanager
@@ -84,12 +84,6 @@ def put(path: Path, data: bytes) -> None:
         jobs.put(path, data)
 
 
-def read_prefix(path: Path, layer: int | None, max_pixels: int) -> tuple[bytes, container.Header, int]:
-    """The part of a .cmps file that ``layer`` needs (default: the highest complete), its header and that layer."""
-    with blame(path):
-        return jobs.read_prefix(path, layer, max_pixels)
-
-
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, the first row as their heads, aligned to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -112,7 +106,8 @@ def select(
     if files_from is None and out_dir is None and len(files) == 1:
         if stat.S_ISDIR(jobs.mode_of(files[0])):
             raise click.ClickException(f"{files[0]}: is a directory; --out-dir takes what is in it")
-        return batch.Found([Job(files[0], target or files[0].with_suffix(extension), options)])
+        with blame(files[0]):
+            return batch.Found([Job(files[0], target or jobs.beside(files[0], extension), options)])
     if target:
         raise click.UsageError("--output is for one file; use --out-dir")
     if STDIO in files:
@@ -163,7 +158,7 @@ def work(
                 states[report.state] += 1
                 size += report.size
                 for note in report.notes if not quiet else ():
-                    say(f"note: {report.source}: {note}", err=True)
+                    say(errors.one_line(f"note: {report.source}: {note}"), err=True)
                 if as_json:
                     say(report.as_json())
                 if report.error:

@@ -23,7 +23,7 @@ from compass_codec.commands.common import (
     weights_option,
     work,
 )
-from compass_codec.jobs import STDIO, DecodeOptions, Job, Report
+from compass_codec.jobs import STDIO, DecodeOptions, Job, Report, is_stream
 
 
 @click.command()
@@ -92,8 +92,8 @@ def decode(
     """
     if every and layer is not None:
         raise click.UsageError("--all and --layer exclude each other")
-    if every and output == STDIO:
-        raise click.UsageError("--all cannot write to standard output")
+    if every and output and is_stream(output):
+        raise click.UsageError("--all cannot write to standard output, a pipe or a device, which take one picture")
     if as_json and output == STDIO:
         raise click.UsageError("--json and the picture cannot both go to standard output")
     if output and extension:

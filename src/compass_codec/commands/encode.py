@@ -49,7 +49,11 @@ from compass_codec.weights import DEFAULT
     "--target-bpp", type=values.Value("BPP", values.positive), help="Most bits for each pixel of the picture."
 )
 @click.option("--target-size", type=values.Value("BYTES", values.byte_count), help="Most bytes: 90000, 90kB, 88KiB.")
-@click.option("--target-psnr", type=values.Value("DB", values.positive), help="Least PSNR of the largest layer.")
+@click.option(
+    "--target-psnr",
+    type=values.Value("DB", values.positive),
+    help="Least PSNR of what shows of the largest layer; at most 0.1 dB more, or a note says why.",
+)
 @click.option(
     "--effort",
     type=click.IntRange(0, 9),

@@ -33,9 +33,9 @@ def extract(file: Path | str, layer: int, output: Path | None, strip: bool, forc
         name, source = file_name(file), STDIO
     else:
         name = source = file
-    if output is None:
-        output = STDIO if file == STDIO else name.parent / f"{name.stem}.layer{layer}.cmps"
     with blame(file):
+        if output is None:
+            output = STDIO if file == STDIO else jobs.beside(name, f".layer{layer}.cmps")
         jobs.check_target(output, source, jobs.Options(force=force))
         data, tail = read_parts(file, layer, strip)
         small = container.extract(data, layer, tail, strip)

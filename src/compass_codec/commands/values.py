@@ -112,5 +112,7 @@ def extension(text: str) -> str:
     from compass_codec.pictures import check_format
 
     found = f".{text.removeprefix('.')}"
+    if Path(f"x{found}").suffix != found:
+        raise ValueError("not an extension such as png")
     check_format(Path(f"x{found}"))
     return found

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from compass_codec import container
+from compass_codec import container, jobs
 from compass_codec.commands.common import (
+    File,
+    Source,
     blame,
     device_option,
     force_option,
@@ -18,7 +20,7 @@ from compass_codec.commands.common import (
     weights_option,
 )
 from compass_codec.errors import PictureError
-from compass_codec.jobs import STDIO, Options, check_target, put
+from compass_codec.jobs import STDIO
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,13 +28,13 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=Source())
 @click.option(
     "--source",
-    type=click.Path(path_type=Path),
+    type=File(),
     help="The picture that was encoded: shown beside, and PSNR is measured against it.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), help="Default: FILE with .html.")
+@click.option("-o", "--output", type=File(), help="Default: FILE with .html.")
 @force_option
 @device_option
 @precision_option
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 @pixels_option
 @quiet_option
 def view(
-    file: Path,
+    file: Path | str,
     source: Path | None,
     output: Path | None,
     force: bool,
@@ -55,20 +57,33 @@ def view(
     \b
     compass view photo.cmps                       to photo.html
     compass view photo.cmps --source photo.png    with PSNR
+    compass view - < photo.cmps > photo.html
+
+    FILE may be an address on the web.
     """
+    if file == source == STDIO:
+        raise click.UsageError("standard input is for one of FILE and --source")
     with blame(file):
-        data = file.read_bytes()
-        target = output or file.with_suffix(".html")  # of a name that is a file's, which "." is not
-        check_target(target, file, Options(force=force))
-        header = container.read_header(data, max_pixels)
-        last = container.pick(header, len(data), None)
+        if isinstance(file, str):
+            from compass_codec import remote
+
+            name, path = remote.file_name(file), STDIO
+        else:
+            name = path = file
+        target = output or (STDIO if file == STDIO else jobs.beside(name, ".html"))
+        jobs.check_target(target, path, jobs.Options(force=force))
+        if isinstance(file, str):
+            fetched = remote.read_prefix(file, None, max_pixels)
+            data, header, last = fetched.data, fetched.header, fetched.layer
+        else:
+            data, header, last = jobs.read_prefix(file, None, max_pixels)
     layers = header.layers[: last + 1]
     from compass_codec import metrics, page, pictures
 
     original = None
     if source is not None:
         with blame(source):
-            original = pictures.read(source)
+            original = jobs.read_picture(source)
             top = header.layers[-1]
             if original.image.size != (top.width, top.height):
                 found = "{} x {}".format(*original.image.size)
@@ -106,6 +121,6 @@ def view(
     if last + 1 < len(header.layers):
         summary += f" The file is cut off; it should have {len(header.layers)} layers."
     with blame(target):
-        put(target, page.view(file.name, summary, panes, rows).encode())
+        jobs.put(target, page.view(name.name, summary, panes, rows).encode())
     if not quiet and target != STDIO:
         click.echo(f"{target}: {len(layers)} layers")

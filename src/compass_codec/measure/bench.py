@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compass_codec.errors import told
 from compass_codec.measure.bd_rate import FEWEST
 from compass_codec.measure.peers import J2K, PEERS, Gap
 from compass_codec.measure.protocol import FULL, LEVELS, OURS, Numbers, Scales, pictures_in
@@ -115,7 +116,7 @@ def bench(
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as e:
         missing = "" if images.is_dir() else f"; {WHERE}"
-        raise click.ClickException(f"{' '.join(str(e).split())}{missing}") from e
+        raise click.ClickException(f"{told(e)}{missing}") from e
     settings = Settings(out / "measured.jsonl", weights, device)
     runner = Runner(settings, jobs or cores())
     results = Results(sources, qualities, runner.records)

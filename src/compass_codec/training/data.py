@@ -20,7 +20,8 @@ HELD_OUT = 6  # pictures never trained on, for the rate-distortion points printe
 
 
 def read_files(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the files in a tar or under a folder, in sorted order. ValueError when it is neither."""
+    """Names and contents of the files in a tar or under a folder, in sorted order. ValueError when it is neither;
+    OSError, with a name, for what cannot be read, such as a pipe."""
     if not source.exists():
         raise ValueError(f"{source}: no such tar file or folder of pictures")
     if source.is_dir():
@@ -34,7 +35,9 @@ def read_files(source: Path) -> Iterator[tuple[str, bytes]]:
                 assert handle is not None
                 yield member.name, handle.read()
     except tarfile.TarError as error:
-        raise ValueError(f"{source}: neither a folder nor a tar file ({error})") from error
+        raise ValueError(f"{source}: neither a folder nor a tar file") from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(source)) from error
 
 
 def _decode(item: tuple[str, bytes]) -> NDArray[np.uint8] | None:
