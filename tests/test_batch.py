@@ -15,9 +15,11 @@ import pytest
 from conftest import compass, crop
 from PIL import Image
 
-from compass_codec import batch, container, jobs, pictures
+from compass_codec import container, pictures
 from compass_codec.errors import OptionError
-from compass_codec.jobs import EncodeOptions, plan_layers
+from compass_codec.jobs import batch, report
+from compass_codec.jobs.job import EncodeOptions
+from compass_codec.jobs.plan import plan_layers
 
 
 @pytest.fixture
@@ -239,7 +241,7 @@ def test_one_line_of_json_for_each_file(album, tmp_path):
 
 
 def test_equal_pictures_are_null_in_json():
-    assert jobs.LayerReport(0, 1, 1, 1, 1, 1, 1, psnr=float("inf")).facts()["psnr"] is None
+    assert report.LayerReport(0, 1, 1, 1, 1, 1, 1, psnr=float("inf")).facts()["psnr"] is None
 
 
 def test_interrupting_leaves_nothing_half_written(tmp_path):
@@ -454,7 +456,7 @@ def test_byte_order_marks_and_dashes_in_lists(tmp_path, mark):
 WORKER = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
-from compass_codec import batch
+from compass_codec.jobs import batch
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(1, multiprocessing.get_context(sys.argv[1]), batch._start)
     print(pool.submit(os.getpid).result(), flush=True)
@@ -484,8 +486,10 @@ def test_workers_end_with_a_killed_parent(tmp_path, method):
 JOBS = """
 import os, signal, sys, time
 from pathlib import Path
-from compass_codec import batch, files, jobs
-from compass_codec.jobs import DecodeOptions, Job, Report
+from compass_codec import files
+from compass_codec.jobs import batch, report, single
+from compass_codec.jobs.job import DecodeOptions, Job
+from compass_codec.jobs.report import Report
 
 def work(job):
     if job.source.name == "killed":
@@ -499,7 +503,7 @@ def work(job):
         files.write_file(job.target, b"half")
     return Report(job.source, "decoded")
 
-jobs.run = work
+single.run = work
 if __name__ == "__main__":
     count, *names = sys.argv[1:]
     for report in batch.run([Job(Path(name), Path("out", name), DecodeOptions()) for name in names], int(count)):

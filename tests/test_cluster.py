@@ -13,7 +13,8 @@ import pytest
 from conftest import compass, crop
 from PIL import Image
 
-from compass_codec import cluster, container, jobs, weights
+from compass_codec import container, weights
+from compass_codec.jobs import cluster, single
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ class Dying(cluster.Worker):
 
     def __init__(self, *args):
         super().__init__(*args)
-        real = jobs.run
+        real = single.run
 
         def run(job):
             if job.source.name == "killed.png":
@@ -87,7 +88,7 @@ class Dying(cluster.Worker):
                 raise RuntimeError("of a library")
             return real(job)
 
-        jobs.run = run
+        single.run = run
 
 
 def test_a_worker_that_dies_is_the_failure_of_its_file_alone(two_workers, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from conftest import compass, crop
 from PIL import Image
 
 from compass_codec import container, metrics
-from compass_codec.rate import Target, search
+from compass_codec.jobs.targets import Target, search
 
 PIXELS = 100_000
 
@@ -127,7 +127,7 @@ def test_a_note_says_that_a_target_lies_between_two_steps(tmp_path, monkeypatch)
     def stub(target, pixels, encode, measure):
         return dataclasses.replace(found, result=encode(found.quality))
 
-    monkeypatch.setattr("compass_codec.jobs.search", stub)
+    monkeypatch.setattr("compass_codec.jobs.single.search", stub)
     result = compass("encode", tmp_path / "in.png", "-s", "1", "--target-psnr", "1")
     assert result.code == 0 and "1 dB lies between two steps of quality; quality" in result.err
 

@@ -12,7 +12,8 @@ from browser import browser, complaints, loaded
 from conftest import compass, crop
 from PIL import Image
 
-from compass_codec import container, jobs, metrics, page, pictures, remote
+from compass_codec import container, metrics, page, pictures, remote
+from compass_codec.jobs import paths
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_streams_and_addresses(tmp_path, small_file, monkeypatch):
     (tmp_path / "photo.cmps").write_bytes(small_file)
     crop(80, 60).save(tmp_path / "source.png")
     streams = {"input": io.BytesIO(small_file), "output": io.BytesIO()}
-    monkeypatch.setattr(jobs, "standard", lambda name: streams[name])
+    monkeypatch.setattr(paths, "standard", lambda name: streams[name])
     assert compass("view", "-").code == 0 and len(embedded(streams["output"].getvalue().decode())) == 3
     streams["input"] = io.BytesIO((tmp_path / "source.png").read_bytes())
     assert compass("view", tmp_path / "photo.cmps", "--source", "-", "-o", "/dev/stdout", "--quiet").code == 0

@@ -17,9 +17,12 @@ from urllib.parse import urlsplit
 
 import click
 
-from compass_codec import batch, container, errors, jobs
+from compass_codec import container, errors
 from compass_codec.errors import CompassError, told
-from compass_codec.jobs import HEADER_READ, STDIO, DecodeOptions, EncodeOptions, Job, Report
+from compass_codec.jobs import batch, job, paths, report
+from compass_codec.jobs.job import DecodeOptions, EncodeOptions, Job
+from compass_codec.jobs.paths import HEADER_READ, STDIO
+from compass_codec.jobs.report import Report
 
 __all__ = ["HEADER_READ", "STDIO"]
 
@@ -69,19 +72,19 @@ def blame(path: Path | str) -> Iterator[None]:
     except (BrokenPipeError, click.ClickException, click.exceptions.Exit, click.Abort):
         raise
     except Exception as e:
-        raise click.ClickException(jobs.reason(path, e)) from e
+        raise click.ClickException(report.reason(path, e)) from e
 
 
 def check_target(path: Path, force: bool, source: Path) -> None:
     """Refuse early what could not be written after minutes of work."""
     with blame(path):
-        jobs.check_target(path, source, jobs.Options(force=force))
+        paths.check_target(path, source, job.Options(force=force))
 
 
 def put(path: Path, data: bytes) -> None:
     """Write the file whole or not at all, or to standard output."""
     with blame(path):
-        jobs.put(path, data)
+        paths.put(path, data)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -104,10 +107,10 @@ def select(
     if not files and files_from is None:
         raise click.UsageError("which files? Name some, or use --files-from")
     if files_from is None and out_dir is None and len(files) == 1:
-        if stat.S_ISDIR(jobs.mode_of(files[0])):
+        if stat.S_ISDIR(paths.mode_of(files[0])):
             raise click.ClickException(f"{files[0]}: is a directory; --out-dir takes what is in it")
         with blame(files[0]):
-            return batch.Found([Job(files[0], target or jobs.beside(files[0], extension), options)])
+            return batch.Found([Job(files[0], target or paths.beside(files[0], extension), options)])
     if target:
         raise click.UsageError("--output is for one file; use --out-dir")
     if STDIO in files:
@@ -137,7 +140,7 @@ def work(
     show_one: Callable[[Report], str],
 ) -> None:
     """Do the jobs and say what became of them; the exit code is 1 if any failed."""
-    from compass_codec import cluster
+    from compass_codec.jobs import cluster
 
     run = cluster.run if engine == "ray" else batch.run
     many = not todo.jobs or todo.jobs[0].options.batch

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from compass_codec.batch import Found
 from compass_codec.commands import values
 from compass_codec.commands.common import (
     File,
@@ -23,7 +22,10 @@ from compass_codec.commands.common import (
     weights_option,
     work,
 )
-from compass_codec.jobs import STDIO, DecodeOptions, Job, Report, is_stream
+from compass_codec.jobs.batch import Found
+from compass_codec.jobs.job import DecodeOptions, Job
+from compass_codec.jobs.paths import STDIO, is_stream
+from compass_codec.jobs.report import Report
 
 
 @click.command()

@@ -23,8 +23,10 @@ from compass_codec.commands.common import (
     weights_option,
     work,
 )
-from compass_codec.jobs import STDIO, EncodeOptions, Report
-from compass_codec.rate import Target
+from compass_codec.jobs.job import EncodeOptions
+from compass_codec.jobs.paths import STDIO
+from compass_codec.jobs.report import Report
+from compass_codec.jobs.targets import Target
 from compass_codec.weights import DEFAULT
 
 
@@ -182,7 +184,7 @@ def encode(
         weights=weights,
         model=model,
     )
-    from compass_codec.batch import picture_suffixes
+    from compass_codec.jobs.batch import picture_suffixes
 
     todo = select(images, files_from, out_dir, output, options, picture_suffixes, ".cmps")
     if effort and not quiet and sys.stderr.isatty():

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
-from compass_codec import container, jobs
+from compass_codec import container
 from compass_codec.commands.common import File, Source, blame, force_option, quiet_option, strip_option
-from compass_codec.jobs import STDIO
+from compass_codec.jobs import job, paths
+from compass_codec.jobs.paths import STDIO
 
 
 @click.command()
@@ -35,11 +36,11 @@ def extract(file: Path | str, layer: int, output: Path | None, strip: bool, forc
         name = source = file
     with blame(file):
         if output is None:
-            output = STDIO if file == STDIO else jobs.beside(name, f".layer{layer}.cmps")
-        jobs.check_target(output, source, jobs.Options(force=force))
+            output = STDIO if file == STDIO else paths.beside(name, f".layer{layer}.cmps")
+        paths.check_target(output, source, job.Options(force=force))
         data, tail = read_parts(file, layer, strip)
         small = container.extract(data, layer, tail, strip)
-        jobs.put(output, small)
+        paths.put(output, small)
     if not quiet and output != STDIO:
         entry = container.read_header(small, container.MAX_SIDE**2).layers[layer]
         layers = f"layers 0 to {layer}" if layer else "layer 0"
@@ -53,5 +54,5 @@ def read_parts(path: Path | str, layer: int, strip: bool) -> tuple[bytes, bytes]
 
         found = read_prefix(path, layer, container.MAX_SIDE**2, metadata=not strip)
         return found.data[: found.header.layers[layer].end], found.tail
-    data, _, _, tail = jobs.read_parts(path, layer, container.MAX_SIDE**2, metadata=not strip)
+    data, _, _, tail = paths.read_parts(path, layer, container.MAX_SIDE**2, metadata=not strip)
     return data, tail

@@ -9,7 +9,7 @@ import click
 
 from compass_codec import container
 from compass_codec.commands.common import STDIO, Source, blame, table
-from compass_codec.jobs import standard
+from compass_codec.jobs.paths import standard
 from compass_codec.weights import profile_of
 
 

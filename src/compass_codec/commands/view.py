@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from compass_codec import container, jobs
+from compass_codec import container
 from compass_codec.commands.common import (
     File,
     Source,
@@ -20,7 +20,8 @@ from compass_codec.commands.common import (
     weights_option,
 )
 from compass_codec.errors import PictureError
-from compass_codec.jobs import STDIO
+from compass_codec.jobs import job, paths
+from compass_codec.jobs.paths import STDIO
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,20 +71,20 @@ def view(
             name, path = remote.file_name(file), STDIO
         else:
             name = path = file
-        target = output or (STDIO if file == STDIO else jobs.beside(name, ".html"))
-        jobs.check_target(target, path, jobs.Options(force=force))
+        target = output or (STDIO if file == STDIO else paths.beside(name, ".html"))
+        paths.check_target(target, path, job.Options(force=force))
         if isinstance(file, str):
             fetched = remote.read_prefix(file, None, max_pixels)
             data, header, last = fetched.data, fetched.header, fetched.layer
         else:
-            data, header, last = jobs.read_prefix(file, None, max_pixels)
+            data, header, last = paths.read_prefix(file, None, max_pixels)
     layers = header.layers[: last + 1]
     from compass_codec import metrics, page, pictures
 
     original = None
     if source is not None:
         with blame(source):
-            original = jobs.read_picture(source)
+            original = paths.read_picture(source)
             top = header.layers[-1]
             if original.image.size != (top.width, top.height):
                 found = "{} x {}".format(*original.image.size)
@@ -121,6 +122,6 @@ def view(
     if last + 1 < len(header.layers):
         summary += f" The file is cut off; it should have {len(header.layers)} layers."
     with blame(target):
-        jobs.put(target, page.view(name.name, summary, panes, rows).encode())
+        paths.put(target, page.view(name.name, summary, panes, rows).encode())
     if not quiet and target != STDIO:
         click.echo(f"{target}: {len(layers)} layers")

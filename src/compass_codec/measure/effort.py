@@ -118,7 +118,7 @@ def gains(plain: Found, found: Found) -> list[float]:
 def main(images: Path, quick: int | None, side: int, layers: tuple[str, ...], effort: int) -> None:
     """Print a table of BD-rate against effort 0 at qualities 1, 30, 60 and 100, of each layer from the smallest to the
     largest with the bits of the file up to it; of time; and of memory."""
-    from compass_codec.batch import picture_suffixes
+    from compass_codec.jobs.batch import picture_suffixes
 
     files = sorted(p for p in images.iterdir() if p.suffix.lower() in picture_suffixes())
     if not files:

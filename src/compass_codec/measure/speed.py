@@ -200,13 +200,13 @@ def encode_here(file: str, sizes: list[Size]) -> list[float]:
 
 def decode_here(file: str, layer: int) -> list[float]:
     """Decode one layer of a file: processor seconds, the peak of memory in MB, and the bytes read."""
-    from compass_codec import jobs
     from compass_codec.codec import Codec
+    from compass_codec.jobs import paths
     from compass_codec.measure.cost import peak_mb
 
     codec = Codec.load("cpu", precision="float32")
     start = time.process_time()
-    data, header, last = jobs.read_prefix(Path(file), layer, 10**9)
+    data, header, last = paths.read_prefix(Path(file), layer, 10**9)
     for _ in codec.decode_layers(data, header, last):
         pass
     return [time.process_time() - start, peak_mb() * 2**20 / 1e6, len(data)]

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compass_codec import batch, jobs
 from compass_codec.errors import OptionError
-from compass_codec.jobs import Job, Report
+from compass_codec.jobs import batch, paths, single
+from compass_codec.jobs.job import Job
+from compass_codec.jobs.report import Report
 from compass_codec.weights import PATH, places
 
 
@@ -21,11 +22,11 @@ class Worker:
 
     def __init__(self, work: Sequence[Job], models: str) -> None:
         os.environ[PATH] = models
-        jobs.load(work[0].options)  # jobs.run() will find it
+        single.load(work[0].options)  # single.run() will find it
         self.work = work
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        return {"job": rows["job"], "report": [batch.attempt(jobs.run, self.work[k]) for k in rows["job"]]}
+        return {"job": rows["job"], "report": [batch.attempt(single.run, self.work[k]) for k in rows["job"]]}
 
 
 def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, None, None]:
@@ -42,7 +43,7 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
         import ray.data
     except ImportError as e:
         raise OptionError(f'--engine ray needs Ray: pip install "compass_codec[ray]" ({e})') from e
-    if any(jobs.is_stream(path) for job in work for path in (job.source, job.target)):
+    if any(paths.is_stream(path) for job in work for path in (job.source, job.target)):
         raise OptionError("--engine ray cannot use standard input or output, pipes and devices")
     if not work:
         return
@@ -76,7 +77,7 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
                 outputs = tuple(job.target.with_name(path.name) for path in report.outputs)
                 yield replace(report, source=job.source, outputs=outputs)
             for job in missing.values():
-                yield Report(job.source, "failed", error=jobs.reason(job.source, OptionError(batch.DIED)))
+                yield Report(job.source, "failed", error=report.reason(job.source, OptionError(batch.DIED)))
         except (ray.exceptions.RayError, ConnectionError) as e:
             raise OptionError(f"Ray: {str(e).strip().splitlines()[-1]}") from e
         finally:

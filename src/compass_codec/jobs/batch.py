@@ -20,9 +20,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
 
-from compass_codec import jobs
 from compass_codec.errors import OptionError
-from compass_codec.jobs import DecodeOptions, EncodeOptions, Job, Report
+from compass_codec.jobs import paths, report, single
+from compass_codec.jobs.job import DecodeOptions, EncodeOptions, Job
+from compass_codec.jobs.report import Report
 
 # formats that Pillow recognises and does not decode by itself
 UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -74,7 +75,7 @@ class Found:
 def read_list(path: Path) -> list[Path]:
     """The names in a file, or on standard input for ``-``: one on each line, or ended by NUL. A byte order mark at the
     start of lines is no part of the first name; UTF-16 is known by its mark. Raises OSError and OptionError."""
-    data = jobs.standard("input").read() if path == jobs.STDIO else path.read_bytes()
+    data = paths.standard("input").read() if path == paths.STDIO else path.read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         try:
             data = data.decode("utf-16").encode()
@@ -101,17 +102,17 @@ def make_jobs(
     for path in listed:
         place = Path(path.name) if path.is_absolute() or ".." in path.parts else path
         # in a list, - is a file of that name
-        places.append((path.absolute() if path == jobs.STDIO else path, place))
+        places.append((path.absolute() if path == paths.STDIO else path, place))
     for path, place in places:
-        below = stat.S_ISDIR(jobs.mode_of(path))
+        below = stat.S_ISDIR(paths.mode_of(path))
         if below and out_dir is None:
             raise OptionError(f"{path}: is a directory; --out-dir takes what is in it")
         for source in _walk(path, suffixes(), found) if below else [path]:
             name = source.relative_to(path) if below else place
             try:
-                target = (out_dir / name).with_suffix(extension) if out_dir else jobs.beside(source, extension)
+                target = (out_dir / name).with_suffix(extension) if out_dir else paths.beside(source, extension)
             except OptionError as e:
-                found.failed.append(Report(source, "failed", error=jobs.reason(source, e)))
+                found.failed.append(Report(source, "failed", error=report.reason(source, e)))
                 continue
             key = os.path.abspath(target)  # noqa: PTH100 (resolve() would follow links)
             if key in jobs_of and not _same(jobs_of[key].source, source):
@@ -135,11 +136,11 @@ def _walk(folder: Path, suffixes: frozenset[str], found: Found) -> Iterator[Path
         with os.scandir(folder) as scan:
             entries = sorted(scan, key=lambda entry: entry.name)
     except OSError as e:
-        found.failed.append(Report(folder, "failed", error=jobs.reason(folder, e)))
+        found.failed.append(Report(folder, "failed", error=report.reason(folder, e)))
         return
     for entry in entries:
         path, suffix = folder / entry.name, Path(entry.name).suffix.lower()
-        kind = jobs.mode_of(path)  # 0, where it cannot be told, is left to the job, which says why
+        kind = paths.mode_of(path)  # 0, where it cannot be told, is left to the job, which says why
         if entry.name.startswith("."):
             found.left_out["hidden"] += 1
         elif entry.is_dir(follow_symlinks=False):
@@ -163,14 +164,14 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
     stops, so do they. Raises WeightsError and OptionError.
     """
     if any(job.options.batch for job in work):
-        jobs.identity(work[0].options)  # what is wrong for every file is said once
+        work[0].options.identity()  # what is wrong for every file is said once
         workers = workers or _default_workers(work[0].options.device)
-    if any(jobs.is_stream(path) for job in work for path in (job.source, job.target)):
+    if any(paths.is_stream(path) for job in work for path in (job.source, job.target)):
         workers = 1  # /dev/fd/63 is this process's alone
     workers = min(workers or 1, len(work))
     with stopped_by_exception():
         if workers <= 1:
-            yield from map(jobs.run, work)
+            yield from map(single.run, work)
             return
         # a thread for each process, which does one job at a time: so it is known over which file one dies
         lanes: SimpleQueue[Lane] = SimpleQueue()
@@ -208,7 +209,7 @@ def attempt(do: Callable[[Job], Report], job: Job) -> Report:
     try:
         return do(job)
     except Exception as e:
-        error = jobs.reason(job.source, e)
+        error = report.reason(job.source, e)
         return Report(job.source, "failed", seconds=time.perf_counter() - started, error=error)
 
 
@@ -299,7 +300,7 @@ def _outlive_no_parent() -> None:
 
 def _run(job: Job) -> Report:
     try:
-        return jobs.run(job)
+        return single.run(job)
     except SystemExit as e:
         # by now nothing half-written is left; the pool would hand this on as a result and go on with the next job
         os._exit(int(e.code or 0))
