@@ -17,7 +17,7 @@ from PIL import Image
 
 from compass_codec import container, pictures
 from compass_codec.errors import OptionError
-from compass_codec.jobs import batch, report
+from compass_codec.jobs import batch
 from compass_codec.jobs.job import EncodeOptions
 from compass_codec.jobs.plan import plan_layers
 
@@ -241,7 +241,7 @@ def test_one_line_of_json_for_each_file(album, tmp_path):
 
 
 def test_equal_pictures_are_null_in_json():
-    assert report.LayerReport(0, 1, 1, 1, 1, 1, 1, psnr=float("inf")).facts()["psnr"] is None
+    assert LayerReport(0, 1, 1, 1, 1, 1, 1, psnr=float("inf")).facts()["psnr"] is None
 
 
 def test_interrupting_leaves_nothing_half_written(tmp_path):
@@ -487,9 +487,9 @@ JOBS = """
 import os, signal, sys, time
 from pathlib import Path
 from compass_codec import files
-from compass_codec.jobs import batch, report, single
+from compass_codec.jobs import batch, single
 from compass_codec.jobs.job import DecodeOptions, Job
-from compass_codec.jobs.report import Report
+from compass_codec.jobs.report import LayerReport, Report
 
 def work(job):
     if job.source.name == "killed":

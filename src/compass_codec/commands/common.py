@@ -19,10 +19,10 @@ import click
 
 from compass_codec import container, errors
 from compass_codec.errors import CompassError, told
-from compass_codec.jobs import batch, job, paths, report
-from compass_codec.jobs.job import DecodeOptions, EncodeOptions, Job
+from compass_codec.jobs import batch, paths
+from compass_codec.jobs.job import DecodeOptions, EncodeOptions, Job, Options
 from compass_codec.jobs.paths import HEADER_READ, STDIO
-from compass_codec.jobs.report import Report
+from compass_codec.jobs.report import Report, reason
 
 __all__ = ["HEADER_READ", "STDIO"]
 
@@ -72,13 +72,13 @@ def blame(path: Path | str) -> Iterator[None]:
     except (BrokenPipeError, click.ClickException, click.exceptions.Exit, click.Abort):
         raise
     except Exception as e:
-        raise click.ClickException(report.reason(path, e)) from e
+        raise click.ClickException(reason(path, e)) from e
 
 
 def check_target(path: Path, force: bool, source: Path) -> None:
     """Refuse early what could not be written after minutes of work."""
     with blame(path):
-        paths.check_target(path, source, job.Options(force=force))
+        paths.check_target(path, source, Options(force=force))
 
 
 def put(path: Path, data: bytes) -> None:

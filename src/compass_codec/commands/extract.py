@@ -8,7 +8,8 @@ import click
 
 from compass_codec import container
 from compass_codec.commands.common import File, Source, blame, force_option, quiet_option, strip_option
-from compass_codec.jobs import job, paths
+from compass_codec.jobs import paths
+from compass_codec.jobs.job import Options
 from compass_codec.jobs.paths import STDIO
 
 
@@ -37,7 +38,7 @@ def extract(file: Path | str, layer: int, output: Path | None, strip: bool, forc
     with blame(file):
         if output is None:
             output = STDIO if file == STDIO else paths.beside(name, f".layer{layer}.cmps")
-        paths.check_target(output, source, job.Options(force=force))
+        paths.check_target(output, source, Options(force=force))
         data, tail = read_parts(file, layer, strip)
         small = container.extract(data, layer, tail, strip)
         paths.put(output, small)

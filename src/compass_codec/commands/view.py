@@ -20,7 +20,8 @@ from compass_codec.commands.common import (
     weights_option,
 )
 from compass_codec.errors import PictureError
-from compass_codec.jobs import job, paths
+from compass_codec.jobs import paths
+from compass_codec.jobs.job import Options
 from compass_codec.jobs.paths import STDIO
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def view(
         else:
             name = path = file
         target = output or (STDIO if file == STDIO else paths.beside(name, ".html"))
-        paths.check_target(target, path, job.Options(force=force))
+        paths.check_target(target, path, Options(force=force))
         if isinstance(file, str):
             fetched = remote.read_prefix(file, None, max_pixels)
             data, header, last = fetched.data, fetched.header, fetched.layer

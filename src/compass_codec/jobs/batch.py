@@ -21,9 +21,9 @@ from queue import SimpleQueue
 from types import FrameType
 
 from compass_codec.errors import OptionError
-from compass_codec.jobs import paths, report, single
+from compass_codec.jobs import paths, single
 from compass_codec.jobs.job import DecodeOptions, EncodeOptions, Job
-from compass_codec.jobs.report import Report
+from compass_codec.jobs.report import Report, reason
 
 # formats that Pillow recognises and does not decode by itself
 UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -112,7 +112,7 @@ def make_jobs(
             try:
                 target = (out_dir / name).with_suffix(extension) if out_dir else paths.beside(source, extension)
             except OptionError as e:
-                found.failed.append(Report(source, "failed", error=report.reason(source, e)))
+                found.failed.append(Report(source, "failed", error=reason(source, e)))
                 continue
             key = os.path.abspath(target)  # noqa: PTH100 (resolve() would follow links)
             if key in jobs_of and not _same(jobs_of[key].source, source):
@@ -136,7 +136,7 @@ def _walk(folder: Path, suffixes: frozenset[str], found: Found) -> Iterator[Path
         with os.scandir(folder) as scan:
             entries = sorted(scan, key=lambda entry: entry.name)
     except OSError as e:
-        found.failed.append(Report(folder, "failed", error=report.reason(folder, e)))
+        found.failed.append(Report(folder, "failed", error=reason(folder, e)))
         return
     for entry in entries:
         path, suffix = folder / entry.name, Path(entry.name).suffix.lower()
@@ -209,7 +209,7 @@ def attempt(do: Callable[[Job], Report], job: Job) -> Report:
     try:
         return do(job)
     except Exception as e:
-        error = report.reason(job.source, e)
+        error = reason(job.source, e)
         return Report(job.source, "failed", seconds=time.perf_counter() - started, error=error)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from compass_codec.errors import OptionError
 from compass_codec.jobs import batch, paths, single
 from compass_codec.jobs.job import Job
-from compass_codec.jobs.report import Report
+from compass_codec.jobs.report import Report, reason
 from compass_codec.weights import PATH, places
 
 
@@ -77,7 +77,7 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
                 outputs = tuple(job.target.with_name(path.name) for path in report.outputs)
                 yield replace(report, source=job.source, outputs=outputs)
             for job in missing.values():
-                yield Report(job.source, "failed", error=report.reason(job.source, OptionError(batch.DIED)))
+                yield Report(job.source, "failed", error=reason(job.source, OptionError(batch.DIED)))
         except (ray.exceptions.RayError, ConnectionError) as e:
             raise OptionError(f"Ray: {str(e).strip().splitlines()[-1]}") from e
         finally:
