@@ -149,14 +149,14 @@ class LeanLIFF(nn.Module):
         a, b = self.phi(low, size, dy, dx)
         place = torch.arange(*rows, device=device) - _first(row, low[0], size[0])
         most = -(-size[0] // low[0])
-        weights = self.out.weight[..., 0, 0].unflatten(0, (2, -1))
+        weights = self.out.weight[..., 0, 0].unflatten(0, (2, -1)).transpose(1, 2)
 
         def added(x: Tensor, first: int, span: tuple[int, int]) -> Tensor:
             k = slice(span[0] - rows[0], span[1] - rows[0])
-            features = torch.stack([F.linear(x, weight).unflatten(2, (2, -1)).flatten(1, 2) for weight in weights])
             # even rows come first, then odd ones
+            features = (x.flatten(0, 1)[None] @ weights).view(1, 2 * len(x), 2 * x.shape[1], -1)
             at = row[k] % 2 * len(x) + row[k] // 2 - first
-            return look_up(features.flatten(0, 1)[None], at, place[k], most, column, a[k], b)[0]
+            return look_up(features, at, place[k], most, column, a[k], b)[0]
 
         return added
 
@@ -195,7 +195,9 @@ def _block(block: Any) -> Callable[[Tensor], Tensor]:
 def look_up(features: Tensor, row: Tensor, place: Tensor, most: int, column: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The sum over taps: features [B, h, w, 3 * taps], nearest rows [H] and columns [W], values [H, taps] and [W, taps]
     along them, to [B, H, 3, W]. A row is the nearest of ``most`` target rows at most; ``place`` is which of them."""
-    near = features.index_select(2, column) * b.to(features.dtype).repeat(1, 3)
+    lines = torch.arange(features.shape[:2].numel(), device=column.device) * features.shape[2]
+    near = features.flatten(0, 2).index_select(0, (lines[:, None] + column).flatten())
+    near = near.view(*features.shape[:2], len(column), -1) * b.to(features.dtype).repeat(1, 3)
     # all target rows of a row of features at once, each colour of its own taps
     each = (a[:, None, None] * torch.eye(3, device=a.device)[..., None]).flatten(2).to(near.dtype)
     at = row * most + place
