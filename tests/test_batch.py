@@ -20,6 +20,7 @@ from compass_codec.errors import OptionError
 from compass_codec.jobs import batch
 from compass_codec.jobs.job import EncodeOptions
 from compass_codec.jobs.plan import plan_layers
+from compass_codec.jobs.report import LayerReport
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from conftest import compass
 from PIL import Image
 
 from compass_codec.errors import CompassError
+from compass_codec.networks import lean_liff
 from compass_codec.networks.lean import EPSILON, LAMBDAS, PHASES, STEPS, LeanCodec, RMSNorm
 from compass_codec.networks.lean import multiply_accumulates as codec_multiply_accumulates
 from compass_codec.networks.lean_liff import LeanLIFF, multiply_accumulates
@@ -170,7 +171,7 @@ def test_a_conditional_codec_starts_as_that_of_the_residual(codec, size):
     assert not torch.equal(conditional.synthesis(y, level, size, known), conditional.synthesis(y, level, size, -known))
 
 
-FACTORS = (1, 1.2, 2, 2.8, 4)
+FACTORS = (1, 1.2, 1.5, 2, 2.8, 4)
 
 
 def liff() -> LeanLIFF:
@@ -197,12 +198,13 @@ def test_lean_liff_is_the_sum_over_taps_that_it_says(factor):
 
 
 @pytest.mark.parametrize("factor", FACTORS)
-@pytest.mark.parametrize("low", [(1, 1), (3, 50), (22, 17)])
+@pytest.mark.parametrize("low", [(1, 1), (3, 50), (6, 10), (22, 17)])
 @torch.no_grad()
 def test_rows_of_lean_liff_are_those_of_all_at_once(factor, low, monkeypatch):
-    monkeypatch.setattr("compass_codec.networks.lean_liff.FEATURE_PIXELS", 300)
-    monkeypatch.setattr("compass_codec.networks.lean_liff.LOOK_UP_PIXELS", 200)
-    monkeypatch.setattr("compass_codec.networks.lean_liff.CUBIC_COLUMNS", 16)
+    for name, value in {"PLACES": 50, "MIXED_PLACES": 30, "CUBIC_ROWS_WIDENED": 5}.items():
+        monkeypatch.setitem(getattr(lean_liff, name), "cpu", value)
+    monkeypatch.setattr(lean_liff, "CUBIC_COLUMNS", 16)
+    monkeypatch.setattr(lean_liff, "CUBIC_ROWS", 2)
     network, pixels = liff(), torch.randint(256, (1, 3, *low), dtype=torch.uint8)
     height, width = taller(pixels, factor)
     whole = network(pixels.float() / 255, (height, width))

@@ -7,7 +7,7 @@ import torch
 
 from compass_codec.measure import naive
 from compass_codec.networks import liff as module
-from compass_codec.networks.liff import LIFF, SIZES, bicubic, bicubic_matrix, nearest
+from compass_codec.networks.liff import LIFF, SIZES, as_matrix, bicubic, bicubic_taps, nearest
 
 
 def test_nearest_by_searching():
@@ -97,7 +97,7 @@ def test_bytes_as_well_as_floats(liff):
 @pytest.mark.parametrize(("low", "high"), [(5, 5), (7, 11), (3, 12), (1, 4), (40, 41)])
 def test_bicubic_as_a_matrix(low, high):
     x = torch.rand(1, 1, low, low)
-    weights = bicubic_matrix(low, high, (0, high), 0, low)
+    weights = as_matrix(bicubic_taps(low, high, (0, high)), 0, low)
     torch.testing.assert_close(weights @ x @ weights.T, bicubic(x, (high, high)), atol=5e-6, rtol=0)
 
 

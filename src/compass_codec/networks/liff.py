@@ -81,22 +81,23 @@ def bicubic(low: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(low, size=size, mode="bicubic", align_corners=False)
 
 
-def bicubic_matrix(
-    low: int, high: int, span: tuple[int, int], first: int, last: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Weights [target samples of ``span``, source samples first..last - 1] with which ``bicubic`` works along an axis:
-    Keys' kernel with a = -0.75, the edge sample repeated."""
+def bicubic_taps(
+    low: int, high: int, span: tuple[int, int], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """The source samples [target samples of ``span``, 4] that ``bicubic`` works on along an axis, and their weights,
+    float64: Keys' kernel with a = -0.75, the edge sample repeated."""
     position = (torch.arange(*span, dtype=torch.float64, device=device) + 0.5) * low / high - 0.5
-    nearest_below = position.floor()
-    weights = torch.zeros(len(position), last - first, dtype=torch.float64, device=device)
-    for tap in range(-1, 3):
-        source = nearest_below + tap
-        t = (position - source).abs()
-        inner = (1.25 * t - 2.25) * t * t + 1
-        outer = -0.75 * (((t - 5) * t + 8) * t - 4)
-        column = source.clamp(0, low - 1).long() - first
-        weights.scatter_add_(1, column[:, None], torch.where(t <= 1, inner, outer)[:, None])
-    return weights.float()
+    source = position.floor()[:, None] + torch.arange(-1, 3, device=device)
+    t = (position[:, None] - source).abs()
+    inner = (1.25 * t - 2.25) * t * t + 1
+    outer = -0.75 * (((t - 5) * t + 8) * t - 4)
+    return source.clamp(0, low - 1).long(), torch.where(t <= 1, inner, outer)
+
+
+def as_matrix(taps: tuple[Tensor, Tensor], first: int, last: int) -> Tensor:
+    """Sources and weights [N, 4] as a matrix [N, source samples first..last - 1]."""
+    source, weights = taps
+    return weights.new_zeros(len(source), last - first).scatter_add_(1, source - first, weights).float()
 
 
 # Sizes to train: the paper's, and one that costs an eighth of it.
@@ -174,7 +175,7 @@ class LIFF(nn.Module):
         if part.dtype == torch.uint8:
             part = part.float() / 255
         part = part.contiguous(memory_format=torch.channels_last)
-        weights = [bicubic_matrix(a[4], a[5], a[6], a[2], a[3], part.device).to(part.dtype) for a in axes]
+        weights = [as_matrix(bicubic_taps(*a[4:], part.device), a[2], a[3]).to(part.dtype) for a in axes]
         interpolated = weights[0] @ part @ weights[1].T
         # with zeros around the picture, as a convolution has them
         features = F.pad(self.extractor(part), (1, 1, 1, 1))
