@@ -36,6 +36,12 @@ def test_pages_name_only_commands_that_exist(name):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_contributing_names_only_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for name in set(re.findall(r"`((?:\w+/)*[a-z_]+\.py)`", text)):
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "src" / "compass_codec")), name
+
+
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "models" / "README.md"])
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,9 +108,8 @@ class Codec:
         scales = container.check_scales(scales)
         source = pictures.split(pictures.as_image(image))
         layers, alphas = pictures.pyramid_alpha(source, layer_sizes(source.image.size, scales))
-        encoded = self.encode_layers(layers, scales, quality, effort)
         alpha = {k: pictures.alpha_to_bytes(plane) for k, plane in enumerate(alphas)}
-        return replace(encoded, data=container.attach(encoded.data, container.Sections(alpha=alpha)))
+        return self.encode_layers(layers, scales, quality, effort, sections=container.Sections(alpha=alpha))
 
     @torch.inference_mode()
     def encode_layers(
@@ -122,11 +121,12 @@ class Codec:
         time_budget: float | None = None,
         progress: Progress | None = None,
         layer_weights: Sequence[float] | None = None,
+        sections: container.Sections | None = None,
     ) -> Encoded:
         """Encode pictures that were reduced elsewhere: uint8 [height, width, 3] each, smallest first. ``quality`` is
         one number for all layers or one for each. With an ``effort`` of 1 to 9 a search lowers rate and distortion
         together, for about ``time_budget`` seconds at most, where the cost of each layer counts as much as
-        ``layer_weights`` (above 0) say; see search.improve, also for ``progress``."""
+        ``layer_weights`` (above 0) say; see search.improve, also for ``progress``. ``sections`` go into the file."""
         started = time.monotonic()
         scales = container.check_scales(scales)
         qualities = [
@@ -157,7 +157,7 @@ class Codec:
                 coded = search.improve(self, layers, qualities, coded, effort, deadline, progress, layer_weights)
         sizes = [(p.shape[1], p.shape[0]) for p in layers]
         payloads, seen = zip(*coded, strict=True)
-        return Encoded(container.write(self.model, sizes, scales, qualities, payloads), list(seen))
+        return Encoded(container.write(self.model, sizes, scales, qualities, payloads, sections), list(seen))
 
     def encode_layer(
         self, picture: NDArray[np.uint8], below: NDArray[np.uint8] | None, quality: float

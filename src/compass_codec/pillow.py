@@ -157,8 +157,8 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
         raise OSError(f"cannot write mode {im.mode} as CMPS ({e})") from e
     alpha = {k: pictures.alpha_to_bytes(plane) for k, plane in enumerate(alphas)}
     sections = container.Sections(source.icc, source.exif, source.xmp, alpha)
-    encoded = codec.shared(model=options.get("model")).encode_layers(layers, scales, options.get("quality", QUALITY))
-    fp.write(container.attach(encoded.data, sections))
+    chosen, quality = codec.shared(model=options.get("model")), options.get("quality", QUALITY)
+    fp.write(chosen.encode_layers(layers, scales, quality, sections=sections).data)
 
 
 Image.register_open(CompassImageFile.format, CompassImageFile, _accept)

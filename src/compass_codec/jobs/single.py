@@ -71,9 +71,9 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
     def attempt(quality: float | Sequence[float]) -> tuple[bytes, list[NDArray[np.uint8]]]:
         show = _show_effort if options.progress else None
         result = loaded.encode_layers(
-            layers, plan.scales, quality, options.effort, options.time_budget, show, plan.weights
+            layers, plan.scales, quality, options.effort, options.time_budget, show, plan.weights, sections
         )
-        return container.attach(result.data, sections), result.layers
+        return result.data, result.layers
 
     def measured(seen: Sequence[NDArray[np.uint8]]) -> list[float]:
         """PSNR of each layer, of what shows."""
