@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from compass_codec.files import write_file
 from compass_codec.networks.lean import LAMBDAS, UNSHUFFLE, LeanCodec
 from compass_codec.networks.lean_liff import LeanLIFF
-from compass_codec.networks.rates import level_of
 from compass_codec.training.data import Pictures
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.stages import (
@@ -25,6 +24,7 @@ from compass_codec.training.stages import (
     encoded,
     gaussian_bits,
     hyper_bits,
+    pyramid,
     round_ste,
     shrink,
     to_8bit,
@@ -172,13 +172,7 @@ class LeanLayersStage(LeanStage):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.training:
             x = varied(x, lam)
-        layers, total = [(x, lam, level)], 1.0
-        for factor in factors:
-            total *= factor
-            if factor == 1:  # the same size again above it, at a better quality
-                lam = self.lambdas[0] * (lam / self.lambdas[0]) ** torch.rand_like(lam)
-                level = level_of(lam, self.lambdas).float()
-            layers.append((shrink(x, total), lam, level))
+        layers = pyramid(x, lam, level, factors, self.lambdas)
         target, _, level = layers.pop()
         rec = self.lower(target, level)
         loss = x.new_zeros(())

@@ -173,8 +173,10 @@ def shrink(x: Tensor, factor: float) -> Tensor:
     return resize(x, (max(1, round(x.shape[-2] / factor)), max(1, round(x.shape[-1] / factor))))
 
 
-def pyramid(x: Tensor, lam: Tensor, level: Tensor, factors: Sequence[float]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Crops, lambda and level of the layers from ``x`` down, ``factors`` being the steps between them.
+def pyramid(
+    x: Tensor, lam: Tensor, level: Tensor, factors: Sequence[float], lambdas: Sequence[float] = LAMBDAS
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Crops, lambda and level among ``lambdas`` of layers from ``x`` down, ``factors`` being the steps between them.
 
     What is below a step of 1 is coded with a lambda drawn from the lowest to that above it: the same size again at a
     better quality.
@@ -183,7 +185,7 @@ def pyramid(x: Tensor, lam: Tensor, level: Tensor, factors: Sequence[float]) -> 
     for factor in factors:
         total *= factor
         if factor == 1:
-            lam, level = lower_rates(lam)
+            lam, level = lower_rates(lam, lambdas)
         layers.append((shrink(x, total), lam, level))
     return layers
 
@@ -311,10 +313,10 @@ def stacked(kept: Sequence[Tensor]) -> Tensor:
     return torch.stack([part.float() for part in kept])
 
 
-def lower_rates(lam: Tensor) -> tuple[Tensor, Tensor]:
+def lower_rates(lam: Tensor, lambdas: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Lambdas between the lowest and ``lam``, and their levels: those of a layer whose size is repeated above it."""
-    lam = LAMBDAS[0] * (lam / LAMBDAS[0]) ** torch.rand_like(lam)
-    return lam, level_of(lam, LAMBDAS).float()
+    lam = lambdas[0] * (lam / lambdas[0]) ** torch.rand_like(lam)
+    return lam, level_of(lam, lambdas).float()
 
 
 def draw_lambdas(batch: int, generator: torch.Generator, lambdas: Sequence[float] = LAMBDAS) -> Tensor:
