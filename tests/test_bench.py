@@ -415,26 +415,3 @@ class TestCommand:
 
 def test_ratios():
     assert report._ratio(1.5) == "1.5" and report._ratio(0.004) == "1/250"
-
-
-def test_parts_of_the_time_do_not_count_twice(monkeypatch):
-    import time
-
-    from compass_codec import entropy
-    from compass_codec.codec import Codec
-    from compass_codec.measure import speed
-
-    def slow(*args, encode=entropy.encode):
-        end = time.process_time() + 0.5
-        while time.process_time() < end:
-            pass
-        return encode(*args)
-
-    monkeypatch.setattr(entropy, "encode", slow)
-    codec, picture = Codec.load("cpu"), speed.photograph(96, 64)
-    with speed.timed(codec) as spent:
-        start = time.process_time()
-        codec.encode(picture, [1, 2], 60)
-        whole = time.process_time() - start
-    assert {"analysis", "synthesis", "LIFF: maps"} <= spent.keys() and min(spent.values()) >= 0
-    assert 1 < spent["entropy coding"] < sum(spent.values()) <= whole
