@@ -8,12 +8,13 @@ import sys
 import zlib
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from conftest import compass, crop, psnr
 from PIL import Image
 
-from compass_codec import colour, container
+from compass_codec import cli, colour, container
 from compass_codec.codec import layer_sizes
 
 SCALES = {1: "1", 2: "1,2.0", 3: "1,2.0,3.2", 5: "1,1.37,2,2.9,7.7"}
@@ -401,3 +402,12 @@ def test_names_as_long_as_the_file_system_takes(tmp_path, small_file):
 
     write_file(tmp_path / ("ä" * 125 + ".cmps"), small_file)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_has_help(name):
+    command = cli.cli.get_command(None, name)
+    assert command.help
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help and parameter.help.endswith("."), parameter.name

@@ -62,7 +62,7 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # older click has it wi
     help="The same for three layers, 1x, 2x and this. The paper has 2.4,2.8,3.2,3.6,4.",
 )
 @click.option("--ablation", type=float, default=3.2, show_default=True, help="Scale of the last of its three layers.")
-@click.option("--qualities", type=Numbers(), default="1,30,60,100", show_default=True)
+@click.option("--qualities", type=Numbers(), default="1,30,60,100", show_default=True, help="Of COMPASS.")
 @click.option("--peers", type=Names(list(PEERS)), default=tuple(PEERS), help=f"Default: {','.join(PEERS)}.")
 @click.option(
     "--curves",
@@ -72,7 +72,9 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # older click has it wi
 )
 @click.option("--quick", is_flag=True, help=f"Only {QUICK} of the pictures.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Processes of one thread each; default: one for each core.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="For COMPASS."
+)
 @click.option("--weights", type=click.Path(path_type=Path), help="Folder of weights; default: the installed ones.")
 def bench(
     images: Path,

@@ -78,8 +78,8 @@ def profiles() -> str:
         body.append([name, f"{encode:.2f} s", f"{decode[-1]:.2f} s", " and ".join(ratios), lower])
     head = ["profile", "encoding", "decoding", f"of the times of `{names[0]}`", "layers 0 and 1, of decoding all"]
     return (
-        f"PyTorch {torch.__version__} with {torch.get_num_threads()} threads, float32. Processor time a megapixel of the "
-        f"largest layer.\n\n{rows(head, body)}"
+        f"PyTorch {torch.__version__} with {torch.get_num_threads()} threads, float32. Processor time a megapixel "
+        f"of the largest layer.\n\n{rows(head, body)}"
     )
 
 

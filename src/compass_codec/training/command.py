@@ -139,7 +139,9 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     required=True,
     help="Tar file or folder of pictures; can be given several times.",
 )
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=20, show_default=True)
+@click.option(
+    "--minutes", type=click.FloatRange(0, min_open=True), default=20, show_default=True, help="Length of the schedule."
+)
 @click.option("--steps", type=click.IntRange(0), default=0, help="Length of the schedule in steps instead of minutes.")
 @click.option(
     "--resume",
@@ -162,19 +164,41 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 )
 @click.option("--batch", type=Integers(), default="16", show_default=True, help="Crops a step in each process.")
 @click.option("--side", type=Integers(), default="128,256", show_default=True, help="Of a crop, over the schedule.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=3e-4, show_default=True)
+@click.option(
+    "--lr", type=click.FloatRange(0, min_open=True), default=3e-4, show_default=True, help="Highest learning rate."
+)
 @click.option("--hyper-lr", type=click.FloatRange(0), default=2.0, show_default=True, help="Relative to --lr.")
-@click.option("--optimiser", type=click.Choice(["adam", "adamw", "muon"]), default="adam", show_default=True)
-@click.option("--ema", type=click.FloatRange(0, 1, max_open=True), default=0.999, show_default=True)
-@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
+@click.option(
+    "--optimiser",
+    type=click.Choice(["adam", "adamw", "muon"]),
+    default="adam",
+    show_default=True,
+    help="muon is for matrices of convolutions, with Adam for the rest.",
+)
+@click.option(
+    "--ema",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.999,
+    show_default=True,
+    help="Decay of the averaged weights, which are exported.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "bf16", "fp32"]),
+    default="auto",
+    show_default=True,
+    help="Of the networks; auto: bf16 where the hardware multiplies it.",
+)
 @click.option(
     "--compile",
     is_flag=True,
     help="Compile first, for minutes; steps of base codecs then take 0.7 of the time or less.",
 )
 @click.option("--liff", type=click.Choice(["small", "paper"]), help="Size of LIFF; default: that of its weights.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to train."
+)
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of crops, rates and factors.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def train(
     stage: str,
