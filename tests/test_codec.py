@@ -8,7 +8,7 @@ from PIL import Image
 
 import compass_codec
 from compass_codec import container
-from compass_codec.backbones.symbols import MAGNITUDES, MOST_BEYOND
+from compass_codec.backbones.symbols import MAGNITUDES, MOST_BEYOND, quantise
 from compass_codec.codec import Codec, layer_sizes
 from compass_codec.errors import (
     CompassError,
@@ -64,7 +64,9 @@ def test_symbols_are_rounded_by_what_they_cost(codec, monkeypatch):
     assert (least >= 0.5).all() and (least <= 0.5 + MOST_BEYOND).all() and least[0, 0] > least[40, 0] + 0.02
     x = torch.tensor([0.3, 0.5, 0.55, 0.9, 1.2, 7.2, 40.9])
     x = torch.cat([x, -x])[None, :, None, None]
-    frugal, wide = (layer.quantise(x.clone(), torch.full(x.shape, i, dtype=torch.uint8)).flatten() for i in (0, 45))
+    frugal, wide = (
+        quantise(x.clone(), torch.full(x.shape, i, dtype=torch.uint8), layer.thresholds).flatten() for i in (0, 45)
+    )
     assert frugal.tolist() == [0, 0, 0, 1, 1, 7, 41, 0, 0, 0, -1, -1, -7, -41]
     assert wide.tolist() == [0, 0, 1, 1, 1, 7, 41, 0, 0, -1, -1, -1, -7, -41]
 

@@ -334,3 +334,18 @@ def test_a_latent_of_one_place_has_gradients():
     loss, _ = stage(x, lam, torch.tensor([3.0]), ())
     loss.backward()
     assert loss.isfinite()
+
+
+def test_some_crops_are_drawn_and_some_get_grain():
+    torch.manual_seed(0)
+    x, lam = torch.full((400, 3, 16, 24), 0.5), torch.tensor([0.01, 0.1] * 200)
+    varied = LeanStage().varied(x, lam)
+    assert varied.shape == x.shape and varied.min() >= 0 and varied.max() <= 1
+    changed = (varied != x).flatten(1).any(1)
+    flat = torch.tensor([len(crop.flatten(1).unique(dim=1).T) <= 6 for crop in varied])
+    drawn = changed & flat
+    assert 0.03 < drawn.float().mean() < 0.1 and changed[1::2].all() and (changed == drawn)[::2].all()
+    colours = varied[drawn].permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0)
+    corners = ((colours == 0) | (colours == 1)).all(1)
+    assert 2 < corners.sum() < len(colours)  # white, red, ... and others
+    assert torch.equal(x, torch.full_like(x, 0.5)), "what was given stays"

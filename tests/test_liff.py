@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compass_codec.codec import shared
 from compass_codec.networks import liff as module
 from compass_codec.networks.liff import LIFF, SIZES, as_matrix, bicubic, bicubic_taps, nearest
 
@@ -66,6 +67,11 @@ def test_factored_equals_naive(liff, low, high):
     expected = naive(liff, x, high)
     assert (expected - bicubic(x, high)).abs().max() > 1e-3  # the network does contribute
     torch.testing.assert_close(liff(x, high), expected, atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def codec(in_float32):
+    return shared("cpu", model="paper")
 
 
 def test_shipped_weights_too(codec):

@@ -88,11 +88,11 @@ def test_files_of_every_set_decode_unnamed(idle, tmp_path, name):
 def test_a_set_is_loaded_once(idle, monkeypatch):
     _loaded.cache_clear()
     loads = []
-    load = mean_scale.build
+    load, name = mean_scale.build, "paper"
     monkeypatch.setattr(mean_scale, "build", lambda *args: loads.append(args[0]["profile"]) or load(*args))
-    folder = weights.choose(model="paper").folder
-    found = [shared("cpu"), shared("cpu", model="paper"), shared("cpu", folder), shared("cpu").of(shared("cpu").model)]
-    assert len({*found}) == 1 and loads == ["paper"]
+    folder, first = weights.choose(model=name).folder, shared("cpu", model=name)
+    found = [first, shared("cpu", model=name), shared("cpu", folder), shared("cpu", model=first.model)]
+    assert {*found, first.of(first.model)} == {first} and loads == [name]
     assert _loaded.cache_info().maxsize <= 4
 
 

@@ -16,7 +16,7 @@ from compass_codec.codec import Codec
 from compass_codec.measure import ratchet
 from compass_codec.measure.bd_rate import bd_rate
 from compass_codec.measure.ratchet import Curve, Measurement, layers_of, main, pictures_in
-from compass_codec.weights import folder_or_default
+from compass_codec.weights import choose
 
 RATE = [0.12, 0.3, 0.66, 1.23]
 PSNR = [27.7, 31.1, 34.9, 38.8]
@@ -97,10 +97,10 @@ class TestVerdict:
         return path
 
     def test_the_same_weights_do_not_pass(self, kodak, tmp_path, monkeypatch):
-        copy = shutil.copytree(folder_or_default(None), tmp_path / "copy")
+        copy = shutil.copytree(choose().folder, tmp_path / "copy")
         report, cache, curves = tmp_path / "report.json", tmp_path / "cache.json", tmp_path / "curves.json"
         curves.write_text(json.dumps({"curves": {"mine": {"bpp": [0.001, 0.1, 5, 50], "psnr_rgb": [5, 15, 45, 90]}}}))
-        arguments = [folder_or_default(None), copy, "--images", kodak, "--device", "cpu", "--simulcast"]
+        arguments = [choose().folder, copy, "--images", kodak, "--device", "cpu", "--simulcast"]
         arguments += ["--json", report, "--cache", cache, "--curves", curves, "--key", "mine", "--scales", "1,2"]
         monkeypatch.setattr(ratchet, "DECIDING", (ratchet.SINGLE, (1.0, 2.0, 4.0)))
         result = CliRunner().invoke(main, [str(a) for a in arguments])
@@ -125,14 +125,14 @@ class TestVerdict:
 
         monkeypatch.setattr(Measurement, "curve", curve)
         monkeypatch.setattr(Codec, "load", lambda device, folder: SimpleNamespace(model="none"))
-        weights = str(folder_or_default(None))
+        weights = str(choose().folder)
         assert CliRunner().invoke(main, [weights, weights, "--images", str(kodak)]).exit_code == code
 
     @pytest.mark.parametrize("quick", [0, 1])
     def test_published_curve_is_of_all_pictures(self, kodak, monkeypatch, tmp_path, quick):
         monkeypatch.setattr(Measurement, "curve", lambda self, scales: Curve(RATE, PSNR))
         monkeypatch.setattr(Codec, "load", lambda device, folder: SimpleNamespace(model="none"))
-        curves, weights = tmp_path / "curves.json", str(folder_or_default(None))
+        curves, weights = tmp_path / "curves.json", str(choose().folder)
         curves.write_text(json.dumps({"curves": {"mine": {"bpp": RATE, "psnr_rgb": PSNR}}}))
         arguments = [weights, weights, "--images", str(kodak), "--curves", str(curves), "--key", "mine"]
         result = CliRunner().invoke(main, [*arguments, "--quick", str(quick)])
@@ -140,7 +140,7 @@ class TestVerdict:
         assert ("single layer: new against mine" in result.output) == (quick == 0)
 
     def test_what_cannot_be_compared_is_neither(self, kodak, tmp_path):
-        weights = str(folder_or_default(None))
+        weights = str(choose().folder)
         for arguments in (
             [weights, str(tmp_path), "--images", str(kodak)],
             [weights, weights, "--images", str(tmp_path)],

@@ -82,7 +82,7 @@ def test_pixel_limit(tmp_path, small_file):
     assert compass("decode", file, "--max-pixels", 4800).code == 0
 
 
-WRITE = "import os, sys, signal\nfrom pathlib import Path\nfrom compass_codec.pictures import write_file\n"
+WRITE = "import os, sys, signal\nfrom pathlib import Path\nfrom compass_codec.files import write_file\n"
 
 
 def interrupted(target: Path, how: str) -> subprocess.CompletedProcess:
@@ -131,8 +131,8 @@ def test_full_disk_is_one_line(tmp_path):
 def test_not_enough_memory_is_one_line(tmp_path, small_file):
     (tmp_path / "x.cmps").write_bytes(small_file)
     code = (
-        "import sys, torch; from compass_codec import cli, layer\n"
-        "layer.MeanScaleLayer.reconstruct = lambda *a: torch.empty(2**60)\ncli.main()"
+        "import sys, torch; from compass_codec import cli; from compass_codec.codec import Codec\n"
+        "Codec.predict = lambda *a: torch.empty(2**60)\ncli.main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "decode", str(tmp_path / "x.cmps")], capture_output=True, text=True

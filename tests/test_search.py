@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from conftest import compass, crop
 
 from compass_codec import container, entropy, search
+from compass_codec.codec import shared
 from compass_codec.errors import OptionError
 from compass_codec.measure import effort as efforts
 from compass_codec.networks.mean_scale import quality_to_lambda
@@ -19,6 +20,12 @@ from compass_codec.networks.mean_scale import quality_to_lambda
 def layers_of(*widths: int) -> list[np.ndarray]:
     image = crop(widths[-1], widths[-1] * 3 // 4)
     return [np.array(image.resize((w, w * 3 // 4))) for w in widths]
+
+
+@pytest.fixture(scope="module")
+def codec(in_float32):
+    """Of the set that can be searched."""
+    return shared("cpu", model="paper")
 
 
 def costs(encoded, layers, quality) -> float:
@@ -179,7 +186,7 @@ def test_curvature(codec):
         y = own.codec.analysis(pixels, level).round()
     with search.gradients():
         known = torch.zeros(1, 3, 96, 128)
-        job = search.Job(np.array(crop(128, 96)), known, 60, 1.0, torch.Generator(), math.inf)
+        job = search.LayerTask(np.array(crop(128, 96)), known, 60, 1.0, torch.Generator(), math.inf)
         tile = search.Tile((96, 128), (0, 2), (0, 2))
         found = own.curvature(y.clone(), job, tile, job.known).detach()
     assert found.shape == y.shape
@@ -267,20 +274,35 @@ def test_command(tmp_path):
     sizes = []
     for effort in (0, 1):
         target = tmp_path / f"{effort}.cmps"
-        done = compass("encode", source, "-s", "1,2", "--effort", effort, "--verify", "--json", "-o", target)
+        done = compass(
+            "encode", source, "--model", "paper", "-s", "1,2", "--effort", effort, "--verify", "--json", "-o", target
+        )
         assert done.code == 0, done.err
         sizes.append(json.loads(done.out)["size"])
         assert sizes[-1] == target.stat().st_size
     assert (tmp_path / "0.cmps").read_bytes() != (tmp_path / "1.cmps").read_bytes()
     weighted = tmp_path / "weighted.cmps"
-    assert compass("encode", source, "-s", "1,2", "--effort", 1, "--layer-weights", "9,1", "-o", weighted).code == 0
+    assert (
+        compass(
+            "encode", source, "--model", "paper", "-s", "1,2", "--effort", 1, "--layer-weights", "9,1", "-o", weighted
+        ).code
+        == 0
+    )
     assert weighted.read_bytes() != (tmp_path / "1.cmps").read_bytes()
     for wrong in ("9", "9,0", "9,inf", "9,x"):
-        assert compass("encode", source, "-s", "1,2", "--effort", 1, "--layer-weights", wrong).code == 2
-    assert compass("encode", source, "-s", "1,2", "--layer-weights", "9,1").code == 2
-    assert compass("encode", source, "-s", "1", "--effort", 10).code == 2
-    assert compass("encode", source, "-s", "1", "--time-budget", 3).code == 2
-    assert compass("encode", source, "-s", "1", "--time-budget", 3, "--effort", 1, "--target-bpp", 1).code == 2
+        assert (
+            compass("encode", source, "--model", "paper", "-s", "1,2", "--effort", 1, "--layer-weights", wrong).code
+            == 2
+        )
+    assert compass("encode", source, "--model", "paper", "-s", "1,2", "--layer-weights", "9,1").code == 2
+    assert compass("encode", source, "--model", "paper", "-s", "1", "--effort", 10).code == 2
+    assert compass("encode", source, "--model", "paper", "-s", "1", "--time-budget", 3).code == 2
+    assert (
+        compass(
+            "encode", source, "--model", "paper", "-s", "1", "--time-budget", 3, "--effort", 1, "--target-bpp", 1
+        ).code
+        == 2
+    )
 
 
 def test_the_table_of_efforts(tmp_path):

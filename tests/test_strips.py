@@ -8,7 +8,7 @@ import torch
 from conftest import crop
 
 from compass_codec import container
-from compass_codec.codec import Codec
+from compass_codec.codec import Codec, shared
 from compass_codec.networks import liff, strips
 
 
@@ -85,7 +85,13 @@ def small_strips(monkeypatch) -> Codec:
     for table in (strips.STRIP, strips.TILE):
         monkeypatch.setitem(table, "cpu", 64)
     monkeypatch.setitem(liff.TILE, "cpu", 40)
-    return Codec.load("cpu")
+    return Codec.load("cpu", model="paper")
+
+
+@pytest.fixture(scope="module")
+def codec(in_float32):
+    """Of the networks that are computed in tiles."""
+    return shared("cpu", model="paper")
 
 
 @pytest.mark.parametrize("size", [(130, 201), (257, 75)])

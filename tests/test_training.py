@@ -137,7 +137,7 @@ class TestStart:
 
     def test_training_rounds_as_the_encoder_does(self):
         """Up to what the tables it is coded with differ from a normal distribution."""
-        codec = Codec.load("cpu")
+        codec = Codec.load("cpu", model="paper")
         generator = torch.Generator().manual_seed(3)
         index = torch.randint(0, 40, (1, 192, 40, 40), generator=generator)
         scales = torch.from_numpy(scale_levels()).float()[index]
@@ -572,10 +572,10 @@ class TestTables:
         from compass_codec.entropy import gaussian_tables
         from compass_codec.training.export import describe
         from compass_codec.training.tables import main
-        from compass_codec.weights import folder_or_default
+        from compass_codec.weights import folder_of
 
         for part in PARTS:
-            shutil.copy(folder_or_default(None) / f"{part}.safetensors", tmp_path)
+            shutil.copy(folder_of("mean_scale") / f"{part}.safetensors", tmp_path)
         describe(tmp_path)
         ideal, lengths = gaussian_tables()
         for part in ("base", "residual"):
@@ -609,12 +609,12 @@ class TestTables:
 class TestAverage:
     def sets(self, tmp_path) -> tuple[Path, Path]:
         """Two sets of LIFF and base codec, that of "new" twice as large as that of "old" wherever it is not zero."""
-        from compass_codec.weights import folder_or_default
+        from compass_codec.weights import folder_of
 
         for name, times in (("old", 1), ("new", 2)):
             (tmp_path / name).mkdir()
             for part in ("liff", "base"):
-                tensors = load_file(folder_or_default(None) / f"{part}.safetensors")
+                tensors = load_file(folder_of("mean_scale") / f"{part}.safetensors")
                 tensors = {k: v * times for k, v in tensors.items()} | {"tables": torch.tensor([times])}
                 save_file(tensors, tmp_path / name / f"{part}.safetensors")
         return tmp_path / "old", tmp_path / "new"

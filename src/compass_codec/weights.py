@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from compass_codec.backbones import Backbone, LayerCodec, Predictor
 
-DEFAULT = "paper"  # the profile that encodes when none is named
+DEFAULT = "lean"  # the profile that encodes when none is named
 PATH = "COMPASS_MODELS"  # environment variable: folders of sets, or sets, separated as in PATH
 CARD = "model.json"
 FORMAT = 1  # of model.json
@@ -211,9 +211,12 @@ def profile_of(identity: str) -> str | None:
         return None
 
 
-def folder_or_default(folder: Path | None) -> Path:
-    """``folder``, or the installed weights of the default profile."""
-    return folder if folder is not None else choose().folder
+def folder_of(backbone: str) -> Path:
+    """The first set that there is of a backbone. Raises WeightsError if there is none."""
+    for found in sets():
+        if isinstance(found, ModelSet) and found.backbone == backbone:
+            return found.folder
+    raise WeightsError(f"no set of weights of the backbone {backbone} is installed")
 
 
 def identity(folder: Path | None = None, model: str | None = None) -> str:

@@ -23,6 +23,7 @@ from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales
 from compass_codec.networks.arrays import to_tensor
 
 Coded = list[tuple[int, NDArray[np.uint8]]]
+Size = tuple[int, int]  # height, width
 
 
 class Measured(Codec):
@@ -69,19 +70,20 @@ class Padded(Measured):
     LIFF still predicts between the true sizes, so that only the two image codecs see the padding.
     """
 
-    true: Iterator[tuple[tuple[int, int], tuple[int, int]]]
+    true: dict[tuple[Size, Size], tuple[Size, Size]]  # sizes of two layers that are padded to these
 
     def code(self, layers: Sequence[NDArray[np.uint8]], scales: Scales, quality: float) -> Coded:
         sizes = [(p.shape[0], p.shape[1]) for p in layers]
-        self.true = pairwise(sizes)
         edges = [((0, -h % 64), (0, -w % 64), (0, 0)) for h, w in sizes]
+        padded = [(h + e[0][1], w + e[1][1]) for (h, w), e in zip(sizes, edges, strict=True)]
+        self.true = dict(zip(pairwise(padded), pairwise(sizes), strict=True))
         coded = super().code([np.pad(p, e, "edge") for p, e in zip(layers, edges, strict=True)], scales, quality)
         return [(end, p[:h, :w]) for (end, p), (h, w) in zip(coded, sizes, strict=True)]
 
     def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Tensor]:
         if below is None:
             return super().predict(below, size)
-        (low, left), (height, width) = next(self.true)
+        (low, left), (height, width) = self.true[(below.shape[0], below.shape[1]), size]
         prediction = torch.cat(list(super().predict(below[:low, :left], (height, width))), 2)
         return iter([F.pad(prediction, (0, size[1] - width, 0, size[0] - height), mode="replicate")])
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # modules that decide what a file holds and decodes to
-CODEC = ("codec", "colour", "container", "entropy", "metrics", "pictures", "weights", "backbones/*", "networks/*")
+CODEC = ("codec", "colour", "container", "entropy", "pictures", "weights", "backbones/*", "networks/*")
 MS_SSIM_SIDE = 161  # five scales of windows of 11 samples need this many
 
 

@@ -69,9 +69,9 @@ def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int, liff
 
     from compass_codec.backbones.mean_scale import PARTS
     from compass_codec.training import lean
-    from compass_codec.training.export import import_start, load_parts
+    from compass_codec.training.export import BACKBONE, import_start, load_parts
     from compass_codec.training.start import block_transform
-    from compass_codec.weights import folder_or_default
+    from compass_codec.weights import folder_of
 
     if isinstance(stage, lean.LeanStage):
         return lean.start(stage, weights, pictures, seed)
@@ -81,7 +81,7 @@ def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int, liff
     else:
         if weights is not None and not weights.is_dir():
             raise ValueError(f"{weights}: no such file or folder of weights")
-        found = load_parts(stage, folder_or_default(weights), liff)
+        found = load_parts(stage, weights or folder_of(BACKBONE), liff)
     words = [f"{part} from weights" for part in PARTS if part in found]
     if "base" not in found:
         crops = pictures.sample(32, 128, torch.Generator().manual_seed(seed))
@@ -100,9 +100,9 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     from dataclasses import asdict
 
     from compass_codec.backbones.mean_scale import PARTS
-    from compass_codec.training.export import device_name, export
+    from compass_codec.training.export import BACKBONE, device_name, export
     from compass_codec.training.lean import LeanStage
-    from compass_codec.weights import CARD, folder_or_default
+    from compass_codec.weights import CARD, folder_of
 
     plan, name = asdict(run.plan), device_name(run.device)
     entry = {
@@ -118,7 +118,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     run.put(run.ema)
     out.mkdir(parents=True, exist_ok=True)
     lean = isinstance(run.stage, LeanStage)
-    folder = weights or out if lean else folder_or_default(weights)
+    folder = weights or (out if lean else folder_of(BACKBONE))
     if folder.is_dir():
         others = [f"{part}.safetensors" for part in PARTS if part not in run.stage.trains]
         for file in [*others, CARD, "history.json"]:

@@ -37,7 +37,7 @@ BACKBONE = "lean"
 PARTS = ("base", "residual", "liff")
 LOG_SCALES = (math.log(0.06), math.log(256.0))  # that the networks may give
 LEAST = 0.05  # standard deviation of latents that the start leaves at zero
-SOLID = 1 / 16  # of the crops become one colour, which photographs rarely are
+DRAWN = 1 / 16  # of the crops become rectangles of one colour each, which photographs rarely hold
 PREDICTION = 0.1  # of the loss of an enhancement layer is added for its prediction alone, from which LIFF learns first
 GRAINY, GRAIN, COLOURED = 0.05, 4 / 255, 0.3  # lambda from where crops get grain; its most; its part that has colour
 
@@ -99,10 +99,11 @@ class LeanStage(Stage):
     def forward(
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.training:
-            x = varied(x, lam)
         rec, bits = self.base(x - 0.5, level, self.with_context)
         return cost(x, rec + 0.5, bits, lam)
+
+    def varied(self, x: Tensor, lam: Tensor) -> Tensor:
+        return drawn(grainy(x, lam))
 
     def latents(self, part: str, x: Tensor, level: Tensor, factor: float) -> Tensor:
         """The latent [B, M, h, w] that the codec ``part`` makes of crops, for an enhancement layer a step of
@@ -170,8 +171,6 @@ class LeanLayersStage(LeanStage):
     def forward(
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.training:
-            x = varied(x, lam)
         layers = pyramid(x, lam, level, factors, self.lambdas)
         target, _, level = layers.pop()
         rec = self.lower(target, level)
@@ -204,15 +203,29 @@ STAGES: dict[str, type[LeanStage]] = {
 }
 
 
-def varied(x: Tensor, lam: Tensor) -> Tensor:
+def grainy(x: Tensor, lam: Tensor) -> Tensor:
     """Crops [B, 3, H, W] with film-like grain where ``lam`` [B] is high enough to keep it, as training pictures that
-    were reduced have little of their own; and some of one colour alone."""
+    were reduced have little of their own."""
     shape = (len(x), 1, 1, 1)
     amount = GRAIN * torch.rand(shape, device=x.device) * (lam > GRAINY).view(shape)
     b, _, h, w = x.shape  # noise in this order of memory is made five times as fast
     grain = torch.randn(b, 1, h, w, device=x.device) + COLOURED * torch.randn(x.shape, device=x.device)
-    solid = torch.rand(shape, device=x.device) < SOLID
-    return torch.where(solid, x.mean((2, 3), keepdim=True), (x + amount * grain).clamp(0, 1))
+    return (x + amount * grain).clamp(0, 1)
+
+
+def drawn(x: Tensor) -> Tensor:
+    """Crops [B, 3, H, W] of which some become one colour, or up to five rectangles on it. Half of the colours are
+    corners of the cube, such as red or white."""
+    x, (h, w) = x.clone(), x.shape[-2:]
+    for k in torch.nonzero(torch.rand(len(x)) < DRAWN).flatten().tolist():
+        count = int(torch.randint(6, ()))
+        colours = torch.rand(1 + count, 3, 1, 1)
+        colours = torch.where(torch.rand(1 + count, 1, 1, 1) < 0.5, colours.round(), colours).to(x)
+        x[k] = colours[0]
+        for colour in colours[1:]:
+            (top, bottom), (left, right) = (torch.randint(side + 1, (2,)).sort().values.tolist() for side in (h, w))
+            x[k, :, top:bottom, left:right] = colour
+    return x
 
 
 def dct(side: int) -> Tensor:

