@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import crop
 
+from compass_codec.codec import shared
 from compass_codec.entropy import SCALE_RANGE
 from compass_codec.networks import mean_scale as networks
 from compass_codec.networks.hyper import HyperDecoder
@@ -125,9 +126,9 @@ def test_gain_is_interpolated_geometrically():
 
 
 @pytest.fixture
-def real(codec):
-    """The shipped base layer's parts."""
-    return codec.base
+def real(in_float32):
+    """The parts of the base layer of the paper's set."""
+    return shared("cpu", model="paper").base
 
 
 class TestHyperDecoder:
