@@ -12,17 +12,20 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import click
 
 from compass_codec import container, errors
 from compass_codec.errors import CompassError, told
-from compass_codec.jobs import batch, paths
+from compass_codec.jobs import paths
 from compass_codec.jobs.job import DecodeOptions, EncodeOptions, Job, Options
 from compass_codec.jobs.paths import HEADER_READ, STDIO
 from compass_codec.jobs.report import Report, reason
+
+if TYPE_CHECKING:
+    from compass_codec.jobs import batch
 
 __all__ = ["HEADER_READ", "STDIO"]
 
@@ -103,6 +106,7 @@ def select(
     extension: str,
 ) -> batch.Found:
     """The jobs that the arguments ask for: one, to ``target`` if that is given, or a batch."""
+    from compass_codec.jobs import batch
 
     if not files and files_from is None:
         raise click.UsageError("which files? Name some, or use --files-from")
@@ -140,7 +144,7 @@ def work(
     show_one: Callable[[Report], str],
 ) -> None:
     """Do the jobs and say what became of them; the exit code is 1 if any failed."""
-    from compass_codec.jobs import cluster
+    from compass_codec.jobs import batch, cluster
 
     run = cluster.run if engine == "ray" else batch.run
     many = not todo.jobs or todo.jobs[0].options.batch
