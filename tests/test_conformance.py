@@ -122,11 +122,11 @@ def excess(golden: dict[str, list[list[float]]], found: dict[str, list[list[floa
 
 
 def test_the_encoder_is_no_worse(codec, monkeypatch):
-    """At most 0.5 % more bits at equal PSNR; which an encoder that rounds without a thought of bits does not keep."""
+    """At most 0.5 % more bits at equal PSNR; which an encoder that rounds up too soon does not keep."""
     golden = json.loads((folder(codec) / "rate.json").read_text())
     assert excess(golden, measured(codec)) < 0.005
     for layer in (codec.base, codec.residual):
-        monkeypatch.setattr(layer, "thresholds", torch.full_like(layer.thresholds, 0.5))
+        monkeypatch.setattr(layer, "thresholds", torch.full_like(layer.thresholds, 0.4))
     assert excess(golden, measured(codec)) > 0.005
 
 
