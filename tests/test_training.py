@@ -557,6 +557,10 @@ def test_compile_is_for_steps_of_base_codecs(folder, tmp_path, monkeypatch):
     arguments = ["--data", folder, "--resume", tmp_path, "--steps", 1, "--batch", 1, "--side", 64, "--compile"]
     result = CliRunner().invoke(train, ["base", *map(str, arguments)])
     assert result.exit_code == 0 and len(compiled) == 1, result.output
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", str(tmp_path / "none"))
+        result = CliRunner().invoke(train, ["base", *map(str, arguments)])
+    assert result.exit_code == 1 and result.output.endswith(f"there is no {tmp_path / 'none'}\n")
     result = CliRunner().invoke(train, ["residual", *map(str, arguments)])
     assert (
         result.exit_code == 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -103,6 +104,9 @@ class Run:
     def __init__(self, plan: Plan, stage: Stage, pictures: Pictures, folder: Path, device: torch.device) -> None:
         if plan.compile and stage.layered:
             raise ValueError(f"{plan.stage}: layers of any size cannot be compiled; --compile is for base codecs")
+        compiler = os.environ.get("CXX", "g++")  # what PyTorch takes on a CPU
+        if plan.compile and device.type == "cpu" and not shutil.which(compiler):
+            raise ValueError(f"--compile needs a C++ compiler; there is no {compiler}")
         self.plan, self.stage, self.pictures, self.folder, self.device = plan, stage, pictures, folder, device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         stage.freeze()
