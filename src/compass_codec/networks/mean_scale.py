@@ -8,7 +8,7 @@ CompressAI's ``MeanScaleHyperprior``, so weights can be exchanged with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -239,7 +239,3 @@ def quality_to_lambda(quality: float) -> float:
     """Quality 1..100 to a Lagrangian multiplier, log-linear over the trained range."""
     t = (quality - 1) / 99
     return math.exp((1 - t) * math.log(LAMBDAS[0]) + t * math.log(LAMBDAS[-1]))
-
-
-def count_parameters(modules: Sequence[nn.Module]) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())

@@ -38,17 +38,16 @@ class Counted(Table):
         super().__init__(table.freq)
         self.seen = np.zeros(2 * self.width + 1)
         self.held_out = np.zeros(len(self.freq))  # with escapes, the last
+        self.hold_out = False  # whether symbols are kept apart, to check the new frequencies on
 
     def indices(self, symbols: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         positions, escaped = super().indices(symbols)
         counts = np.bincount(positions, minlength=len(self.freq))
-        if Counted.hold_out:
+        if self.hold_out:
             self.held_out += counts
         else:
             self.seen += counts[:-1]
         return positions, escaped
-
-    hold_out = False  # whether symbols are kept apart, to check the new frequencies on
 
     def bits(self, freq: NDArray[np.int32]) -> float:
         """What the symbols that were held out cost with frequencies ``freq``."""
@@ -66,6 +65,11 @@ class Counts:
         if not isinstance(tables, Tables):
             raise ValueError("this backbone has no tables that could be counted")
         self.z, self.y = tables.z, tables.y = [Counted(t) for t in tables.z], [Counted(t) for t in tables.y]
+
+    def hold_out(self, value: bool) -> None:
+        """Whether what is coded from now on is held out."""
+        for table in (*self.z, *self.y):
+            table.hold_out = value
 
     def frequencies(self) -> dict[str, NDArray[np.int32]]:
         """New frequencies, by their names in the weights file."""
@@ -95,7 +99,8 @@ def count(codec: Codec, pictures: Pictures, crops: int, side: int, seed: int = 1
     counts = Counts(codec.base), Counts(codec.residual)
     with click.progressbar(range(crops), label="counting") as bar:
         for n in bar:
-            Counted.hold_out = n % HELD_OUT == HELD_OUT - 1
+            for each in counts:
+                each.hold_out(n % HELD_OUT == HELD_OUT - 1)
             x = pictures.sample(1, side, generator)
             draw, quality = torch.rand(2, generator=generator).tolist()
             small = resize(x, (round(side / (1 + 3 * draw)),) * 2)
