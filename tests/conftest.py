@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compass_codec import cli, metrics, weights
+from compass_codec import cli, engines, metrics, weights
 
 GOLDEN = Path(__file__).parent / "golden" / weights.DEFAULT
 KODAK = Path(__file__).parents[2] / "shared" / "data" / "kodak"
@@ -35,8 +35,10 @@ def crop(width: int, height: int) -> Image.Image:
 
 @pytest.fixture(scope="session", autouse=True)
 def in_float32():
-    """What a test does not ask for is the same on every machine."""
+    """What a test does not ask for is the same on every machine, whatever is installed there."""
     patch = pytest.MonkeyPatch()
+    choose = engines.choose
+    patch.setattr(engines, "choose", lambda asked, *about: choose("torch" if asked == "auto" else asked, *about))
     patch.setattr("compass_codec.codec.fastest", lambda device: "float32" if device.type == "cpu" else "float16")
     yield
     patch.undo()

@@ -8,8 +8,9 @@ import torch
 from conftest import compass
 from PIL import Image
 
+from compass_codec.engines.torch_engine import TorchEngine
 from compass_codec.errors import CompassError
-from compass_codec.networks import lean_liff
+from compass_codec.networks import lean_liff, lean_rows
 from compass_codec.networks.lean import EPSILON, LAMBDAS, PHASES, STEPS, LeanCodec, RMSNorm
 from compass_codec.networks.lean import multiply_accumulates as codec_multiply_accumulates
 from compass_codec.networks.lean_liff import LeanLIFF, multiply_accumulates
@@ -152,7 +153,7 @@ def test_training_goes_on_and_its_set_says_what_it_is(tmp_path):
     stages = [entry["stage"] for entry in json.loads((folder / "history.json").read_text())]
     assert stages == ["lean", "lean-context"]
     with pytest.raises(CompassError, match=r"no part residual"):
-        load(choose(folder), torch.device("cpu"))
+        load(choose(folder), TorchEngine(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (19, 40)])
@@ -201,10 +202,10 @@ def test_lean_liff_is_the_sum_over_taps_that_it_says(factor):
 @pytest.mark.parametrize("low", [(1, 1), (3, 50), (6, 10), (22, 17)])
 @torch.no_grad()
 def test_rows_of_lean_liff_are_those_of_all_at_once(factor, low, monkeypatch):
-    for name, value in {"PLACES": 50, "MIXED_PLACES": 30, "CUBIC_ROWS_WIDENED": 5}.items():
-        monkeypatch.setitem(getattr(lean_liff, name), "cpu", value)
-    monkeypatch.setattr(lean_liff, "CUBIC_COLUMNS", 16)
-    monkeypatch.setattr(lean_liff, "CUBIC_ROWS", 2)
+    for table, value in ((lean_rows.PLACES, 50), (lean_liff.MIXED_PLACES, 30), (lean_rows.CUBIC_ROWS_WIDENED, 5)):
+        monkeypatch.setitem(table, "cpu", value)
+    monkeypatch.setattr(lean_rows, "CUBIC_COLUMNS", 16)
+    monkeypatch.setattr(lean_rows, "CUBIC_ROWS", 2)
     network, pixels = liff(), torch.randint(256, (1, 3, *low), dtype=torch.uint8)
     height, width = taller(pixels, factor)
     whole = network(pixels.float() / 255, (height, width))

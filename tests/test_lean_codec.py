@@ -10,7 +10,8 @@ from torch import nn
 
 from compass_codec import entropy
 from compass_codec.backbones import lean as lean_codec
-from compass_codec.backbones.lean import Entropy, LeanLayer, Prepared, quality_to_lambda
+from compass_codec.backbones.lean import LeanLayer, quality_to_lambda
+from compass_codec.engines.torch_engine import TorchEngine, TorchExact, TorchLean, TorchTransforms
 from compass_codec.errors import DamagedError
 from compass_codec.networks import exact, flow, strips
 from compass_codec.networks.lean import LAMBDAS, LeanCodec, PlainBlock
@@ -38,7 +39,9 @@ def made(conditional: bool, kind: torch.dtype = torch.float32) -> LeanLayer:
     latents = [codec.analysis(*inputs((64, 64), level, conditional)) for level in range(len(LAMBDAS))]
     y, lengths = entropy.gaussian_tables()
     tables = entropy.Tables(z_table(FactorizedDensity(codec.n)).numpy(), y, lengths, skipped=lean_codec.SKIPPED)
-    return LeanLayer(codec, Entropy(integers(codec, latents), codec.m), tables, kind)
+    engine = TorchEngine(torch.device("cpu"))
+    exact = TorchExact(integers(codec, latents), codec.m, engine.device)
+    return LeanLayer(TorchLean(codec, exact, kind), tables, engine)
 
 
 def inputs(size: tuple[int, int], level: float, conditional: bool) -> tuple[torch.Tensor, ...]:
@@ -94,7 +97,7 @@ def test_weights_that_are_not_exact_are_refused():
 
 def test_the_integer_twin_is_near_the_networks(layer):
     """Indices and means of all four steps, from the same z and the same known latents."""
-    codec, found = layer.codec, []
+    codec, found = layer.networks.codec, []
     y = codec.analysis(*inputs((128, 128), 4, codec.conditional))[:1]
     z = codec.hyper_analysis(y).round()
 
@@ -118,21 +121,22 @@ def test_the_integer_twin_is_near_the_networks(layer):
 
 
 def test_strips_are_the_whole(layer, monkeypatch):
-    """What Prepared computes strip by strip is what the codec computes at once, up to float rounding."""
+    """What is computed strip by strip is what the codec computes at once, up to float rounding."""
     size = (8 * 21 + 3, 52)
-    x, level, *more = (part[:1] for part in inputs(size, 3, layer.codec.conditional))
-    whole = layer.codec.analysis(x, level, *more)
-    networks = Prepared(layer.codec, level, torch.float32)
+    x, level, *more = (part[:1] for part in inputs(size, 3, layer.networks.codec.conditional))
+    whole = layer.networks.codec.analysis(x, level, *more)
+    networks = TorchTransforms(layer.networks.codec, level, torch.float32)
     prediction = -x if more else torch.zeros_like(x)
     for cells in (4, 16, 1024):
         monkeypatch.setitem(lean_codec.CELLS, "cpu", cells)
         cuts = strips.spans(-(-size[0] // 16), layer._rows(size[1]))
         rows = [slice(a * 16, min(size[0], b * 16)) for a, b in cuts]
         pixels = ((x[:, :, r], prediction[:, :, r], r.stop == size[0]) for r in rows)
-        y = flow.gather(networks.analysis(pixels))
+        y = flow.gather(lean_codec.analysis(networks, pixels))
         assert (y - whole).abs().max() < 1e-3 * whole.abs().max()
-        back = torch.cat(list(networks.synthesis(flow.cut(whole, 2), [prediction + 0.5], size)), 2)
-        expected = layer.codec.synthesis(whole, level, size, *more) + prediction + 0.5
+        shown = lean_codec.synthesis(networks, flow.cut(whole, 2), [prediction + 0.5], size, bool(more))
+        back = torch.cat(list(shown), 2)
+        expected = layer.networks.codec.synthesis(whole, level, size, *more) + prediction + 0.5
         assert (back - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
@@ -149,7 +153,7 @@ def test_symbols_do_not_depend_on_strips_threads_or_the_pixel_path(layer, monkey
     z, y = layer.parse(data, size)
     assert z.dtype == y.dtype == np.int32 and z.shape == (8, 3, 2) and y.shape == (16, 10, 7)
     assert len(np.unique(y)) > 50
-    other = made(layer.codec.conditional, torch.bfloat16)
+    other = made(layer.networks.codec.conditional, torch.bfloat16)
     for codec, cells, threads in ((layer, 4, 1), (layer, 14, 2), (other, 1024, 1)):
         monkeypatch.setitem(lean_codec.CELLS, "cpu", cells)
         before = torch.get_num_threads()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from compass_codec.codec import shared
 from compass_codec.networks import liff as module
-from compass_codec.networks.liff import LIFF, SIZES, as_matrix, bicubic, bicubic_taps, nearest
+from compass_codec.networks.liff import LIFF, SIZES, bicubic, nearest
+from compass_codec.networks.places import as_matrix, bicubic_taps
 
 
 def naive(network: LIFF, low: Tensor, size: tuple[int, int]) -> Tensor:
@@ -121,7 +122,7 @@ def test_bytes_as_well_as_floats(liff):
 @pytest.mark.parametrize(("low", "high"), [(5, 5), (7, 11), (3, 12), (1, 4), (40, 41)])
 def test_bicubic_as_a_matrix(low, high):
     x = torch.rand(1, 1, low, low)
-    weights = as_matrix(bicubic_taps(low, high, (0, high)), 0, low)
+    weights = torch.from_numpy(as_matrix(bicubic_taps(low, high, (0, high)), 0, low))
     torch.testing.assert_close(weights @ x @ weights.T, bicubic(x, (high, high)), atol=5e-6, rtol=0)
 
 

@@ -180,7 +180,7 @@ def test_the_identity_follows_the_files(idle):
     second = weights.identity(idle)
     save_file({"x": np.zeros(2, np.float32)}, idle / "nothing.safetensors")
     assert len({first, second, weights.identity(idle)}) == 3
-    assert weights.load(weights.read_set(idle), shared("cpu").device).identity == weights.identity(idle)
+    assert weights.load(weights.read_set(idle), shared("cpu").engine).identity == weights.identity(idle)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_a_broken_card_is_one_line(idle, text, reason):
     text = text if isinstance(text, str) else json.dumps(text)
     (idle / "model.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(WeightsError) as caught:
-        weights.load(weights.read_set(idle), shared("cpu").device)
+        weights.load(weights.read_set(idle), shared("cpu").engine)
     assert str(caught.value).startswith(f"{idle / 'model.json'}: ") and reason in str(caught.value)
     assert "\n" not in str(caught.value)
 

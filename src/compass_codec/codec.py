@@ -6,28 +6,27 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from compass_codec import container, pictures
+from compass_codec import container, engines, pictures
 from compass_codec.errors import LimitError, OptionError
 from compass_codec.networks import strips
-from compass_codec.networks.arrays import to_tensor
+from compass_codec.networks.arrays import Array, space
 from compass_codec.weights import ModelSet, Weights, choose
 from compass_codec.weights import load as load_weights
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
     from typing_extensions import Buffer
 
+    from compass_codec.engines import Engine
     from compass_codec.search import Progress
 
 DEFAULT_QUALITY = 60.0
@@ -66,33 +65,42 @@ def check_layer_weights(weights: Sequence[float], count: int) -> list[float]:
 
 
 class Codec:
-    """The whole codec with its weights on one device.
+    """The whole codec with its weights, one engine and one device.
 
     >>> codec = Codec.load(device="cpu")
     >>> data = codec.encode(image, scales=[1, 2, 3.2], quality=60).data
     >>> codec.decode(data, layer=1).size
     """
 
-    def __init__(self, loaded: Weights, device: torch.device) -> None:
-        self.device, self.model, self.precision = device, loaded.identity, loaded.precision
+    def __init__(self, loaded: Weights, engine: Engine, asked: str) -> None:
+        self.engine, self.asked, self.device = engine, asked, engine.device
+        self.model, self.precision = loaded.identity, loaded.precision
         self.base, self.residual, self.predictor = loaded.base, loaded.residual, loaded.predictor
 
     @classmethod
     def load(
-        cls, device: str = "auto", weights: Path | None = None, precision: str = "auto", model: str | None = None
+        cls,
+        device: str = "auto",
+        weights: Path | None = None,
+        precision: str = "auto",
+        model: str | None = None,
+        engine: str = "auto",
     ) -> Codec:
         """Load the set of weights in folder ``weights``, or the one whose profile or identity is ``model`` (default:
         the installed set of the default profile; see weights.choose) to "cpu", "cuda" or, with "auto", to the GPU if
         there is one. ``precision`` of what computes the pixels above the base layer: "float32", "float16",
-        "bfloat16", or "auto", which is :func:`fastest`.
-        Raises WeightsError, and OptionError for a device that is not there."""
-        chosen = choose_device(device)
-        return cls(load_weights(choose(weights, model), chosen, choose_precision(precision, chosen)), chosen)
+        "bfloat16", or "auto", which is :func:`fastest`. ``engine``: "torch", "onnx" or "auto", see engines.choose.
+        Raises WeightsError, and OptionError for a device or an engine that is not there."""
+        return _load(_wanted(device, weights, precision, model, engine))
 
     def of(self, model: str) -> Codec:
         """The codec of the set with the identity ``model``, on the same device and in the same precision: this one, or
         one found as ``shared`` does. Raises WeightsError."""
-        return self if model == self.model else shared(self.device.type, None, self.precision, model)
+        return self if model == self.model else self._like(model, self.asked)
+
+    def _like(self, model: str, engine: str) -> Codec:
+        precision = "auto" if self.engine.name == "onnx" else self.precision
+        return shared(str(self.device), None, precision, model, engine)
 
     def encode(
         self,
@@ -111,7 +119,6 @@ class Codec:
         alpha = {k: pictures.alpha_to_bytes(plane) for k, plane in enumerate(alphas)}
         return self.encode_layers(layers, scales, quality, effort, sections=container.Sections(alpha=alpha))
 
-    @torch.inference_mode()
     def encode_layers(
         self,
         layers: Sequence[NDArray[np.uint8]],
@@ -141,6 +148,11 @@ class Codec:
             raise OptionError(f"{len(layers)} layers, {len(scales)} scale factors, {len(qualities)} qualities")
         if effort not in EFFORTS:
             raise OptionError(f"effort {effort}; it goes from 0 to 9")
+        if effort and self.engine.name == "onnx" and self.asked == "auto":  # which has no gradients
+            searching = self._like(self.model, "torch")
+            return searching.encode_layers(
+                layers, scales, quality, effort, time_budget, progress, layer_weights, sections
+            )
         if effort and not (self.base.searchable and self.residual.searchable):
             raise OptionError(f"effort {effort}; there is no search for weights {self.model}, only effort 0")
         layer_weights = check_layer_weights(layer_weights or [1.0] * len(layers), len(layers))
@@ -148,7 +160,7 @@ class Codec:
             raise LimitError(f"more than {container.MAX_PIXELS} pixels")
         deadline = math.inf if time_budget is None else started + time_budget
         coded: list[tuple[bytes, NDArray[np.uint8]]] = []
-        with float32_convolutions():
+        with self.engine.computing():
             for picture, q in zip(layers, qualities, strict=True):
                 coded.append(self.encode_layer(picture, coded[-1][1] if coded else None, q))
             if effort:
@@ -190,29 +202,27 @@ class Codec:
             size = (entry.height, entry.width)
             part = container.payload(header, data, k)
             codec = self.base if below is None else self.residual
-            with torch.inference_mode(), float32_convolutions():
+            with self.engine.computing():
                 below = codec.decode(part, size, self.predict(below, size), entry.quality)
             yield below
 
-    def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Tensor]:
+    def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Array]:
         """Strips [1, 3, rows, width] of what a layer of ``size`` adds to: mid-grey for the base layer, for the others
         what the predictor makes of ``below``."""
-        low = None if below is None else to_tensor(below, self.device)
+        low = self.engine.array(np.full((1, 1, 3), 0.5, np.float32) if below is None else below)
+        low = space(low).moveaxis(low, 2, 0)[None]
         for rows in strips.strip_spans(size, self.device):
-            if low is None:
-                yield torch.full((1, 3, 1, 1), 0.5, device=self.device).expand(1, 3, rows[1] - rows[0], size[1])
+            if below is None:
+                yield space(low).broadcast_to(low, (1, 3, rows[1] - rows[0], size[1]))
             else:
                 yield self.predictor.rows(low, size, rows)
-
-
-def float32_convolutions() -> AbstractContextManager[None]:
-    """Keep CUDA from computing convolutions in TF32, whose 10 bits show in the pixels; nothing changes on a CPU."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def choose_device(name: str) -> torch.device:
     """ "auto", "cpu" or "cuda" (one of several: "cuda:1") to a device. Raises OptionError for any other, and if a GPU
     is asked for and not there."""
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -236,6 +246,8 @@ def fastest(device: torch.device) -> str:
     """The precision that is fastest there: "float16" on a GPU and on a CPU with matrix units that take it (AMX-FP16),
     "bfloat16" on one whose matrix units take only that (AMX-BF16), otherwise "float32". Without such units a CPU is
     no faster with 16 bits, and may take twenty times as long."""
+    import torch
+
     if device.type != "cpu":
         return "float16"
     ask = getattr(torch.cpu, "get_capabilities", None)  # which older PyTorch does not have
@@ -244,22 +256,38 @@ def fastest(device: torch.device) -> str:
 
 
 def shared(
-    device: str = "auto", folder: Path | None = None, precision: str = "auto", model: str | None = None
+    device: str = "auto",
+    folder: Path | None = None,
+    precision: str = "auto",
+    model: str | None = None,
+    engine: str = "auto",
 ) -> Codec:
     """A codec that is loaded once in a process, of the set that weights.choose takes. The few used last are kept."""
-    chosen, found = choose_device(device), choose(folder, model)
+    wanted = _wanted(device, folder, precision, model, engine)
     with _loading:  # else two threads would load the same
-        return _loaded(Kept(found, found.identity, chosen.type, choose_precision(precision, chosen)))
+        return _loaded(wanted)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What tells loaded codecs apart: a set by its identity, wherever it lies."""
+    """What tells loaded codecs apart: a set by its identity, wherever it lies; what was ``asked`` for as the engine
+    decides about sets of other backbones."""
 
     found: ModelSet = field(compare=False)
     identity: str
+    engine: str
+    asked: str
     device: str
     precision: str
+
+
+def _wanted(device: str, folder: Path | None, precision: str, model: str | None, asked: str) -> Kept:
+    found = choose(folder, model)
+    engine = engines.choose(asked, found.backbone, device, precision)
+    if engine == "onnx":
+        return Kept(found, found.identity, engine, asked, "cpu", "float32")
+    chosen = choose_device(device)
+    return Kept(found, found.identity, engine, asked, str(chosen), choose_precision(precision, chosen))
 
 
 _loading = threading.Lock()
@@ -267,5 +295,9 @@ _loading = threading.Lock()
 
 @lru_cache(maxsize=4)
 def _loaded(wanted: Kept) -> Codec:
-    device = torch.device(wanted.device)
-    return Codec(load_weights(wanted.found, device, wanted.precision), device)
+    return _load(wanted)
+
+
+def _load(wanted: Kept) -> Codec:
+    engine = engines.make(wanted.engine, wanted.device)
+    return Codec(load_weights(wanted.found, engine, wanted.precision), engine, wanted.asked)

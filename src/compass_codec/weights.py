@@ -22,9 +22,8 @@ from compass_codec.container import MODEL_BYTES
 from compass_codec.errors import WeightsError
 
 if TYPE_CHECKING:
-    import torch
-
     from compass_codec.backbones import Backbone, LayerCodec, Predictor
+    from compass_codec.engines import Engine
 
 DEFAULT = "lean"  # the profile that encodes when none is named
 PATH = "COMPASS_MODELS"  # environment variable: folders of sets, or sets, separated as in PATH
@@ -224,18 +223,13 @@ def identity(folder: Path | None = None, model: str | None = None) -> str:
     return choose(folder, model).identity
 
 
-def load(found: ModelSet, device: torch.device, precision: str = "float32") -> Weights:
-    """Load a set to ``device``. What computes the pixels of enhancement layers does so in ``precision``, "float32",
+def load(found: ModelSet, engine: Engine, precision: str = "float32") -> Weights:
+    """Load a set with an engine. What computes the pixels of enhancement layers does so in ``precision``, "float32",
     "float16" or "bfloat16"; the base layer, small as it is, stays in float32, as all others build on it and its errors
     are the largest.
     Raises WeightsError if a part is missing or does not fit, or this version has no such backbone."""
-    import torch
     from safetensors import SafetensorError
-    from safetensors.torch import load as parse
 
-    # PyTorch hears of this with its first tensor. Large arrays come from the system anew each time; in pages of 4 KB
-    # that alone takes a tenth of a picture's time.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if found.backbone not in backbones.NAMES:
         known = ", ".join(backbones.NAMES)
         raise WeightsError(f"{found.folder / CARD}: backbone {found.backbone}; this version has {known}")
@@ -243,13 +237,13 @@ def load(found: ModelSet, device: torch.device, precision: str = "float32") -> W
     tensors = {}
     for path, data in zip(found.files[1:], files[1:], strict=True):
         try:
-            tensors[path.stem] = parse(data)
+            tensors[path.stem] = engine.parse(data)
         except (SafetensorError, ValueError, KeyError) as e:
             raise WeightsError(f"{path}: these weights cannot be used ({_line(e)})") from e
     try:
-        with torch.inference_mode():
+        with engine.computing():
             backbone: Backbone = importlib.import_module(backbones.NAMES[found.backbone])
-            base, residual, predictor = backbone.build(found.spec, tensors, device, precision)
+            base, residual, predictor = backbone.build(found.spec, tensors, engine, precision)
     except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as e:
         raise WeightsError(f"{found.folder}: these weights cannot be used ({_line(e)})") from e
     return Weights(base, residual, predictor, _start_of_hash(files), precision)

@@ -2,8 +2,8 @@
 
 A backbone is a module whose ``build`` makes these three from the tensors of a set of weights; NAMES names the
 modules. Sizes are (height, width) in pixels. A prediction comes as strips from top to bottom: float32
-[1, 3, rows, width] in about 0..1, on the device that the backbone was built for and as high as strips.strip_spans says.
-A strip may be a broadcast view, so nobody writes to it.
+[1, 3, rows, width] in about 0..1, arrays of the engine that the backbone was built with, and as high as
+strips.strip_spans says. A strip may be a broadcast view, so nobody writes to it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from numpy.typing import NDArray
-    from torch import Tensor
+
+    from compass_codec.engines import Engine
+    from compass_codec.networks.arrays import Array
 
 NAMES = {"mean_scale": "compass_codec.backbones.mean_scale", "lean": "compass_codec.backbones.lean"}
 
@@ -32,7 +33,7 @@ class LayerCodec(Protocol):
         ...
 
     def encode(
-        self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Tensor]], quality: float
+        self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Array]], quality: float
     ) -> tuple[bytes, NDArray[np.uint8]]:
         """A layer, uint8 [height, width, 3], to its bytes, at least one and fewer than 2^28, and what the decoder will
         see, like the layer. ``prediction`` makes its prediction, anew whenever it is called: of a large picture it is
@@ -40,7 +41,7 @@ class LayerCodec(Protocol):
         ...
 
     def decode(
-        self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float
+        self, data: bytes, size: tuple[int, int], prediction: Iterable[Array], quality: float
     ) -> NDArray[np.uint8]:
         """The bytes of a layer of ``size`` and its prediction to the layer, uint8 [height, width, 3]. Raises
         DamagedError for bytes that no encoder writes."""
@@ -58,7 +59,7 @@ class LayerCodec(Protocol):
 class Predictor(Protocol):
     """Predicts a layer from the one below it, at any ratio of their sizes of at least 1."""
 
-    def rows(self, low: Tensor, size: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+    def rows(self, low: Array, size: tuple[int, int], rows: tuple[int, int]) -> Array:
         """Rows ``rows`` (first, last + 1) of the prediction of a layer of ``size`` from the layer below, uint8
         [1, 3, height, width]: float32 [1, 3, rows, width] in about 0..1."""
         ...
@@ -68,9 +69,9 @@ class Backbone(Protocol):
     """The module of a backbone."""
 
     def build(
-        self, spec: dict[str, Any], tensors: dict[str, dict[str, Tensor]], device: torch.device, precision: str
+        self, spec: dict[str, Any], tensors: dict[str, dict[str, Any]], engine: Engine, precision: str
     ) -> tuple[LayerCodec, LayerCodec, Predictor]:
-        """The codec of base layers, that of all layers above, and the predictor, on ``device``. ``spec`` is the set's
+        """The codec of base layers, that of all layers above, and the predictor, with ``engine``. ``spec`` is the set's
         model.json, ``tensors`` those of each part that it names. ``precision``, "float32", "float16" or "bfloat16", is
         that of what computes pixels above the base layer; no symbol depends on it. Raises KeyError, ValueError,
         IndexError, RuntimeError or WeightsError where tensors are missing or do not fit."""

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compass_codec import entropy
-from compass_codec.backbones.symbols import fill, quantise, thresholds
+from compass_codec.backbones.symbols import quantise, thresholds
+from compass_codec.engines.torch_engine import TorchEngine, fill
 from compass_codec.networks import strips
 from compass_codec.networks.arrays import to_bytes, to_device, to_host, to_tensor
 from compass_codec.networks.hyper import HyperDecoder
@@ -82,7 +83,8 @@ class MeanScaleLayer:
 
     def quantise(self, centred: Tensor, index: Tensor) -> Tensor:
         """Symbols of y, less its means, from what they cost by their scale indices (uint8)."""
-        return quantise(centred, index, self.thresholds)
+        symbols: Tensor = quantise(centred, index, self.thresholds)
+        return symbols
 
     def parameters(self, z: Iterable[Tensor], size: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Strips of z to strips of the scale indices (uint8) and means (float32) of y, for a layer of ``size``.
@@ -169,9 +171,10 @@ def residual_strips(picture: NDArray[np.uint8], prediction: Iterable[Tensor], de
 
 
 def build(
-    spec: dict[str, Any], tensors: dict[str, dict[str, Tensor]], device: torch.device, precision: str
+    spec: dict[str, Any], tensors: dict[str, dict[str, Tensor]], engine: TorchEngine, precision: str
 ) -> tuple[MeanScaleLayer, MeanScaleLayer, LIFF]:
     """See backbone.Backbone. ``spec`` decides nothing here."""
+    device = engine.device
     if missing := [part for part in PARTS if part not in tensors]:
         raise ValueError(f"no part {missing[0]}")
     base, residual = (_layer(tensors[part], device) for part in ("base", "residual"))

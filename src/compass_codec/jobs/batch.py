@@ -20,6 +20,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
 
+from compass_codec import engines
 from compass_codec.errors import OptionError
 from compass_codec.jobs import paths, single
 from compass_codec.jobs.job import DecodeOptions, EncodeOptions, Job
@@ -34,7 +35,6 @@ PATIENCE = 10  # seconds that a worker has to clean up once its parent is gone
 # Processes that share a GPU: while one codes symbols on its core, a tenth of a second for 1920 x 1080, the networks of
 # the others run. Each may take so many bytes of the GPU's memory. Both are estimates, not measured on a GPU.
 GPU_WORKERS, GPU_SHARE = 8, 4 << 30
-GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, under Windows
 
 
 def picture_suffixes() -> frozenset[str]:
@@ -165,7 +165,7 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
     """
     if any(job.options.batch for job in work):
         work[0].options.identity()  # what is wrong for every file is said once
-        workers = workers or _default_workers(work[0].options.device)
+        workers = workers or _default_workers(work[0].options.device, work[0].options.engine)
     if any(paths.is_stream(path) for job in work for path in (job.source, job.target)):
         workers = 1  # /dev/fd/63 is this process's alone
     workers = min(workers or 1, len(work))
@@ -261,11 +261,9 @@ def stopped_by_exception() -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-def _default_workers(device: str) -> int:
+def _default_workers(device: str, engine: str) -> int:
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    # where there is certainly no GPU, PyTorch need not be loaded to hear so
-    may_have_gpu = sys.platform != "linux" or any(Path(path).exists() for path in GPU_DRIVERS)
-    if device == "cuda" or (device == "auto" and may_have_gpu):
+    if engine != "onnx" and (device == "cuda" or (device == "auto" and engines.may_have_gpu())):
         from compass_codec.codec import choose_device
 
         if choose_device(device).type != "cpu":

@@ -23,6 +23,7 @@ class Options:
     strip: bool = False
     device: str = "auto"
     precision: str = "auto"
+    engine: str = "auto"
     weights: Path | None = None
     model: str | None = None
 

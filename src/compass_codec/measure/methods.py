@@ -20,7 +20,6 @@ from compass_codec import container
 from compass_codec.codec import Codec
 from compass_codec.measure.peers import PEERS, resolutions
 from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales
-from compass_codec.networks.arrays import to_tensor
 
 Coded = list[tuple[int, NDArray[np.uint8]]]
 Size = tuple[int, int]  # height, width
@@ -60,7 +59,7 @@ class Bicubic(Measured):
     def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Tensor]:
         if below is None:
             return super().predict(below, size)
-        x = to_tensor(below, self.device).float() / 255
+        x = self.engine.array(below).permute(2, 0, 1)[None].float() / 255
         return iter([F.interpolate(x, size, mode="bicubic", align_corners=False)])
 
 

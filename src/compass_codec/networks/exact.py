@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATION = 511  # largest magnitude of an activation
-WEIGHT = 127  # of a weight
-EXACT = 2**24  # float32 holds every integer below
+from compass_codec.networks.numbers import ACTIVATION, EXACT, WEIGHT, check_exact
 
 
 class Conv(nn.Module):
@@ -28,9 +26,7 @@ class Conv(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor], name: str, low: int = -EXACT, high: int = EXACT) -> None:
         super().__init__()
         weight, bias, scale = (tensors[f"{name}.{each}"] for each in ("weight", "bias", "scale"))
-        most = weight.long().abs().flatten(1).sum(1) * ACTIVATION + bias.long().abs()
-        if weight.dtype != torch.int8 or not len(weight) == len(bias) == len(scale) or most.max() >= EXACT:
-            raise ValueError(f"{name}: weights that are not exact")
+        check_exact(name, *(each.numpy(force=True) for each in (weight, bias, scale)))
         self.low, self.high = low, high
         self.weight: Tensor
         self.bias: Tensor

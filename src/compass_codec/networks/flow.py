@@ -1,27 +1,26 @@
 """Networks over pictures of any height as a flow of strips: nothing is computed twice, and memory is that of strips.
 
-A strip is a tensor [1, C, rows, W] and whether it is the last. A 3x3 convolution sees a row beyond its strip, so its
-output lags behind its input by one row. Where strips are cut depends on the picture's size alone: encoder and decoder
-cut alike, and so compute the same floating-point numbers.
+A strip is an array [1, C, rows, W], of NumPy or PyTorch, and whether it is the last. A 3x3 convolution sees a row
+beyond its strip, so its output lags behind its input by one row. Where strips are cut depends on the picture's size
+alone: encoder and decoder cut alike, and so compute the same floating-point numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-import torch
-from torch import Tensor
+from compass_codec.networks.arrays import Array, space
 
-Strip = tuple[Tensor, bool]
+Strip = tuple[Array, bool]
 
 
-def each(apply: Callable[[Tensor], Tensor], strips: Iterable[Strip]) -> Iterator[Strip]:
+def each(apply: Callable[[Array], Array], strips: Iterable[Strip]) -> Iterator[Strip]:
     """``apply``, which sees no neighbouring rows, of every strip."""
     for strip, last in strips:
         yield apply(strip), last
 
 
-def blocks(blocks: Iterable[Callable[[Tensor], Tensor]], strips: Iterator[Strip]) -> Iterator[Strip]:
+def blocks(blocks: Iterable[Callable[[Array], Array]], strips: Iterator[Strip]) -> Iterator[Strip]:
     """Strips through blocks in turn, each of which takes [1, C, rows + 2, W] to [1, C, rows, W]."""
     for block in blocks:
         strips = each(block, with_neighbours(strips))
@@ -30,11 +29,11 @@ def blocks(blocks: Iterable[Callable[[Tensor], Tensor]], strips: Iterator[Strip]
 
 def with_neighbours(strips: Iterable[Strip]) -> Iterator[Strip]:
     """Strips with a row more above and below, which is zero beyond the picture."""
-    held: Tensor | None = None
+    held: Array | None = None
     for strip, last in strips:
-        edge = torch.zeros_like(strip[:, :, :1])
+        edge = space(strip).zeros_like(strip[:, :, :1])
         parts = [edge if held is None else held, strip, *([edge] if last else [])]
-        held = torch.cat(parts, 2)
+        held = space(strip).concatenate(parts, 2)
         if held.shape[2] > 2:
             yield held, last
             held = held[:, :, -2:]
@@ -42,13 +41,13 @@ def with_neighbours(strips: Iterable[Strip]) -> Iterator[Strip]:
 
 def even(strips: Iterable[Strip]) -> Iterator[Strip]:
     """Strips of an even number of rows and columns; the picture's last row and column are repeated where one lacks."""
-    held: Tensor | None = None
+    held: Array | None = None
     for strip, last in strips:
         if strip.shape[3] % 2:
-            strip = torch.cat([strip, strip[..., -1:]], 3)
-        whole = strip if held is None else torch.cat([held, strip], 2)
+            strip = space(strip).concatenate([strip, strip[..., -1:]], 3)
+        whole = strip if held is None else space(strip).concatenate([held, strip], 2)
         if last and whole.shape[2] % 2:
-            whole = torch.cat([whole, whole[:, :, -1:]], 2)
+            whole = space(strip).concatenate([whole, whole[:, :, -1:]], 2)
         rows = whole.shape[2] // 2 * 2
         held = whole[:, :, rows:] if rows < whole.shape[2] else None
         if rows:
@@ -62,13 +61,14 @@ def within(height: int, width: int, strips: Iterable[Strip]) -> Iterator[Strip]:
         height -= strip.shape[2]
 
 
-def gather(strips: Iterable[Strip]) -> Tensor:
-    """All strips as one tensor."""
-    return torch.cat([strip for strip, _ in strips], 2)
+def gather(strips: Iterable[Strip]) -> Array:
+    """All strips as one array."""
+    parts = [strip for strip, _ in strips]
+    return space(parts[0]).concatenate(parts, 2)
 
 
-def cut(x: Tensor, rows: int) -> Iterator[Strip]:
-    """A tensor [1, C, H, W] as strips of ``rows``, the last of what remains."""
+def cut(x: Array, rows: int) -> Iterator[Strip]:
+    """An array [1, C, H, W] as strips of ``rows``, the last of what remains."""
     height = x.shape[2]
     for first in range(0, height, rows):
         yield x[:, :, first : first + rows], first + rows >= height

@@ -18,15 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compass_codec.networks.numbers import EPSILON, LAMBDAS, PHASES, STEPS, UNSHUFFLE
 from compass_codec.networks.rates import gain
-
-# The rate-distortion trade-offs that have gains of their own; between them gains are interpolated.
-LAMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18)
-UNSHUFFLE = 8  # pixels along the side of a place at 1/8
-CELL = 16  # pixels along the side of a cell of y
-PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))  # first row and column of a phase: every second row and column from there
-STEPS = len(PHASES)
-EPSILON = 1e-6  # of the mean square in the norm
 
 
 def _depthwise(channels: int, bias: bool = True) -> nn.Conv2d:

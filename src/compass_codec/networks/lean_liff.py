@@ -18,23 +18,22 @@ with the contrast of the lower layer, and is exactly zero where that layer is fl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compass_codec.networks import flow
+from compass_codec.networks import lean_rows
+from compass_codec.networks.arrays import to_device
 from compass_codec.networks.lean import PlainBlock, even, from_zero
-from compass_codec.networks.liff import as_matrix, bicubic, bicubic_taps, nearest
-from compass_codec.networks.strips import spans
+from compass_codec.networks.liff import bicubic, nearest
+from compass_codec.networks.places import first as first_of
 
-# What is in hand at a time, so that it stays in a processor's caches and launches on a GPU are few: places at half of
-# the lower layer's size, and those of them between a block's 1x1 convolutions; of bicubic interpolation target columns,
-# the lower layer's rows that are widened, and those that rows of the target are then made from.
-PLACES, MIXED_PLACES = {"cpu": 2**12, "cuda": 2**18}, {"cpu": 2**10, "cuda": 2**18}
-CUBIC_COLUMNS, CUBIC_ROWS_WIDENED, CUBIC_ROWS = 64, {"cpu": 32, "cuda": 512}, 8
+# Places that are in hand between a block's 1x1 convolutions, so that they stay in a processor's caches.
+MIXED_PLACES = {"cpu": 2**10, "cuda": 2**18}
 
 
 class AlongAxis(nn.Module):
@@ -102,54 +101,49 @@ class LeanLIFF(nn.Module):
         h, w = low.shape[-2:]
         (row, dy), (column, dx) = (nearest(a, b, (0, b), low.device) for a, b in ((h, size[0]), (w, size[1])))
         along = self.phi((h, w), size, dy, dx)
-        place = torch.arange(size[0], device=row.device) - _first(row, h, size[0])
+        place = torch.arange(size[0], device=row.device) - first_of(row, h, size[0])
         added = look_up(self.features(low - 0.5), row, place, -(-size[0] // h), column, *along)
         return bicubic(low.float(), size) + added.transpose(1, 2).float()
 
     def rows(self, low: Tensor, size: tuple[int, int], rows: tuple[int, int]) -> Tensor:
         """Rows ``rows`` (first, last + 1) of ``forward`` for one picture, some at a time. ``low`` may be uint8."""
-        height, width = low.shape[-2:]
-        out = _cubic_rows(low, size, rows)
-        fixed = 2 * size[0] % height == 0 and 2 * size[1] % width == 0
-        added = (self._fixed if fixed else self._looked_up)((height, width), size, rows, low.device)
-        first, last = ((2 * i + 1) * height // (2 * size[0]) // 2 for i in (rows[0], rows[1] - 1))
-        for i, x in self._strips(low, first, last + 1):
-            span = [min(max(rows[0], _first(2 * k, height, size[0])), rows[1]) for k in (i, i + x.shape[0])]
-            out[span[0] - rows[0] : span[1] - rows[0]] += added(x, i, (span[0], span[1]))
-        return out.transpose(0, 1)[None]
+        found: Tensor = lean_rows.predict(self, low, size, rows)
+        return found
 
-    def _strips(self, low: Tensor, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
-        """What the last convolution sees in rows ``first`` to ``last`` - 1 at half of the lower layer's size: the row
-        that a strip starts at, and the strip [n, w / 2, channels]."""
-        half = (low.shape[-2] + 1) // 2
-        reach = len(self.blocks) + 1
-        top, bottom = max(0, first - reach), min(half, last + reach)
-        step = max(1, PLACES[low.device.type] // ((low.shape[-1] + 1) // 2))
-        weight = self._embedding()
+    # what lean_rows.Parts asks for
 
-        def embedded() -> Iterator[flow.Strip]:
-            for i in range(top, bottom, step):
-                end = min(i + step, bottom)
-                x = even(_pixels(low[..., 2 * max(0, i - 1) : 2 * end + 2, :]).sub_(0.5).to(weight.dtype))
-                x = F.pad(F.pixel_unshuffle(x, 2), (1, 1, int(i == 0), int(end == half)), mode="replicate")
-                yield F.conv2d(x.contiguous(memory_format=torch.channels_last), weight), end == bottom
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
 
-        for strip, _ in flow.blocks([_block(block) for block in self.blocks], embedded()):
-            x = strip[0].permute(1, 2, 0)
-            wanted = x[max(0, first - top) : max(0, last - top)]
-            if len(wanted):
-                yield max(first, top), wanted
-            top += len(x)
+    def array(self, x: NDArray[Any]) -> Tensor:
+        return to_device(x, self.device)
 
-    def _looked_up(
-        self, low: tuple[int, int], size: tuple[int, int], rows: tuple[int, int], device: torch.device
-    ) -> Callable[[Tensor, int, tuple[int, int]], Tensor]:
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    def through(self) -> list[Callable[[Tensor], Tensor]]:
+        return [_block(block) for block in self.blocks]
+
+    def embedded(self, low: Tensor, span: tuple[int, int]) -> Tensor:
+        first, end = span
+        weight, half = self._embedding(), (low.shape[-2] + 1) // 2
+        x = lean_rows.in_unit(low[..., 2 * max(0, first - 1) : 2 * end + 2, :]) - 0.5
+        x = F.pixel_unshuffle(even(x.to(weight.dtype)), 2)
+        x = F.pad(x, (1, 1, int(first == 0), int(end == half)), mode="replicate")
+        return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight)
+
+    def added(self, low: tuple[int, int], size: tuple[int, int], rows: tuple[int, int]) -> lean_rows.Added:
+        fixed = 2 * size[0] % low[0] == 0 and 2 * size[1] % low[1] == 0
+        return (self._fixed if fixed else self._looked_up)(low, size, rows)
+
+    def _looked_up(self, low: tuple[int, int], size: tuple[int, int], rows: tuple[int, int]) -> lean_rows.Added:
         """What turns a strip of ``_strips`` that starts at a row, and a span of ``rows``, to what is added there."""
         (row, dy), (column, dx) = (
-            nearest(a, b, span, device) for a, b, span in zip(low, size, (rows, (0, size[1])), strict=True)
+            nearest(a, b, span, self.device) for a, b, span in zip(low, size, (rows, (0, size[1])), strict=True)
         )
         a, b = self.phi(low, size, dy, dx)
-        place = torch.arange(*rows, device=device) - _first(row, low[0], size[0])
+        place = torch.arange(*rows, device=self.device) - first_of(row, low[0], size[0])
         most = -(-size[0] // low[0])
         weights = self.out.weight[..., 0, 0].unflatten(0, (2, -1)).transpose(1, 2)
 
@@ -162,12 +156,10 @@ class LeanLIFF(nn.Module):
 
         return added
 
-    def _fixed(
-        self, low: tuple[int, int], size: tuple[int, int], rows: tuple[int, int], device: torch.device
-    ) -> Callable[[Tensor, int, tuple[int, int]], Tensor]:
+    def _fixed(self, low: tuple[int, int], size: tuple[int, int], rows: tuple[int, int]) -> lean_rows.Added:
         """The same where every two pixels along an axis have the same places: a part of the last convolution."""
         m = [2 * b // a for a, b in zip(low, size, strict=True)]
-        (row, dy), (column, dx) = (nearest(a, b, (0, c), device) for a, b, c in zip(low, size, m, strict=True))
+        (row, dy), (column, dx) = (nearest(a, b, (0, c), self.device) for a, b, c in zip(low, size, m, strict=True))
         a, b = self.phi(low, size, dy, dx)
         weights = self.out.weight[..., 0, 0].unflatten(0, (2, 2, 3, self.taps))[row][:, column]
         weight = torch.einsum("yk,xk,yxckd->ycxd", a, b, weights.float()).to(weights.dtype).flatten(0, 2)
@@ -209,47 +201,6 @@ def look_up(features: Tensor, row: Tensor, place: Tensor, most: int, column: Ten
     out: Tensor = values.unflatten(0, (-1, most)).flatten(1, 2) @ near.transpose(2, 3)
     out = out.unflatten(2, (most, 3)).flatten(1, 2)
     return out.index_select(1, at)
-
-
-def _first(row: Any, low: int, high: int) -> Any:
-    """The first of ``high`` target samples along an axis whose nearest of ``low`` samples is ``row`` or one after it;
-    integers or tensors of them."""
-    return -((low - 2 * high * row) // (2 * low))
-
-
-def _pixels(low: Tensor) -> Tensor:
-    """A copy in 0..1."""
-    return low.float().div_(255) if low.dtype == torch.uint8 else low.to(torch.float32, copy=True)
-
-
-def _cubic_rows(low: Tensor, size: tuple[int, int], rows: tuple[int, int]) -> Tensor:
-    """Bicubic interpolation at ``rows``: [rows, 3, W]."""
-    height, width = low.shape[-2:]
-    out = torch.empty(rows[1] - rows[0], 3, size[1], device=low.device)
-    down = bicubic_taps(height, size[0], rows, low.device)
-    taps = bicubic_taps(width, size[1], (0, size[1]), low.device)
-    columns = []
-    for first, last in spans(size[1], CUBIC_COLUMNS):
-        x = _sources(width, size[1], first, last)
-        columns.append((slice(*x), as_matrix((taps[0][first:last], taps[1][first:last]), *x).T))
-    few, many = (max(1, n * size[0] // height) for n in (CUBIC_ROWS, CUBIC_ROWS_WIDENED[low.device.type]))
-    for start in range(*rows, many):
-        end = min(start + many, rows[1])
-        top, bottom = _sources(height, size[0], start, end)
-        part = _pixels(low[0, :, top:bottom].transpose(0, 1)).flatten(0, 1)
-        wide = torch.cat([part[:, x] @ weights for x, weights in columns], 1).view(bottom - top, -1)
-        for first in range(start, end, few):
-            last = min(first + few, end)
-            k, y = slice(first - rows[0], last - rows[0]), _sources(height, size[0], first, last)
-            weights = as_matrix((down[0][k], down[1][k]), *y)
-            torch.mm(weights, wide[y[0] - top : y[1] - top], out=out[k].flatten(1))
-    return out
-
-
-def _sources(low: int, high: int, first: int, last: int) -> tuple[int, int]:
-    """The source samples (first, last + 1) of bicubic interpolation at target samples ``first`` to ``last`` - 1."""
-    top, bottom = ((2 * i + 1) * low // (2 * high) for i in (first, last - 1))
-    return max(0, top - 2), min(low, bottom + 3)
 
 
 def multiply_accumulates(liff: LeanLIFF, factor: float) -> float:

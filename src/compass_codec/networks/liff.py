@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compass_codec.networks import places
+from compass_codec.networks.arrays import to_device
 from compass_codec.networks.strips import spans
 
 
@@ -64,40 +66,14 @@ STRIP_PIXELS = {"cpu": 2**13, "cuda": 2**20}
 
 
 def nearest(low: int, high: int, span: tuple[int, int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """For ``span`` of the ``high`` target samples along an axis: index of the nearest of ``low`` samples, and offset.
-
-    The offset is the paper's local grid, target minus source coordinate in -1..1 coordinates, times ``low`` so
-    that it spans -1..1 within a source sample (LIIF's convention). Integer arithmetic decides the index, so every
-    device agrees.
-    """
-    i = torch.arange(*span, device=device)
-    source = ((2 * i + 1) * low).div(2 * high, rounding_mode="floor")
-    offset = ((2 * i + 1) * low - (2 * source + 1) * high).double() / high
-    return source, offset.float()
+    """places.nearest as tensors."""
+    source, offset = places.nearest(low, high, span)
+    return to_device(source, torch.device(device)), to_device(offset, torch.device(device))
 
 
 def bicubic(low: Tensor, size: tuple[int, int]) -> Tensor:
     """The part of the prediction that needs no training."""
     return F.interpolate(low, size=size, mode="bicubic", align_corners=False)
-
-
-def bicubic_taps(
-    low: int, high: int, span: tuple[int, int], device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """The source samples [target samples of ``span``, 4] that ``bicubic`` works on along an axis, and their weights,
-    float64: Keys' kernel with a = -0.75, the edge sample repeated."""
-    position = (torch.arange(*span, dtype=torch.float64, device=device) + 0.5) * low / high - 0.5
-    source = position.floor()[:, None] + torch.arange(-1, 3, device=device)
-    t = (position[:, None] - source).abs()
-    inner = (1.25 * t - 2.25) * t * t + 1
-    outer = -0.75 * (((t - 5) * t + 8) * t - 4)
-    return source.clamp(0, low - 1).long(), torch.where(t <= 1, inner, outer)
-
-
-def as_matrix(taps: tuple[Tensor, Tensor], first: int, last: int) -> Tensor:
-    """Sources and weights [N, 4] as a matrix [N, source samples first..last - 1]."""
-    source, weights = taps
-    return weights.new_zeros(len(source), last - first).scatter_add_(1, source - first, weights).float()
 
 
 # Sizes to train: the paper's, and one that costs an eighth of it.
@@ -175,7 +151,10 @@ class LIFF(nn.Module):
         if part.dtype == torch.uint8:
             part = part.float() / 255
         part = part.contiguous(memory_format=torch.channels_last)
-        weights = [as_matrix(bicubic_taps(*a[4:], part.device), a[2], a[3]).to(part.dtype) for a in axes]
+        weights = [
+            to_device(places.as_matrix(places.bicubic_taps(*a[4:]), a[2], a[3]), part.device).to(part.dtype)
+            for a in axes
+        ]
         interpolated = weights[0] @ part @ weights[1].T
         # with zeros around the picture, as a convolution has them
         features = F.pad(self.extractor(part), (1, 1, 1, 1))

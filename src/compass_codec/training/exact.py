@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compass_codec.backbones.lean import EXACT, FINE, MEAN_UNIT
+from compass_codec.engines.torch_engine import INTEGERS
 from compass_codec.entropy import LEVELS, SCALE_RANGE
-from compass_codec.networks.exact import ACTIVATION, pack
-from compass_codec.networks.lean import LAMBDAS, PHASES, STEPS, LeanCodec, PlainBlock
+from compass_codec.networks.exact import pack
+from compass_codec.networks.lean import LeanCodec, PlainBlock
+from compass_codec.networks.numbers import ACTIVATION, FINE, LAMBDAS, MEAN_UNIT, PHASES, STEPS
 
 KEPT = 0.9999  # of an activation's values lie within its range; the rest is clamped
 SCALE_STEP = math.log(SCALE_RANGE[1] / SCALE_RANGE[0]) / (LEVELS - 1)
@@ -53,7 +54,7 @@ def of_part(stage: Any, part: str) -> dict[str, Tensor]:
     # on the CPU, where the units are
     found = integers(copy.deepcopy(getattr(stage, part).codec).cpu(), [y.float().cpu() for y in latents])
     stage.train(mode)
-    return {f"{EXACT}{name}": value for name, value in found.items()}
+    return {f"{INTEGERS}{name}": value for name, value in found.items()}
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compass_codec.files import write_file
-from compass_codec.networks.lean import LAMBDAS, UNSHUFFLE, LeanCodec
+from compass_codec.networks.lean import LeanCodec
 from compass_codec.networks.lean_liff import LeanLIFF
+from compass_codec.networks.numbers import LAMBDAS, UNSHUFFLE
 from compass_codec.training.data import Pictures
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.stages import (

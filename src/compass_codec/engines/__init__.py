@@ -1,0 +1,204 @@
+"""What computes: PyTorch, on a CPU or a GPU, or ONNX Runtime, on a CPU and without PyTorch.
+
+An engine is a room of its own that takes and gives arrays (networks/arrays.py); how pictures are cut into strips, the
+walk through the context model, rounding, symbols and the container are the same code for all. Strips are [1, C, rows,
+W], channels last in memory where that is faster.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from compass_codec.errors import OptionError
+from compass_codec.networks.arrays import Array
+from compass_codec.networks.strips import Device
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from compass_codec.backbones import Predictor
+
+Apply = Callable[[Array], Array]
+
+
+class Transforms(Protocol):
+    """The transforms of a lean codec at one level: gains and norms are parts of weights. Each takes and gives strips;
+    blocks take a row more above and one below."""
+
+    @property
+    def a8(self) -> Sequence[Apply]: ...
+    @property
+    def a16(self) -> Sequence[Apply]: ...
+    @property
+    def s16(self) -> Sequence[Apply]: ...
+    @property
+    def s8(self) -> Sequence[Apply]: ...
+
+    def embed(self, x: Array, known: Array) -> Array:
+        """A layer less its prediction [1, 3, H, W], and that prediction less 1/2, to what a8 begins with; the last row
+        and column are repeated up to a multiple of 8."""
+        ...
+
+    def down(self, f: Array) -> Array:
+        """What a8 gives, of even rows and columns, to what a16 begins with."""
+        ...
+
+    def to_y(self, f: Array) -> Array:
+        """What a16 gives to y, float32."""
+        ...
+
+    def from_y(self, y: Array) -> Array: ...
+
+    def up(self, f: Array) -> Array: ...
+
+    def condition(self, f: Array, known: Array) -> Array:
+        """What ``up`` gives, and the prediction less 1/2, to what s8 begins with."""
+        ...
+
+    def out(self, f: Array) -> Array:
+        """What s8 gives to pixels [1, 3, 8 rows, 8 W], float32."""
+        ...
+
+
+class Exact(Protocol):
+    """The integer networks of a lean codec: integers, held as float32 unless said otherwise."""
+
+    @property
+    def up(self) -> Sequence[Apply]:
+        """z, and then what the first block gives, to twice as many rows and columns."""
+        ...
+
+    @property
+    def blocks(self) -> Sequence[Apply]: ...
+
+    @property
+    def context(self) -> Sequence[Apply]:
+        """The block of each later step."""
+        ...
+
+    def into(self, step: int, known: Array, features: Array) -> Array:
+        """Latents, 0 where not known, and features (int16) to what the block of a later step begins with."""
+        ...
+
+    def scales_and_means(self, step: int, phase: int, features: Array, hidden: Array | None) -> tuple[Array, Array]:
+        """Features and hidden activations (int16) at the places of a phase to scale indices (uint8) and means (float32)
+        of the channels that the phase codes."""
+        ...
+
+
+class LeanNetworks(Protocol):
+    """The networks of a lean codec."""
+
+    m: int
+    n: int
+    conditional: bool
+
+    @property
+    def exact(self) -> Exact: ...
+
+    def at(self, lam: float) -> Transforms:
+        """The transforms at a Lagrangian multiplier."""
+        ...
+
+    def hyper_analysis(self, y: Array) -> Array:
+        """All of y to z [1, N, ceil(h/4), ceil(w/4)], float32, not rounded."""
+        ...
+
+
+class Engine(Protocol):
+    name: str
+
+    @property
+    def device(self) -> Device: ...
+
+    def parse(self, data: bytes) -> dict[str, Any]:
+        """A safetensors file to its tensors. Raises what safetensors raises."""
+        ...
+
+    def array(self, x: NDArray[Any]) -> Array: ...
+
+    def lean(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> LeanNetworks:
+        """Raises KeyError, ValueError, TypeError or RuntimeError where something is missing or does not fit."""
+        ...
+
+    def lean_liff(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> Predictor:
+        """The same of a predictor."""
+        ...
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """What encoding and decoding happen in."""
+        ...
+
+
+ENGINES = ("auto", "torch", "onnx")
+LIGHT_BACKBONES: tuple[str, ...] = ()  # that ONNX Runtime computes
+LIBRARIES = {"torch": "torch", "onnx": "onnxruntime"}
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, under Windows
+INSTALL = {"torch": "PyTorch: pip install torch", "onnx": "ONNX Runtime: pip install onnxruntime"}
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(LIBRARIES[name]) is not None
+
+
+def may_have_gpu() -> bool:
+    """False where there is certainly no GPU for PyTorch, which then need not be loaded to hear so."""
+    drivers = sys.platform != "linux" or any(Path(path).exists() for path in GPU_DRIVERS)
+    return drivers and installed("torch")
+
+
+def choose(asked: str, backbone: str, device: str = "auto", precision: str = "auto") -> str:
+    """The engine, "torch" or "onnx", for a backbone: ``asked``, or with "auto" ONNX Runtime where it can do all that is
+    wanted, as it starts in a tenth of the time, and PyTorch elsewhere. Raises OptionError if that is not installed, or
+    cannot do it."""
+    if asked not in ENGINES:
+        raise OptionError(f"engine {asked!r}; there are {', '.join(ENGINES)}")
+    if asked == "torch":
+        why = "--engine torch"
+    elif backbone not in LIGHT_BACKBONES:
+        why = f"the backbone {backbone}"
+    elif precision not in ("auto", "float32"):
+        why = f"--precision {precision}"
+    elif device not in ("auto", "cpu"):
+        why = f"--device {device}"
+    elif asked == "auto" and device == "auto" and may_have_gpu():
+        why = "a GPU"
+    else:
+        why = ""
+    if why and asked == "onnx":
+        raise OptionError(f"--engine onnx has no {why.removeprefix('the ')}; --engine torch has")
+    if not why and installed("onnx"):
+        return "onnx"
+    if installed("torch") and asked != "onnx":
+        return "torch"
+    if why or asked == "onnx":
+        raise OptionError(f"{why or '--engine onnx'} needs {INSTALL['torch' if why else 'onnx']}")
+    raise OptionError(f"nothing to compute with is installed: {INSTALL['onnx']} (or {INSTALL['torch']})")
+
+
+def make(name: str, device: str) -> Engine:
+    """The engine on a device, as "cpu" or "cuda:1"."""
+    if name == "onnx":
+        from compass_codec.engines.onnx_engine import OnnxEngine
+
+        return OnnxEngine()
+    import torch
+
+    from compass_codec.engines.torch_engine import TorchEngine
+
+    return TorchEngine(torch.device(device))
+
+
+def use_one_thread() -> None:
+    """From now on, compute with one thread; before codecs are loaded. How many there are shows in the last bits of
+    sums, and so in the bytes of a file."""
+    global threads
+    threads = 1
+
+
+threads: int | None = None  # that compute; None: as many as the engine likes

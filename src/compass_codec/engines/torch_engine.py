@@ -1,0 +1,191 @@
+"""PyTorch as an engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from compass_codec import engines
+from compass_codec.entropy import LEVELS
+from compass_codec.networks.arrays import to_device
+from compass_codec.networks.exact import Block, Conv
+from compass_codec.networks.lean import LeanCodec, eighth
+from compass_codec.networks.lean_liff import LeanLIFF
+from compass_codec.networks.numbers import (
+    ACTIVATION,
+    EPSILON,
+    FINE,
+    LAMBDAS,
+    MEAN_LIMIT,
+    MEAN_UNIT,
+    STEPS,
+    UNSHUFFLE,
+)
+from compass_codec.networks.rates import gain, level_of
+
+N = TypeVar("N", bound=nn.Module)
+INTEGERS = "exact."  # what the names of the integer networks' tensors start with in a set
+
+
+class TorchEngine:
+    """See engines.Engine."""
+
+    name = "torch"
+
+    def __init__(self, device: torch.device) -> None:
+        # PyTorch hears of this with its first tensor. Large arrays come from the system anew each time; in pages of
+        # 4 KB that alone takes a tenth of a picture's time.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        self.device = device
+        if engines.threads is not None:
+            torch.set_num_threads(engines.threads)
+
+    def parse(self, data: bytes) -> dict[str, Tensor]:
+        from safetensors.torch import load
+
+        found: dict[str, Tensor] = load(data)
+        return found
+
+    def array(self, x: NDArray[Any]) -> Tensor:
+        return to_device(x, self.device)
+
+    def lean(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> TorchLean:
+        codec = fill(lambda: LeanCodec(**dimensions), tensors, self.device)
+        exact = {name.removeprefix(INTEGERS): value for name, value in tensors.items() if name.startswith(INTEGERS)}
+        return TorchLean(codec, TorchExact(exact, codec.m, self.device), getattr(torch, precision))
+
+    def lean_liff(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> LeanLIFF:
+        return fill(lambda: LeanLIFF(**dimensions), tensors, self.device).to(getattr(torch, precision))
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        # not TF32, whose 10 bits show in the pixels; nothing changes on a CPU
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+
+
+def fill(make: Callable[[], N], tensors: dict[str, Tensor], device: torch.device) -> N:
+    """The network that ``make`` makes, holding ``tensors``, without ever drawing random weights."""
+    with torch.device("meta"):
+        network = make()
+    network.load_state_dict({k: tensors[k].float() for k in network.state_dict()}, assign=True)
+    network.requires_grad_(False).eval()
+    return network.to(device).to(memory_format=torch.channels_last)
+
+
+class TorchLean:
+    """See engines.LeanNetworks. Transforms compute in ``kind``."""
+
+    def __init__(self, codec: LeanCodec, exact: TorchExact, kind: torch.dtype) -> None:
+        self.codec, self.exact, self.kind = codec, exact, kind
+        self.m, self.n, self.conditional = codec.m, codec.n, codec.conditional
+
+    def at(self, lam: float) -> TorchTransforms:
+        level = level_of(lam, LAMBDAS)[None].float().to(self.codec.log_gain.device)
+        return TorchTransforms(self.codec, level, self.kind)
+
+    def hyper_analysis(self, y: Tensor) -> Tensor:
+        return self.codec.hyper_analysis(y)
+
+
+class TorchTransforms:
+    """See engines.Transforms; those of a LeanCodec at one level. Strips are channels last."""
+
+    def __init__(self, codec: LeanCodec, level: Tensor, kind: torch.dtype) -> None:
+        self.kind = kind
+        self.gain, self.inverse = gain(codec.log_gain, level), gain(codec.log_inv_gain, level)
+        self.a8, self.a16, self.s16, self.s8 = (
+            [_block(block, level, kind) for block in blocks] for blocks in (codec.a8, codec.a16, codec.s16, codec.s8)
+        )
+        names = ("embed", "down", "to_y", "from_y", "up", "out", *(["embed_p", "p8"] if codec.conditional else []))
+        self._layers = {name: self._linear(getattr(codec, name)) for name in names}
+
+    def _linear(self, layer: nn.Conv2d | nn.ConvTranspose2d) -> Callable[[Tensor], Tensor]:
+        weight, bias = layer.weight.to(self.kind), None if layer.bias is None else layer.bias.to(self.kind)
+        apply = F.conv_transpose2d if isinstance(layer, nn.ConvTranspose2d) else F.conv2d
+        return lambda x: apply(x, weight, bias, stride=layer.stride)
+
+    def _eighth(self, x: Tensor) -> Tensor:
+        return eighth(x).to(self.kind, memory_format=torch.channels_last)
+
+    def embed(self, x: Tensor, known: Tensor) -> Tensor:
+        f = self._layers["embed"](self._eighth(x))
+        return f.add_(self._layers["embed_p"](self._eighth(known))) if "embed_p" in self._layers else f
+
+    def down(self, f: Tensor) -> Tensor:
+        return self._layers["down"](f)
+
+    def to_y(self, f: Tensor) -> Tensor:
+        return self._layers["to_y"](f).float().mul_(self.gain)
+
+    def from_y(self, y: Tensor) -> Tensor:
+        return self._layers["from_y"]((y * self.inverse).to(self.kind, memory_format=torch.channels_last))
+
+    def up(self, f: Tensor) -> Tensor:
+        return self._layers["up"](f)
+
+    def condition(self, f: Tensor, known: Tensor) -> Tensor:
+        return self._layers["p8"](self._eighth(known)).add_(f)
+
+    def out(self, f: Tensor) -> Tensor:
+        return F.pixel_shuffle(self._layers["out"](f).float(), UNSHUFFLE)
+
+
+def _block(block: Any, level: Tensor, kind: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """A GatedBlock on [1, C, rows + 2, W] to [1, C, rows, W]."""
+    c = len(block.norm)
+    dw, p1, p2 = block.dw, block.p1, block.p2
+    first = (p1.weight[..., 0, 0] * block.norm).to(kind)
+    last = (p2.weight[..., 0, 0] * gain(block.log_gain, level).view(-1)).to(kind)
+    biases = [layer.bias.to(kind) for layer in (dw, p1, p2) if layer.bias is not None]
+    taps = dw.weight.to(kind, memory_format=torch.channels_last)
+
+    def apply(x: Tensor) -> Tensor:
+        h = F.conv2d(x, taps, biases[0], padding=(0, 1), groups=c).permute(0, 2, 3, 1)
+        norm = h.float().square().mean(-1, keepdim=True).add_(EPSILON).rsqrt_()
+        a, b = F.linear(h.mul_(norm.to(kind)), first, biases[1]).chunk(2, -1)
+        gated = F.silu(a).mul_(b)
+        return F.linear(gated, last, biases[2]).add_(x[:, :, 1:-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    return apply
+
+
+class TorchExact:
+    """See engines.Exact."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], m: int, device: torch.device) -> None:
+        self.m, later = m, range(STEPS - 1)
+        self.up = [self._doubled(Conv(tensors, f"up.{k}", 0, ACTIVATION).to(device)) for k in range(2)]
+        self.blocks = [Block(tensors, f"block.{k}").to(device) for k in range(2)]
+        self.first = Conv(tensors, "first").to(device)
+        self._into = [Conv(tensors, f"into.{k}", 0, ACTIVATION).to(device) for k in later]
+        self.context = [Block(tensors, f"context.{k}").to(device) for k in later]
+        self.more = [Conv(tensors, f"more.{k}").to(device) for k in later]
+        self.known = tensors["known"].float()[:, None, None].to(device)
+
+    @staticmethod
+    def _doubled(up: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: F.pixel_shuffle(up(x), 2)
+
+    def into(self, step: int, known: Tensor, features: Tensor) -> Tensor:
+        known = (known * self.known).add_(0.5).floor_().clamp_(-ACTIVATION, ACTIVATION)
+        found: Tensor = self._into[step - 1](torch.cat([known, features.float()], 1))
+        return found
+
+    def scales_and_means(self, step: int, phase: int, features: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        quarter = self.m // STEPS
+        first, f = (phase - step) % STEPS * quarter, features.float()
+        scales, means = (self.first(f, slice(k * self.m + first, k * self.m + first + quarter)) for k in (0, 1))
+        if hidden is not None:
+            rows = slice(2 * quarter * phase, 2 * quarter * (phase + 1))
+            more = self.more[step - 1](hidden.float(), rows).chunk(2, 1)
+            scales, means = (a.add_(b) for a, b in zip((scales, means), more, strict=True))
+        index = scales.mul_(1 / FINE).floor_().clamp_(0, LEVELS - 1).to(torch.uint8)
+        return index, means.clamp_(-MEAN_LIMIT, MEAN_LIMIT).mul_(1 / MEAN_UNIT)
