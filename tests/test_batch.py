@@ -44,8 +44,8 @@ def test_processes_share_a_gpu_that_has_room(monkeypatch, memory, workers):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    assert batch._default_workers("cuda") == workers
-    assert batch._default_workers("cpu") == 16
+    assert batch._default_workers("cuda", "auto") == workers
+    assert batch._default_workers("cpu", "auto") == 16
 
 
 def encode(*args: object):

@@ -136,7 +136,7 @@ class Engine(Protocol):
 
 
 ENGINES = ("auto", "torch", "onnx")
-LIGHT_BACKBONES: tuple[str, ...] = ()  # that ONNX Runtime computes
+LIGHT_BACKBONES = ("lean",)  # that ONNX Runtime computes
 LIBRARIES = {"torch": "torch", "onnx": "onnxruntime"}
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, under Windows
 INSTALL = {"torch": "PyTorch: pip install torch", "onnx": "ONNX Runtime: pip install onnxruntime"}

@@ -22,6 +22,7 @@ from compass_codec.networks.numbers import (
     ACTIVATION,
     EPSILON,
     FINE,
+    INTEGERS,
     LAMBDAS,
     MEAN_LIMIT,
     MEAN_UNIT,
@@ -31,7 +32,6 @@ from compass_codec.networks.numbers import (
 from compass_codec.networks.rates import gain, level_of
 
 N = TypeVar("N", bound=nn.Module)
-INTEGERS = "exact."  # what the names of the integer networks' tensors start with in a set
 
 
 class TorchEngine:
@@ -161,7 +161,7 @@ class TorchExact:
     """See engines.Exact."""
 
     def __init__(self, tensors: Mapping[str, Tensor], m: int, device: torch.device) -> None:
-        self.m, later = m, range(STEPS - 1)
+        self.tensors, self.m, later = tensors, m, range(STEPS - 1)
         self.up = [self._doubled(Conv(tensors, f"up.{k}", 0, ACTIVATION).to(device)) for k in range(2)]
         self.blocks = [Block(tensors, f"block.{k}").to(device) for k in range(2)]
         self.first = Conv(tensors, "first").to(device)

@@ -15,6 +15,7 @@ PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))  # first row and column of a phase: ev
 STEPS = len(PHASES)
 EPSILON = 1e-6  # of the mean square in the norm
 # of integer networks, see exact.py
+INTEGERS = "exact."  # what the names of their tensors start with in a set of weights
 ACTIVATION = 511  # largest magnitude of an activation
 WEIGHT = 127  # of a weight
 EXACT = 2**24  # float32 holds every integer below
@@ -25,6 +26,9 @@ MEAN_LIMIT = 2**15 - 1  # of means in these units
 
 def check_exact(name: str, weight: NDArray[Any], bias: NDArray[Any], scale: NDArray[Any]) -> None:
     """Raises ValueError for weights [out, in, k, k], bias and scale of an integer convolution that is not exact."""
-    most = np.abs(weight.astype(np.int64)).reshape(len(weight), -1).sum(1) * ACTIVATION + np.abs(bias.astype(np.int64))
-    if weight.dtype != np.int8 or not len(weight) == len(bias) == len(scale) or most.max() >= EXACT:
+    fits = weight.dtype == np.int8 and len(weight) == len(bias) == len(scale)
+    if fits:
+        sums = np.abs(weight.astype(np.int64)).reshape(len(weight), -1).sum(1) * ACTIVATION
+        fits = bool((sums + np.abs(bias.astype(np.int64))).max() < EXACT)
+    if not fits:
         raise ValueError(f"{name}: weights that are not exact")

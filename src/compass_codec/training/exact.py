@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compass_codec.engines.torch_engine import INTEGERS
 from compass_codec.entropy import LEVELS, SCALE_RANGE
 from compass_codec.networks.exact import pack
 from compass_codec.networks.lean import LeanCodec, PlainBlock
-from compass_codec.networks.numbers import ACTIVATION, FINE, LAMBDAS, MEAN_UNIT, PHASES, STEPS
+from compass_codec.networks.numbers import ACTIVATION, FINE, INTEGERS, LAMBDAS, MEAN_UNIT, PHASES, STEPS
 
 KEPT = 0.9999  # of an activation's values lie within its range; the rest is clamped
 SCALE_STEP = math.log(SCALE_RANGE[1] / SCALE_RANGE[0]) / (LEVELS - 1)

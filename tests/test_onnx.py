@@ -1,0 +1,198 @@
+"""ONNX Runtime as an engine: it computes what PyTorch does, and its files are the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import crop
+from make_golden import symbol_hashes
+from test_conformance import check_pictures, check_symbols
+from test_lean_codec import SMALL, known, made, picture
+
+from compass_codec import container, engines
+from compass_codec.backbones import lean as lean_codec
+from compass_codec.backbones.lean import LeanLayer
+from compass_codec.codec import Codec, shared
+from compass_codec.engines.onnx_engine import OnnxEngine, OnnxLean, OnnxLIFF
+from compass_codec.errors import OptionError
+from compass_codec.networks import lean_rows
+from compass_codec.networks.lean_liff import LeanLIFF
+from compass_codec.networks.numbers import INTEGERS
+
+
+@pytest.fixture(scope="module")
+def onnx() -> Codec:
+    return shared("cpu", engine="onnx")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["base", "conditional"])
+def pair(request) -> tuple[LeanLayer, LeanLayer]:
+    """The same small random networks with PyTorch and with ONNX Runtime."""
+    layer = made(request.param)
+    exact = layer.networks.exact
+    tensors = {name: value.numpy() for name, value in layer.networks.codec.state_dict().items()}
+    tensors |= {f"{INTEGERS}{name}": value.numpy() for name, value in exact.tensors.items()}
+    return layer, LeanLayer(OnnxLean(tensors, **SMALL, conditional=request.param), layer.tables, OnnxEngine())
+
+
+def near(ours: np.ndarray, theirs: torch.Tensor) -> bool:
+    assert ours.shape == tuple(theirs.shape)
+    return bool(np.abs(ours - theirs.numpy()).max() <= 1e-4 * (1 + theirs.abs().max()))
+
+
+@pytest.mark.parametrize("lam", [0.0018, 0.02, 0.18])
+def test_transforms_are_those_of_pytorch(pair, lam):
+    torch.manual_seed(1)
+    theirs, ours = (layer.networks.at(lam) for layer in pair)
+    pixels, seen = torch.randn(2, 1, 3, 21, 35)
+    assert near(ours.embed(pixels.numpy(), seen.numpy()), theirs.embed(pixels, seen))
+    for group, channels in (("a8", 16), ("s8", 16), ("a16", 24), ("s16", 24)):
+        f = torch.randn(1, channels, 5, 7)
+        for a, b in zip(getattr(ours, group), getattr(theirs, group), strict=True):
+            assert near(a(f.numpy()), b(f))
+    f8, f16, y = torch.randn(1, 16, 6, 8), torch.randn(1, 24, 3, 4), torch.randn(1, 16, 3, 4)
+    for name, f in (("down", f8), ("to_y", f16), ("from_y", y), ("up", f16), ("out", f8)):
+        assert near(getattr(ours, name)(f.numpy()), getattr(theirs, name)(f)), name
+    if ours.conditional:
+        pixels = torch.randn(1, 3, 43, 60)
+        assert near(ours.condition(f8.numpy(), pixels.numpy()), theirs.condition(f8, pixels))
+    y = torch.randn(1, 16, 5, 7)
+    theirs, ours = (layer.networks.hyper_analysis for layer in pair)
+    assert near(ours(y.numpy()), theirs(y))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (9, 12)])
+@pytest.mark.parametrize("cells", [8, 1024])
+def test_integers_are_those_of_pytorch(pair, size, cells, monkeypatch):
+    """Features, and scale indices and means of all four steps: every one."""
+    monkeypatch.setitem(lean_codec.CELLS, "cpu", cells)
+    rng = np.random.default_rng(2)
+    z = rng.integers(-700, 700, (1, SMALL["n"], *(-(-side // 4) for side in size)))
+    y = (rng.normal(size=(1, SMALL["m"], *size)) * 20).astype(np.float32)
+    found: list[list[np.ndarray]] = []
+    for layer in pair:
+        features = layer.exact.features(layer.engine.array(z), size)
+        seen = [np.asarray(features)]
+
+        def code(index, means, own, seen=seen):
+            seen.extend((np.asarray(index), np.array(means)))
+            return own
+
+        layer.exact.walk(features, layer.engine.array(y.copy()), code)
+        found.append(seen)
+    for theirs, ours in zip(*found, strict=True):
+        assert theirs.dtype == ours.dtype and np.array_equal(theirs, ours)
+    assert len(np.unique(found[0][1])) > 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 1), (17, 31), (70, 90)])
+def test_either_decodes_what_the_other_wrote(pair, size):
+    torch_known = known(size)
+    numpy_known = lambda: (strip.numpy() for strip in torch_known())  # noqa: E731
+    for (writer, before), (reader, after) in (
+        (two := list(zip(pair, (torch_known, numpy_known), strict=True))),
+        two[::-1],
+    ):
+        data, seen = writer.encode(picture(size), before, 70)
+        found = reader.decode(data, size, after(), 70)
+        difference = np.abs(found.astype(int) - seen)
+        assert difference.max() <= 1 and (difference > 0).mean() <= 0.001
+        for a, b in zip(writer.parse(data, size), reader.parse(data, size), strict=True):
+            assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("factor", [1, 1.5, 2, 2.7])
+@pytest.mark.parametrize("low", [(1, 1), (3, 50), (22, 17)])
+def test_liff_is_that_of_pytorch(low, factor, monkeypatch):
+    torch.manual_seed(3)
+    theirs = LeanLIFF(channels=16, hidden=8).requires_grad_(False)
+    for parameter in theirs.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    ours = OnnxLIFF({name: value.numpy() for name, value in theirs.state_dict().items()}, channels=16, hidden=8)
+    pixels = np.random.default_rng(4).integers(0, 256, (1, 3, *low), np.uint8)
+    size = tuple(max(1, round(side * factor)) for side in low)
+    whole = theirs.rows(torch.from_numpy(pixels), size, (0, size[0]))
+    assert near(ours.rows(pixels, size, (0, size[0])), whole)
+    monkeypatch.setitem(lean_rows.PLACES, "cpu", 40)
+    cut = size[0] // 2
+    parts = [ours.rows(pixels, size, rows) for rows in ((0, cut), (cut, size[0])) if rows[0] < rows[1]]
+    assert near(np.concatenate(parts, 2), whole)
+
+
+def test_golden_files(onnx):
+    check_symbols(onnx)
+    check_pictures(onnx)
+
+
+@pytest.mark.parametrize("quality", [10, 95])
+def test_whole_files_both_ways(codec, onnx, quality):
+    image, scales = crop(97, 61), [1, 1.6, 3.2]
+    for writer, reader in ((codec, onnx), (onnx, codec)):
+        encoded = writer.encode(image, scales, quality)
+        assert symbol_hashes(codec, encoded.data) == symbol_hashes(onnx, encoded.data)
+        header = container.read_header(encoded.data)
+        for seen, found in zip(encoded.layers, reader.decode_layers(encoded.data, header, 2), strict=True):
+            difference = np.abs(seen.astype(int) - found)
+            assert difference.max() <= 1 and (difference > 0).mean() <= 0.001
+
+
+@pytest.mark.parametrize("name", ["to_y.weight", "a8.0.norm", "h_a.1.weight", f"{INTEGERS}first.weight"])
+def test_weights_that_do_not_fit_are_refused(pair, name):
+    good = {**pair[1].networks.layers.tensors}
+    shape, conditional = good[name].shape, pair[1].networks.conditional
+    OnnxLean(good, **SMALL, conditional=conditional)
+    with pytest.raises(ValueError, match=name.removeprefix(INTEGERS).split(".")[0]):
+        OnnxLean(good | {name: good[name][: shape[0] // 2]}, **SMALL, conditional=conditional)
+    with pytest.raises(KeyError):
+        OnnxLean({key: value for key, value in good.items() if key != name}, **SMALL, conditional=conditional)
+
+
+CHOICES = {
+    ("auto", "lean", "cpu", "auto"): "onnx",
+    ("auto", "lean", "auto", "float32"): "onnx",
+    ("auto", "lean", "cuda", "auto"): "torch",
+    ("auto", "lean", "cpu", "bfloat16"): "torch",
+    ("auto", "mean_scale", "cpu", "auto"): "torch",
+    ("torch", "lean", "cpu", "auto"): "torch",
+    ("onnx", "lean", "auto", "auto"): "onnx",
+    ("onnx", "mean_scale", "auto", "auto"): "no backbone mean_scale; --engine torch has",
+    ("onnx", "lean", "cuda", "auto"): "no --device cuda",
+    ("onnx", "lean", "cpu", "float16"): "no --precision float16",
+    ("tvm", "lean", "cpu", "auto"): "there are auto, torch, onnx",
+}
+choose = engines.choose  # as it is before conftest.py asks for PyTorch
+
+
+@pytest.mark.parametrize("asked", CHOICES)
+def test_which_engine(asked, monkeypatch):
+    monkeypatch.setattr(engines, "GPU_DRIVERS", ())
+    monkeypatch.setattr("sys.platform", "linux")
+    if (expected := CHOICES[asked]) in engines.LIBRARIES:
+        assert choose(*asked) == expected
+    else:
+        with pytest.raises(OptionError, match=expected):
+            choose(*asked)
+
+
+@pytest.mark.parametrize(
+    ("here", "asked", "expected"),
+    [
+        (("torch",), ("auto", "lean"), "torch"),
+        (("onnx",), ("auto", "lean"), "onnx"),
+        (("onnx",), ("auto", "mean_scale"), "the backbone mean_scale needs PyTorch: pip install torch"),
+        (("onnx",), ("auto", "lean", "cpu", "float16"), "--precision float16 needs PyTorch"),
+        (("onnx",), ("torch", "lean"), "--engine torch needs PyTorch"),
+        (("torch",), ("onnx", "lean"), "--engine onnx needs ONNX Runtime: pip install onnxruntime"),
+        ((), ("auto", "lean"), "nothing to compute with is installed"),
+    ],
+)
+def test_what_is_installed_decides(here, asked, expected, monkeypatch):
+    monkeypatch.setattr(engines, "installed", lambda name: name in here)
+    monkeypatch.setattr(engines, "may_have_gpu", lambda: False)
+    if expected in engines.LIBRARIES:
+        assert choose(*asked) == expected
+    else:
+        with pytest.raises(OptionError, match=expected):
+            choose(*asked)
