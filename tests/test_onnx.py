@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from conftest import crop
+from conftest import compass, crop
 from make_golden import symbol_hashes
+from PIL import Image
 from test_conformance import check_pictures, check_symbols
 from test_lean_codec import SMALL, known, made, picture
 
@@ -196,3 +200,39 @@ def test_what_is_installed_decides(here, asked, expected, monkeypatch):
     else:
         with pytest.raises(OptionError, match=expected):
             choose(*asked)
+
+
+def test_the_command_line_never_imports_pytorch(tmp_path):
+    """With ``--engine auto``, as conftest.py is not there to ask for PyTorch."""
+    crop(24, 16).save(tmp_path / "a.png")
+    code = "import sys\nfrom compass_codec import cli\ntry: cli.main(sys.argv[1:])\n"
+    code += "except SystemExit as e: sys.exit(e.code or 3 * ('torch' in sys.modules))"
+    for command in (
+        ("encode", "a.png", "--scales", "1,2", "--device", "cpu", "--verify"),
+        ("decode", "a.cmps", "--all", "--device", "cpu"),
+        ("view", "a.cmps", "--device", "cpu"),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "a.layer1.png").size == (24, 16)
+
+
+def test_the_option(tmp_path):
+    crop(24, 16).save(tmp_path / "a.png")
+    file = tmp_path / "a.cmps"
+    for engine in ("onnx", "torch", "auto"):
+        assert compass("encode", tmp_path / "a.png", "--scales", "1,2", "--engine", engine, "--force").code == 0
+        result = compass("decode", file, "-o", tmp_path / "b.png", "--engine", engine, "--force")
+        assert result.code == 0, result.err
+    refused = compass("encode", tmp_path / "a.png", "--scales", "1", "--engine", "onnx", "--force", "--effort", 1)
+    assert refused.code == 1 and "effort 1 needs PyTorch" in refused.err
+    refused = compass("encode", tmp_path / "a.png", "--scales", "1", "--engine", "onnx", "--force", "--model", "paper")
+    assert refused.code == 1 and "--engine onnx has no backbone mean_scale; --engine torch has" in refused.err
+
+
+def test_a_file_of_another_backbone_takes_another_engine(monkeypatch):
+    monkeypatch.setattr(engines, "choose", choose)
+    monkeypatch.setattr(engines, "may_have_gpu", lambda: False)
+    codec, other = shared(), shared(model="paper")
+    assert (codec.engine.name, other.engine.name) == ("onnx", "torch")
+    assert codec.decode(other.encode(crop(24, 16), [1], 50).data).size == (24, 16)

@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 
 def run(*command: object) -> str:
@@ -37,22 +38,27 @@ def required(lines: list[str], extras: set[str], found: dict[str, metadata.Distr
             required(found[name].requires or [], need.extras, found)
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Path:
-    """The Python of an environment of its own, in which the wheel is installed. The libraries that its base requires
-    are links to those here: nothing is downloaded, and what an extra brings is not there."""
-    folder = tmp_path_factory.mktemp("wheel")
+def build_wheel(folder: Path) -> Path:
+    """The wheel of this tree, made in ``folder``."""
     tree = folder / "tree"
     for name in ("src", "models"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, tree)
+    run(*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, tree)
     (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Path:
+    """The Python of an environment of its own, in which the wheel is installed. The libraries that its base requires
+    are links to those here: nothing is downloaded, and what an extra brings is not there."""
+    folder = tmp_path_factory.mktemp("wheel")
+    wheel = build_wheel(folder)
     venv.create(folder / "fresh", symlinks=True)
     python = folder / "fresh" / "bin" / "python"
-    run(*pip, "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
+    run(*PIP, "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "fresh")}))
     (installed,) = metadata.distributions(path=[str(site)])
     found: dict[str, metadata.Distribution] = {}

@@ -57,6 +57,11 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("compass: stopped", err=True)
         sys.exit(130)
+    except ModuleNotFoundError as e:
+        if (e.name or "").split(".")[0] in ("", "compass_codec"):
+            raise
+        click.echo(f"compass: this needs {e.name}, which is not installed (pip install {e.name})", err=True)
+        sys.exit(1)
     except OSError as e:  # commands catch their own: this one is of what they print
         if not isinstance(e, BrokenPipeError):
             click.echo(f"compass: {e.filename or 'standard output'}: {e.strerror or e}", err=True)

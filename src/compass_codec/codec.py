@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,13 +85,18 @@ class Codec:
         precision: str = "auto",
         model: str | None = None,
         engine: str = "auto",
-    ) -> Codec:
+    ) -> Self:
         """Load the set of weights in folder ``weights``, or the one whose profile or identity is ``model`` (default:
         the installed set of the default profile; see weights.choose) to "cpu", "cuda" or, with "auto", to the GPU if
         there is one. ``precision`` of what computes the pixels above the base layer: "float32", "float16",
         "bfloat16", or "auto", which is :func:`fastest`. ``engine``: "torch", "onnx" or "auto", see engines.choose.
         Raises WeightsError, and OptionError for a device or an engine that is not there."""
-        return _load(_wanted(device, weights, precision, model, engine))
+        return cls._load(_wanted(device, weights, precision, model, engine))
+
+    @classmethod
+    def _load(cls, wanted: Kept) -> Self:
+        engine = engines.make(wanted.engine, wanted.device)
+        return cls(load_weights(wanted.found, engine, wanted.precision), engine, wanted.asked)
 
     def of(self, model: str) -> Codec:
         """The codec of the set with the identity ``model``, on the same device and in the same precision: this one, or
@@ -148,7 +153,9 @@ class Codec:
             raise OptionError(f"{len(layers)} layers, {len(scales)} scale factors, {len(qualities)} qualities")
         if effort not in EFFORTS:
             raise OptionError(f"effort {effort}; it goes from 0 to 9")
-        if effort and self.engine.name == "onnx" and self.asked == "auto":  # which has no gradients
+        if effort and self.engine.name == "onnx":  # which has no gradients
+            if self.asked != "auto" or not engines.installed("torch"):
+                raise OptionError(f"effort {effort} needs {engines.INSTALL['torch']}, and --engine auto or torch")
             searching = self._like(self.model, "torch")
             return searching.encode_layers(
                 layers, scales, quality, effort, time_budget, progress, layer_weights, sections
@@ -295,9 +302,4 @@ _loading = threading.Lock()
 
 @lru_cache(maxsize=4)
 def _loaded(wanted: Kept) -> Codec:
-    return _load(wanted)
-
-
-def _load(wanted: Kept) -> Codec:
-    engine = engines.make(wanted.engine, wanted.device)
-    return Codec(load_weights(wanted.found, engine, wanted.precision), engine, wanted.asked)
+    return Codec._load(wanted)

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from compass_codec import container, errors
+from compass_codec import container, engines, errors
 from compass_codec.errors import CompassError, told
 from compass_codec.jobs import paths
 from compass_codec.jobs.job import DecodeOptions, EncodeOptions, Job, Options
@@ -190,6 +190,10 @@ def work(
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
 )
+ENGINE_HELP = "torch: PyTorch; onnx: ONNX Runtime, on a CPU; auto: onnx where it can do it, as it starts sooner."
+engine_option = click.option(
+    "--engine", type=click.Choice(engines.ENGINES), default="auto", show_default=True, help=ENGINE_HELP
+)
 precision_option = click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
@@ -233,12 +237,17 @@ BATCH = (
     ),
     click.option(
         "--engine",
-        type=click.Choice(["local", "ray"]),
-        default="local",
+        type=click.Choice([*engines.ENGINES, "local", "ray"]),
+        default="auto",
         show_default=True,
-        help="ray: share the work out on a Ray cluster, whose machines must see the same files.",
+        help=f"{ENGINE_HELP} ray: auto, on a Ray cluster whose machines must see the same files; local: auto, here.",
     ),
 )
+
+
+def computing(engine: str) -> str:
+    """What --engine says of what computes, where it says that or where the work is done."""
+    return engine if engine in engines.ENGINES else "auto"
 
 
 def batch_options(command: Any) -> Any:

@@ -11,6 +11,7 @@ from compass_codec.commands.common import (
     File,
     Source,
     batch_options,
+    computing,
     device_option,
     force_option,
     json_option,
@@ -110,6 +111,7 @@ def decode(
         force=force,
         device=device,
         precision=precision,
+        engine=computing(engine),
         weights=weights,
     )
     extension = extension or ".png"

@@ -12,6 +12,7 @@ from compass_codec.commands import values
 from compass_codec.commands.common import (
     File,
     batch_options,
+    computing,
     device_option,
     force_option,
     json_option,
@@ -181,6 +182,7 @@ def encode(
         force=force,
         device=device,
         precision=precision,
+        engine=computing(engine),
         weights=weights,
         model=model,
     )

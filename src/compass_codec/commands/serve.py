@@ -10,7 +10,14 @@ from pathlib import Path
 
 import click
 
-from compass_codec.commands.common import blame, device_option, precision_option, quiet_option, weights_option
+from compass_codec.commands.common import (
+    blame,
+    device_option,
+    engine_option,
+    precision_option,
+    quiet_option,
+    weights_option,
+)
 
 MIB = 2**20
 
@@ -35,6 +42,7 @@ MIB = 2**20
     "--max-age", type=click.IntRange(0), default=3600, show_default=True, help="Seconds for which clients may keep one."
 )
 @device_option
+@engine_option
 @precision_option
 @weights_option
 @quiet_option
@@ -48,6 +56,7 @@ def serve(
     queue: int,
     max_age: int,
     device: str,
+    engine: str,
     precision: str,
     weights: Path | None,
     quiet: bool,
@@ -73,7 +82,7 @@ def serve(
     except OSError as e:
         raise click.ClickException(f"{host}:{port}: {e.strerror or e}") from e
     with listening, blame(folder):
-        loaded = codec.shared(device, weights, precision)
+        loaded = codec.shared(device, weights, precision, engine=engine)
         app = make_app(folder, loaded, Settings(cache * MIB, max_pixels, decodes, queue, max_age))
         if not quiet:
             log = logging.getLogger("uvicorn.access")

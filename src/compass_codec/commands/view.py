@@ -13,6 +13,7 @@ from compass_codec.commands.common import (
     Source,
     blame,
     device_option,
+    engine_option,
     force_option,
     pixels_option,
     precision_option,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=File(), help="Default: FILE with .html.")
 @force_option
 @device_option
+@engine_option
 @precision_option
 @weights_option
 @pixels_option
@@ -49,6 +51,7 @@ def view(
     output: Path | None,
     force: bool,
     device: str,
+    engine: str,
     precision: str,
     weights: Path | None,
     max_pixels: int,
@@ -93,7 +96,7 @@ def view(
     with blame(file):
         from compass_codec import codec
 
-        decoded = list(codec.shared(device, weights, precision, header.model).decode_layers(data, header, last))
+        decoded = list(codec.shared(device, weights, precision, header.model, engine).decode_layers(data, header, last))
         alpha = container.sections(header, data, last).alpha
         sizes = [(entry.width, entry.height) for entry in layers]
         shown = [

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from compass_codec.errors import OptionError
-from compass_codec.networks.arrays import Array
-from compass_codec.networks.strips import Device
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from compass_codec.backbones import Predictor
+    from compass_codec.networks.arrays import Array
+    from compass_codec.networks.strips import Device
 
-Apply = Callable[[Array], Array]
+Apply = Callable[[Any], Any]  # of arrays
 
 
 class Transforms(Protocol):

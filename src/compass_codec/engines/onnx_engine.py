@@ -41,6 +41,7 @@ Array = NDArray[Any]
 Apply = Callable[[Array], Array]
 Tensors = Mapping[str, Array]
 ONE = np.array([1], np.int64)
+MOST_THREADS = 8  # of each of some sixty sessions; strips are too small for more
 
 
 class Cpu:
@@ -89,21 +90,26 @@ class Session:
 
 @cache
 def _options() -> onnxruntime.SessionOptions:
-    """Those of all sessions, which share threads and memory."""
+    """Those of all sessions. They share memory, or each would keep what its largest strip took. Threads are those of each session, as a pool for all of them would be
+    forced on every other user of ONNX Runtime in this process; they sleep while there is nothing to do."""
     onnxruntime.disable_telemetry_events()
-    onnxruntime.set_default_logger_severity(3)
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    threads = engines.threads or int(os.environ.get("OMP_NUM_THREADS") or cores)
-    onnxruntime.set_global_thread_pool_sizes(threads, 1)
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
     onnxruntime.create_and_register_allocator(memory, None)
     options = onnxruntime.SessionOptions()
-    options.use_per_session_threads = False
     options.add_session_config_entry("session.use_env_allocators", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
     options.enable_mem_pattern = False  # shapes differ from strip to strip
+    options.intra_op_num_threads = engines.threads or _threads()
     return options
+
+
+def _threads() -> int:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    said = os.environ.get("OMP_NUM_THREADS", "")  # as PyTorch does
+    return min(int(said) if said.isdecimal() and int(said) else cores, MOST_THREADS)
 
 
 # Graphs whose weights are inputs.

@@ -105,7 +105,7 @@ def _pictures(task: dict[str, Any], files: list[bytes]) -> None:
 def _codec(task: dict[str, Any]) -> Codec:
     from compass_codec.codec import shared
 
-    return shared(task["device"], Path(task["weights"]) if task["weights"] else None)
+    return shared(task["device"], Path(task["weights"]) if task["weights"] else None, engine="torch")
 
 
 def main() -> None:

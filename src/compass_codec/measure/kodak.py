@@ -45,7 +45,7 @@ def main(
     from compass_codec.codec import Codec
 
     with one_line():
-        codec = Codec.load("cpu", weights)
+        codec = Codec.load("cpu", weights, engine="torch")
         pictures = pictures_in(images, quick)
     count = len(scales)
     # [quality, picture, layer]: accumulated bytes and PSNR of the layered file, bytes and PSNR of separate files

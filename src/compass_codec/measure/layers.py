@@ -103,7 +103,7 @@ def main(
         raise click.UsageError(f"{len(quality)} qualities for {len(scales)} scale factors")
     quality = quality * len(scales) if len(quality) == 1 else quality
     with one_line():
-        codec, found = Codec.load("cpu", weights), pictures_in(images, quick)
+        codec, found = Codec.load("cpu", weights, engine="torch"), pictures_in(images, quick)
     sources = []
     for file in found:
         with Image.open(file) as image:

@@ -97,7 +97,7 @@ KINDS: dict[str, type[Measured]] = {
 @cache
 def codec(method: str, weights: Path | None, device: str) -> Measured:
     """The codec or one of its ablations, loaded once in a process."""
-    return KINDS[method].load(device, weights)  # type: ignore[return-value]
+    return KINDS[method].load(device, weights, engine="torch")
 
 
 def code(

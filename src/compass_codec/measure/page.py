@@ -41,7 +41,7 @@ def _ours(job: Task, layers: Sequence[NDArray[np.uint8]], settings: Settings) ->
     from compass_codec import container
     from compass_codec.codec import shared
 
-    ours = shared(settings.device, settings.weights)
+    ours = shared(settings.device, settings.weights, engine="torch")
     encoded = ours.encode_layers(layers, [s / job.scales[0] for s in job.scales], job.setting)
     header = container.read_header(encoded.data)
     decoded = list(ours.decode_layers(encoded.data, header, len(layers) - 1))

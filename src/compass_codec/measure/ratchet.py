@@ -143,7 +143,7 @@ def main(
         anchor = (key, published(curves, key)) if curves and not quick else None
         known: dict[str, Any] = json.loads(cache.read_text()) if cache and cache.exists() else {}
         sets = {
-            name: Measurement(Codec.load(device, path), pictures, qualities, known, cache)
+            name: Measurement(Codec.load(device, path, engine="torch"), pictures, qualities, known, cache)
             for name, path in (("old", old), ("new", new))
         }
         result = compare(sets, scales, anchor, simulcast)

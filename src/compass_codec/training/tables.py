@@ -128,7 +128,7 @@ def main(weights: Path, data: tuple[Path, ...], crops: int, side: int, device: s
     try:
         pictures = Pictures(list(data), choose_device(device))
         for share in (FIRST, 1):
-            counts = count(Codec.load(device, weights), pictures, -(-crops // share), side)
+            counts = count(Codec.load(device, weights, engine="torch"), pictures, -(-crops // share), side)
             for part, found in zip(("base", "residual"), counts, strict=True):
                 tables = found.frequencies()
                 rewrite(weights / f"{part}.safetensors", tables)
