@@ -90,8 +90,9 @@ class Session:
 
 @cache
 def _options() -> onnxruntime.SessionOptions:
-    """Those of all sessions. They share memory, or each would keep what its largest strip took. Threads are those of each session, as a pool for all of them would be
-    forced on every other user of ONNX Runtime in this process; they sleep while there is nothing to do."""
+    """Those of all sessions. They share memory, or each would keep what its largest strip took. Threads are those of
+    each session, as a pool for all would be forced on every other user of ONNX Runtime in this process; they sleep
+    while there is nothing to do."""
     onnxruntime.disable_telemetry_events()
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
