@@ -4,7 +4,7 @@
 >>> data = compass_codec.encode(image, scales=[1, 2, 3.2], quality=60)
 >>> small = compass_codec.decode(data, layer=0)
 
-Importing this module is light; PyTorch is loaded by the first call.
+Importing this module is light; ONNX Runtime or PyTorch is loaded by the first call.
 """
 
 from __future__ import annotations

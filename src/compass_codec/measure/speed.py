@@ -66,7 +66,7 @@ def profiles() -> str:
     spent: dict[str, list[float]] = {}
     names = [weights.DEFAULT, *sorted(installed - {weights.DEFAULT})]
     for name in names:
-        codec = Codec.load("cpu", precision="float32", model=name)
+        codec = Codec.load("cpu", precision="float32", model=name, engine="torch")
         data = codec.encode_layers(layers, SCALES, 60).data
         works: list[Callable[[], Any]] = [partial(codec.encode_layers, layers, SCALES, 60)]
         works += [partial(codec.decode, data, k) for k in range(len(SCALES))]
@@ -83,15 +83,52 @@ def profiles() -> str:
     )
 
 
+def engines_here(threads: int) -> list[list[float]]:
+    """Seconds and processor seconds of encoding and of decoding three layers with each engine, in turn in this process:
+    the least of some runs."""
+    import torch
+
+    from compass_codec import engines, pictures
+    from compass_codec.codec import Codec, layer_sizes
+
+    engines.threads = threads
+    layers = pictures.pyramid(photograph(*SIZE), layer_sizes(SIZE, SCALES))
+    works: list[Callable[[], Any]] = []
+    for name in engines.LIBRARIES:
+        codec = Codec.load("cpu", precision="float32", engine=name)
+        data = codec.encode_layers(layers, SCALES, 60).data
+        works += [partial(codec.encode_layers, layers, SCALES, 60), partial(codec.decode, data)]
+    torch.set_num_threads(threads)
+    least = [[float("inf")] * 2 for _ in works]
+    for _ in range(2 * REPEATS):
+        for best, work in zip(least, works, strict=True):
+            before = time.perf_counter(), time.process_time()
+            work()
+            spent = time.perf_counter() - before[0], time.process_time() - before[1]
+            best[:] = map(min, best, spent)
+    return least
+
+
+def both_engines() -> str:
+    """The engines with one thread and with two."""
+    body = []
+    for threads in (1, 2):
+        found = alone("engines_here", threads)
+        for name, (encode, decode) in zip(("PyTorch", "ONNX Runtime"), (found[:2], found[2:]), strict=True):
+            times = [f"{wall:.2f} s, {processor:.2f} s" for wall, processor in (encode, decode)]
+            body.append([f"{name}, {threads} thread{'s' * (threads > 1)}", *times])
+    head = ["engine", "encoding: time, processor time", "decoding: time, processor time"]
+    return f"`lean`, float32, three layers of {SIZE[0]} x {SIZE[1]}, in turn in one process.\n\n{rows(head, body)}"
+
+
 Size = tuple[int, int]  # width, height
 
 
-def alone(function: str, *arguments: Any) -> list[float]:
+def alone(function: str, *arguments: Any) -> Any:
     """What a function of this module gives in a process of its own."""
     code = f"from compass_codec.measure import speed; print(speed.{function}(*{arguments!r}))"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    found: list[float] = json.loads(done.stdout)
-    return found
+    return json.loads(done.stdout)
 
 
 def encode_here(file: str, sizes: list[Size]) -> list[float]:
@@ -176,10 +213,13 @@ def cold() -> str:
         empty = run("-c", "import click; click.command()(lambda: None)([], standalone_mode=False)")
         info = run("-m", "compass_codec", "info", str(file))
         torch = run("-c", "import torch")
-        decode = run("-m", "compass_codec", "decode", str(file), "--force", "-o", str(file.with_suffix(".png")))
+        decode = ("-m", "compass_codec", "decode", str(file), "--force", "-o", str(file.with_suffix(".png")))
+        with_torch, with_onnx = (run(*decode, "--engine", engine) for engine in ("torch", "onnx"))
     return (
         f"- `compass info` takes {info - empty:.2f} s of processor time more than an empty click program.\n"
-        f'- `compass decode` of a small file takes {decode / torch:.2f} times as long as `python -c "import torch"`.'
+        f'- `compass decode` of a small file takes {with_torch / torch:.2f} times as long as `python -c "import torch"`'
+        f" with PyTorch, and {with_onnx / torch:.2f} times as long with ONNX Runtime: {with_torch:.2f} and "
+        f"{with_onnx:.2f} s."
     )
 
 
@@ -189,7 +229,14 @@ def kept(file: Path) -> dict[str, str]:
     return {head: text.strip() for head, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-SECTIONS = ("Three layers of 768 x 512", "Starting", "Pictures of any height", "Large pictures", "A thumbnail")
+SECTIONS = (
+    "Three layers of 768 x 512",
+    "Engines",
+    "Starting",
+    "Pictures of any height",
+    "Large pictures",
+    "A thumbnail",
+)
 
 
 @click.command()
@@ -203,10 +250,10 @@ def main(out: Path, large: bool) -> None:
     if large:
         named = [(720, 360), (1280, 640), (1920, 960), (4000, 2000)]
         tables = memory([named, times((12000, 8000), (4, 2, 1))]), thumbnail(times((6000, 4000), (16, 4, 1)))
-        found = dict(zip(SECTIONS[3:], tables, strict=True))
+        found = dict(zip(SECTIONS[4:], tables, strict=True))
     else:
         heights = [times((1500, height), (4, 2, 1)) for height in (500, 1000, 2000)]
-        found = dict(zip(SECTIONS, (profiles(), cold(), memory(heights)), strict=False))
+        found = dict(zip(SECTIONS, (profiles(), both_engines(), cold(), memory(heights)), strict=False))
     sections = kept(page) | found
     text = [
         "# Speed and memory",
