@@ -208,11 +208,11 @@ def test_the_command_line_never_imports_pytorch(tmp_path):
     code = "import sys\nfrom compass_codec import cli\ntry: cli.main(sys.argv[1:])\n"
     code += "except SystemExit as e: sys.exit(e.code or 3 * ('torch' in sys.modules))"
     for command in (
-        ("encode", "a.png", "--scales", "1,2", "--device", "cpu", "--verify"),
-        ("decode", "a.cmps", "--all", "--device", "cpu"),
-        ("view", "a.cmps", "--device", "cpu"),
+        ("encode", tmp_path / "a.png", "--scales", "1,2", "--device", "cpu", "--verify"),
+        ("decode", tmp_path / "a.cmps", "--all", "--device", "cpu"),
+        ("view", tmp_path / "a.cmps", "--device", "cpu"),
     ):
-        done = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "a.layer1.png").size == (24, 16)
 
