@@ -19,6 +19,7 @@ ROOMS = (
     "container",
     "entropy",
     "networks",
+    "engines",
     "backbones",
     "weights",
     "search",

@@ -22,8 +22,8 @@ from compass_codec.container import MODEL_BYTES
 from compass_codec.errors import WeightsError
 
 if TYPE_CHECKING:
-    from compass_codec.backbones import Backbone, LayerCodec, Predictor
-    from compass_codec.engines import Engine
+    from compass_codec.backbones import Backbone, LayerCodec
+    from compass_codec.engines import Engine, Predictor
 
 DEFAULT = "lean"  # the profile that encodes when none is named
 PATH = "COMPASS_MODELS"  # environment variable: folders of sets, or sets, separated as in PATH

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from compass_codec.engines import Engine
+    from compass_codec.engines import Engine, Predictor
     from compass_codec.networks.arrays import Array
 
 NAMES = {"mean_scale": "compass_codec.backbones.mean_scale", "lean": "compass_codec.backbones.lean"}
@@ -53,15 +53,6 @@ class LayerCodec(Protocol):
         """The bytes of a layer of ``size`` to all that they say, in integers: hyper-latent and latent, int32 [channels,
         rows, columns] each, and what else a backbone makes of them. The same on every device and in every precision.
         Raises DamagedError."""
-        ...
-
-
-class Predictor(Protocol):
-    """Predicts a layer from the one below it, at any ratio of their sizes of at least 1."""
-
-    def rows(self, low: Array, size: tuple[int, int], rows: tuple[int, int]) -> Array:
-        """Rows ``rows`` (first, last + 1) of the prediction of a layer of ``size`` from the layer below, uint8
-        [1, 3, height, width]: float32 [1, 3, rows, width] in about 0..1."""
         ...
 
 

@@ -21,8 +21,7 @@ from compass_codec.networks.arrays import Array, cast, space, to_bytes, to_host
 from compass_codec.networks.numbers import ACTIVATION, CELL, LAMBDAS, MEAN_UNIT, PHASES, STEPS, UNSHUFFLE
 
 if TYPE_CHECKING:
-    from compass_codec.backbones import Predictor
-    from compass_codec.engines import Engine, Exact, LeanNetworks, Transforms
+    from compass_codec.engines import Engine, Exact, LeanNetworks, Predictor, Transforms
 
 SKIPPED = 3  # symbols of lower scale indices are zero and are not coded
 PARTS = ("base", "residual", "liff")

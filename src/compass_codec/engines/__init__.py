@@ -19,7 +19,6 @@ from compass_codec.errors import OptionError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from compass_codec.backbones import Predictor
     from compass_codec.networks.arrays import Array
     from compass_codec.networks.strips import Device
 
@@ -110,6 +109,15 @@ class LeanNetworks(Protocol):
         ...
 
 
+class Predictor(Protocol):
+    """Predicts a layer from the one below it, at any ratio of their sizes of at least 1."""
+
+    def rows(self, low: Array, size: tuple[int, int], rows: tuple[int, int]) -> Array:
+        """Rows ``rows`` (first, last + 1) of the prediction of a layer of ``size`` from the layer below, uint8
+        [1, 3, height, width]: float32 [1, 3, rows, width] in about 0..1."""
+        ...
+
+
 class Engine(Protocol):
     name: str
 
@@ -192,13 +200,3 @@ def make(name: str, device: str) -> Engine:
     from compass_codec.engines.torch_engine import TorchEngine
 
     return TorchEngine(torch.device(device))
-
-
-def use_one_thread() -> None:
-    """From now on, compute with one thread; before codecs are loaded. How many there are shows in the last bits of
-    sums, and so in the bytes of a file."""
-    global threads
-    threads = 1
-
-
-threads: int | None = None  # that compute; None: as many as the engine likes

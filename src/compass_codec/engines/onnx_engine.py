@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from compass_codec import engines
+from compass_codec.engines import threads
 from compass_codec.engines.graphs import CONTRIB, Graph
 from compass_codec.entropy import LEVELS
 from compass_codec.networks import flow, lean_rows
@@ -103,7 +103,7 @@ def _options() -> onnxruntime.SessionOptions:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     options.enable_mem_pattern = False  # shapes differ from strip to strip
-    options.intra_op_num_threads = engines.threads or _threads()
+    options.intra_op_num_threads = threads.count or _threads()
     return options
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compass_codec import engines
+from compass_codec.engines import threads
 from compass_codec.entropy import LEVELS
 from compass_codec.networks.arrays import to_device
 from compass_codec.networks.exact import Block, Conv
@@ -44,8 +44,8 @@ class TorchEngine:
         # 4 KB that alone takes a tenth of a picture's time.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         self.device = device
-        if engines.threads is not None:
-            torch.set_num_threads(engines.threads)
+        if threads.count is not None:
+            torch.set_num_threads(threads.count)
 
     def parse(self, data: bytes) -> dict[str, Tensor]:
         from safetensors.torch import load

@@ -162,10 +162,11 @@ def load(options: Options, model: str | None = None) -> Codec:
     """The codec of the set ``model``, or of that in the options, loaded once in a process. A batch computes with one
     thread: how many there are shows in the last bits of sums, and so in the bytes of a file, which must not depend on
     the number of workers."""
-    from compass_codec import codec, engines
+    from compass_codec import codec
+    from compass_codec.engines import threads
 
     if options.batch:
-        engines.use_one_thread()
+        threads.use_one()
     return codec.shared(options.device, options.weights, options.precision, model or options.model, options.engine)
 
 

@@ -83,22 +83,23 @@ def profiles() -> str:
     )
 
 
-def engines_here(threads: int) -> list[list[float]]:
+def engines_here(count: int) -> list[list[float]]:
     """Seconds and processor seconds of encoding and of decoding three layers with each engine, in turn in this process:
     the least of some runs."""
     import torch
 
     from compass_codec import engines, pictures
     from compass_codec.codec import Codec, layer_sizes
+    from compass_codec.engines import threads
 
-    engines.threads = threads
+    threads.count = count
     layers = pictures.pyramid(photograph(*SIZE), layer_sizes(SIZE, SCALES))
     works: list[Callable[[], Any]] = []
     for name in engines.LIBRARIES:
         codec = Codec.load("cpu", precision="float32", engine=name)
         data = codec.encode_layers(layers, SCALES, 60).data
         works += [partial(codec.encode_layers, layers, SCALES, 60), partial(codec.decode, data)]
-    torch.set_num_threads(threads)
+    torch.set_num_threads(count)
     least = [[float("inf")] * 2 for _ in works]
     for _ in range(2 * REPEATS):
         for best, work in zip(least, works, strict=True):
