@@ -15,8 +15,9 @@ from torch import Tensor
 
 from compass_codec.backbones.mean_scale import PARTS
 from compass_codec.files import write_file
-from compass_codec.training.export import remember
+from compass_codec.training.export import describe, remember
 from compass_codec.training.tensors import read_tensors
+from compass_codec.weights import read_set
 
 
 def average(old: dict[str, Tensor], new: dict[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -37,6 +38,7 @@ def main(old: Path, new: Path, parts: tuple[str, ...], share: float) -> None:
     """Average parts of the weights in the folder NEW with those in the folder OLD. Count the tables of codecs again
     after it."""
     try:
+        read_set(new)
         means = {}
         for part in dict.fromkeys(parts):
             before, file = old / f"{part}.safetensors", new / f"{part}.safetensors"
@@ -47,6 +49,7 @@ def main(old: Path, new: Path, parts: tuple[str, ...], share: float) -> None:
                 raise ValueError(f"{before}: {error}") from error
         for file, tensors in means.items():
             write_file(file, save(tensors))
+        describe(new)
         remember(new, {"stage": "average", "parts": list(dict.fromkeys(parts)), "share_of_old": share})
     except (ValueError, OSError) as error:
         raise click.ClickException(" ".join(str(error).split())) from error

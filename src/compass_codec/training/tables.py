@@ -23,7 +23,7 @@ from compass_codec.errors import CompassError
 from compass_codec.files import write_file
 from compass_codec.networks.arrays import to_bytes
 from compass_codec.training.data import Pictures, resize
-from compass_codec.training.export import device_name, remember
+from compass_codec.training.export import describe, device_name, remember
 from compass_codec.training.tensors import read_tensors
 
 PRIOR = 20.0  # symbols that the ideal table counts for, next to those that were seen
@@ -132,6 +132,7 @@ def main(weights: Path, data: tuple[Path, ...], crops: int, side: int, device: s
             for part, found in zip(("base", "residual"), counts, strict=True):
                 tables = found.frequencies()
                 rewrite(weights / f"{part}.safetensors", tables)
+                describe(weights)
                 if share == 1:
                     click.echo(f"{part}: {found.check(tables)}")
         minutes = round((time.monotonic() - start) / 60, 1)
