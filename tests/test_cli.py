@@ -349,7 +349,7 @@ def test_a_pipe_names_no_output(photo, tmp_path, line):
     before = {*tmp_path.iterdir()}
     result = compass(*(names.get(word, word) for word in line.split()))
     assert result.code == 1 and result.err == (
-        f"compass: {tmp_path / 'pipe.x'}: is a pipe or device; -o says where its output goes\n"
+        f"compass: {tmp_path / 'pipe.x'}: is a pipe or device; name its output with -o\n"
     )
     assert {*tmp_path.iterdir()} - before == ({photo.with_suffix(".cmps")} if "PHOTO" in line else set())
 

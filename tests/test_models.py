@@ -15,6 +15,7 @@ from conftest import compass, crop
 from PIL import Image
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from test_serve import Running
 
 import compass_codec
 import compass_codec.pillow
@@ -52,11 +53,13 @@ def idle(tmp_path, monkeypatch):
 
 
 def decoded(path) -> dict[str, np.ndarray]:
-    """Layer 0 of a file by every way there is."""
+    """Layer 0 of the file a.cmps, 8 pixels wide, by every way there is."""
     png, data = path.with_suffix(".png"), path.read_bytes()
     result = compass("decode", path, "--layer", 0, "-o", png, "--force", "--device", "cpu")
     assert result.code == 0, result.err
-    layers = server.Layers(shared("cpu"), server.Settings())
+    served = Running(server.make_app(path.parent, shared("cpu")))
+    answer = served.get("/a.png?w=8")
+    served.stop()
     with Image.open(path) as image:
         image.seek(0)
         return {
@@ -64,7 +67,7 @@ def decoded(path) -> dict[str, np.ndarray]:
             "Python": np.asarray(compass_codec.decode(data, 0, "cpu")),
             "a codec of the default set": np.asarray(shared("cpu").decode(data, 0)),
             "Pillow": np.asarray(image),
-            "server": np.asarray(layers.start(server.load(path), 0).result(60)),
+            "server": np.asarray(answer.image),
         }
 
 

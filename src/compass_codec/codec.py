@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compass_codec import container, pictures
+from compass_codec import DEFAULT_QUALITY, container, pictures
 from compass_codec.errors import DamagedError, LimitError, OptionError
 from compass_codec.networks import strips
 from compass_codec.networks.arrays import to_tensor
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from compass_codec.search import Progress
 
-DEFAULT_QUALITY = 60.0
 EFFORTS = range(10)
 ONE_COLOUR = 1  # first byte of a layer of one colour; the layers of backbones begin with an even number
 
@@ -53,7 +52,7 @@ def check_quality(quality: Any) -> float:
     try:
         number = float(quality)
     except (TypeError, ValueError) as e:
-        raise OptionError(f"quality {quality!r} is no number") from e
+        raise OptionError(f"quality {quality!r} is not a number") from e
     if not 1 <= number <= 100:
         raise OptionError(f"quality {number:g}; it goes from 1 to 100")
     return round(number * 100) / 100

@@ -29,6 +29,7 @@ MAX_SIDE = 2**21 - 1
 MAX_PIXELS = 178_956_970  # of the largest layer; where Pillow too refuses a picture as a decompression bomb
 SCALE_DIGITS = 8  # significant digits kept of a scale factor
 MAX_EXPONENT = 6
+MAX_HEADER = 17 + 21 * MAX_LAYERS + 1 + 10 * (3 + MAX_LAYERS)  # bytes: fixed fields, layers, table of sections
 
 WITH_SECTIONS = 1  # flag: a table of sections follows the layer entries
 
@@ -189,7 +190,7 @@ def check_scales(scales: Sequence[float]) -> list[float]:
     if not all(math.isfinite(s) and s > 0 for s in scales):
         raise OptionError("scale factors must be positive numbers")
     if any(b < a for a, b in pairwise(scales)):
-        raise OptionError("scale factors must not fall from one layer to the next")
+        raise OptionError("scale factors must be non-decreasing")
     if scales[0] < 1e-6 or scales[-1] > 1e6:
         raise OptionError("scale factors must lie between 0.000001 and 1000000")
     return [_from_decimal(*_decimal(s)) for s in scales]
@@ -258,12 +259,6 @@ def _order(kind: int | None, layer: int) -> tuple[int, int, int]:
     }[KINDS[kind].place]
 
 
-def attach(data: bytes, sections: Sections) -> bytes:
-    """The file with these sections in place of those that it has. Raises what reading it raises, and LimitError."""
-    header = read_header(data, MAX_SIDE**2)
-    return _rewrite(header, [payload(header, data, k) for k in range(len(header.layers))], sections)
-
-
 def extract(data: Buffer, layer: int, tail: bytes = b"", strip: bool = False) -> bytes:
     """A file of layers 0 to ``layer``, with their alpha and, unless ``strip``, ICC profile, EXIF and XMP as far as they
     are there. ``data`` is the file, or its first part with ``tail``, the bytes behind the last layer's end. Raises
@@ -274,7 +269,10 @@ def extract(data: Buffer, layer: int, tail: bytes = b"", strip: bool = False) ->
     kept = sections(header, data, last, tail)
     if strip:
         kept = Sections(alpha=kept.alpha)
-    return _rewrite(header, [payload(header, data, k) for k in range(last + 1)], kept)
+    layers = header.layers[: last + 1]
+    sizes = [(e.width, e.height) for e in layers]
+    scales, qualities = [e.scale for e in layers], [e.quality for e in layers]
+    return write(header.model, sizes, scales, qualities, [payload(header, data, k) for k in range(last + 1)], kept)
 
 
 def strip_header(header: Header, data: bytes) -> bytes:
@@ -294,18 +292,12 @@ def strip_header(header: Header, data: bytes) -> bytes:
     return bytes(head) + struct.pack("<I", zlib.crc32(head))
 
 
-def _rewrite(header: Header, payloads: list[bytes], sections: Sections) -> bytes:
-    layers = header.layers[: len(payloads)]
-    sizes = [(e.width, e.height) for e in layers]
-    return write(header.model, sizes, [e.scale for e in layers], [e.quality for e in layers], payloads, sections)
-
-
 def as_bytes(data: Buffer) -> bytes:
     """Bytes, or anything that holds them, such as a memoryview. Raises FormatError for anything else."""
     try:
         return data if isinstance(data, bytes) else memoryview(data).tobytes()
     except TypeError as e:
-        raise FormatError(f"the bytes of a file are needed, not {type(data).__name__}") from e
+        raise FormatError(f"expected the bytes of a .cmps file, not {type(data).__name__}") from e
 
 
 def read_header(data: Buffer, max_pixels: int = MAX_PIXELS) -> Header:
@@ -399,7 +391,7 @@ def pick(header: Header, size: int, layer: int | None) -> int:
 
 
 def states(header: Header, data: bytes) -> list[str]:
-    """What became of each layer with all that belongs to it, and then of each section: "ok", "damaged" or "cut off"."""
+    """The state of each layer with its sections, and then of each section: "ok", "damaged" or "cut off"."""
     extras = [_state(entry, data) for entry in header.sections]
     found = []
     for k, entry in enumerate(header.layers):

@@ -21,7 +21,7 @@ from compass_codec.errors import DamagedError
 PRECISION = 24  # frequencies of a table sum to 2**24, constriction's own precision, so that it keeps them as they are
 LEVELS = 64
 SCALE_RANGE = (0.11, 256.0)
-SYMBOL_LIMIT = 2**20  # no honest symbol comes near; keeps garbage from overflowing integers
+SYMBOL_LIMIT = 2**20  # no encoder writes larger ones; corrupt data must not overflow integers
 PIECE = 2**22  # symbols coded in one call, which bounds what the calls need beside them
 
 Symbols = NDArray[np.signedinteger[Any]]  # of any width
@@ -174,7 +174,7 @@ class Decoder:
             raise DamagedError(f"a layer of {len(data)} bytes is too short for its size")
         count = self._varint()
         if not 0 <= count <= min(len(data), z_count * len(tables.z) + y_count):
-            raise DamagedError("a layer's symbols make no sense")
+            raise DamagedError("corrupt layer: invalid symbol stream")
         self.escapes = iter([self._varint() for _ in range(count)])
         words = data[self.at :]
         words += b"\0" * (-len(words) % 4)
@@ -184,7 +184,7 @@ class Decoder:
         value, shift = 0, 0
         while True:
             if self.at >= len(self.data) or shift > 28:
-                raise DamagedError("a layer's symbols make no sense")
+                raise DamagedError("corrupt layer: invalid symbol stream")
             byte = self.data[self.at]
             self.at += 1
             value |= (byte & 127) << shift
@@ -192,7 +192,7 @@ class Decoder:
             if byte < 128:
                 break
         if value > 2 * SYMBOL_LIMIT:
-            raise DamagedError("a layer's symbols make no sense")
+            raise DamagedError("corrupt layer: invalid symbol stream")
         return value // 2 if value % 2 == 0 else -(value + 1) // 2
 
     def _group(self, table: Table, count: int) -> NDArray[np.int32]:
@@ -202,7 +202,7 @@ class Decoder:
             try:
                 part[:] = self.coder.decode(table.model, len(part))
             except AssertionError as e:  # how constriction says that no encoder writes such data
-                raise DamagedError("a layer's symbols make no sense") from e
+                raise DamagedError("corrupt layer: invalid symbol stream") from e
         symbols -= table.width
         for i in np.flatnonzero(symbols > table.width):
             symbols[i] = next(self.escapes, 0)

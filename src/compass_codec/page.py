@@ -12,10 +12,11 @@ from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING
 
+from compass_codec.pictures import WEBP_SIDE
+
 if TYPE_CHECKING:
     from PIL import Image
 
-WEBP_SIDE = 16383  # WebP holds no larger pictures
 START_WIDTH = 240  # of a picture on the demo page
 
 

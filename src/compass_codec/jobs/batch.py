@@ -29,7 +29,7 @@ from compass_codec.jobs.report import Report, reason
 UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 NAMED_KINDS = 5  # of what a walk left out
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-DIED = "the process that worked on it died, perhaps for want of memory; fewer of them (-j) need less"
+DIED = "its process died, possibly out of memory; try a smaller -j"
 PATIENCE = 10  # seconds that a worker has to clean up once its parent is gone
 # Processes that share a GPU: while one codes symbols on its core, a tenth of a second for 1920 x 1080, the networks of
 # the others run. Each may take so many bytes of the GPU's memory. Both are estimates, not measured on a GPU.

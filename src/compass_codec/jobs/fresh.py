@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from compass_codec import container
 from compass_codec.errors import CompassError
 from compass_codec.jobs.job import EncodeOptions
-from compass_codec.jobs.paths import HEADER_READ, is_stream
+from compass_codec.jobs.paths import is_stream
 from compass_codec.jobs.plan import plan_layers
 from compass_codec.jobs.targets import HIGHEST, LOWEST, SIZE_WINDOW
 
@@ -28,7 +28,7 @@ def encoded_alike(source: Path, target: Path, options: EncodeOptions) -> bool:
         return False
     try:
         with target.open("rb") as file:
-            header = container.read_header(file.read(HEADER_READ), container.MAX_SIDE**2)
+            header = container.read_header(file.read(container.MAX_HEADER), container.MAX_SIDE**2)
     except CompassError:
         return False
     return any(_made_alike(header, target, size, options) for size in _picture_sizes(source))

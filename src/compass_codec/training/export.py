@@ -67,7 +67,7 @@ def export(stage: Stage, folder: Path, card_entry: dict[str, Any] | None = None)
         write_file(path, save(tensors))
         written.append(path)
     if isinstance(stage, LeanStage):
-        describe(folder, lean.BACKBONE, lean.dimensions(stage))
+        describe(folder, lean.BACKBONE, lean.card_fields(stage))
     else:
         describe(folder)
     if card_entry is not None:
@@ -75,14 +75,14 @@ def export(stage: Stage, folder: Path, card_entry: dict[str, Any] | None = None)
     return written
 
 
-def describe(folder: Path, backbone: str = BACKBONE, dimensions: dict[str, Any] | None = None) -> None:
-    """Bring ``folder``/model.json up to date with the parts that are there, and with ``dimensions`` of some of them. A
-    new one names ``backbone``. Raises WeightsError for a broken one."""
+def describe(folder: Path, backbone: str = BACKBONE, fields: dict[str, Any] | None = None) -> None:
+    """Bring ``folder``/model.json up to date with the parts that are there, and set ``fields``. A new one names
+    ``backbone``. Raises WeightsError for a broken one."""
     if (folder / CARD).exists():
         spec = read_set(folder).spec
     else:
         spec = {"profile": "new", "backbone": backbone, "purpose": "made by compass train", "parts": {}}
-    write_card(folder, spec | (dimensions or {}) | {"parts": dict.fromkeys([*spec["parts"], *PARTS])})
+    write_card(folder, spec | (fields or {}) | {"parts": dict.fromkeys([*spec["parts"], *PARTS])})
 
 
 def device_name(device: torch.device) -> str:

@@ -368,7 +368,7 @@ def _more_levels(gains: Tensor, of_latent: bool) -> Tensor:
     return torch.cat([gains, torch.stack(more)]) if more else gains
 
 
-def dimensions(stage: LeanStage) -> dict[str, dict[str, int]]:
-    """Dimensions of the networks that ``stage`` writes, as model.json has them."""
+def card_fields(stage: LeanStage) -> dict[str, Any]:
+    """The fields of model.json that ``stage`` sets: the dimensions of the networks that it writes."""
     networks = {part: getattr(stage, part) for part in stage.writes}
     return {part: getattr(network, "codec", network).dimensions for part, network in networks.items()}
