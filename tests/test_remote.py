@@ -245,7 +245,7 @@ def test_limits_are_checked_before_anything_else_is_fetched():
         ("ftp", "ftp"),
         ("gzip", "gzip"),
         ("short", "the connection ended after 2"),
-        ("short range", "the connection ended after 509 bytes"),
+        ("short range", "the connection ended after 541 bytes"),
         ("wrong start", "another range"),
         ("wrong end", "another range"),
         ("backwards", "another range"),
