@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from compass_codec.search import Progress
 
 EFFORTS = range(10)
+KEPT = 2**21  # pixels of a layer up to which its prediction is computed once and kept: 12 bytes a pixel
 ONE_COLOUR = 1  # first byte of a layer of one colour; the layers of backbones begin with an even number
 
 
@@ -181,7 +182,9 @@ class Codec:
         if (data := one_colour(picture)) is not None:
             return data, of_one_colour(data, (picture.shape[0], picture.shape[1]))
         codec = self.base if below is None else self.residual
-        return codec.encode(picture, lambda: self.predict(below, (picture.shape[0], picture.shape[1])), quality)
+        size = (picture.shape[0], picture.shape[1])
+        kept = list(self.predict(below, size)) if size[0] * size[1] <= KEPT else None
+        return codec.encode(picture, lambda: kept or self.predict(below, size), quality)
 
     def decode(self, data: Buffer, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:
         """Decode one layer (default: the highest that ``data`` holds whole) as an RGB picture, RGBA if it has alpha.
