@@ -1,5 +1,6 @@
 """The command line, as a person types it."""
 
+import importlib
 import json
 import os
 import struct
@@ -404,9 +405,14 @@ def test_names_as_long_as_the_file_system_takes(tmp_path, small_file):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+MODULES = ["measure.kodak", "measure.speed", "measure.effort", "measure.layers", "measure.ratchet", "training.tables"]
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS, *MODULES, "training.average"])
 def test_every_option_has_help(name):
-    command = cli.cli.get_command(None, name)
+    """Of the subcommands, and of the modules that are run with ``python -m``."""
+    known = name in cli.COMMANDS
+    command = cli.cli.get_command(None, name) if known else importlib.import_module(f"compass_codec.{name}").main
     assert command.help
     for parameter in command.params:
         if isinstance(parameter, click.Option):

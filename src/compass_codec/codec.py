@@ -276,7 +276,7 @@ def shared(
 
 @dataclass(frozen=True)
 class Kept:
-    """What tells loaded codecs apart: a set by its identity, wherever it lies."""
+    """The key of a loaded codec: the identity of its set, device and precision; the folder does not count."""
 
     found: ModelSet = field(compare=False)
     identity: str

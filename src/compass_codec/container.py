@@ -1,7 +1,7 @@
-"""The .cmps file, version 2: a header that says where everything is, then the layers from small to large, and around
+"""The .cmps file, version 2: a header with the place of everything, then the layers from small to large, and around
 them optional sections: alpha, an ICC profile, EXIF, XMP.
 
-Knows bytes, sizes and checksums, and nothing of networks. docs/format.md describes every byte.
+This module handles bytes, sizes and checksums, and no networks. docs/format.md describes every byte.
 """
 
 from __future__ import annotations
@@ -113,8 +113,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself: the weights it needs (hex of the first bytes of their hash), its layers and its
-    sections in the order in which they lie."""
+    """The header of a file: the identity of its weights, its layers, and its sections in the order of the file."""
 
     model: str
     layers: tuple[Layer, ...]
@@ -123,7 +122,7 @@ class Header:
 
     @property
     def end(self) -> int:
-        """Length of the whole file; what lies behind the last layer's end is metadata."""
+        """Length of the whole file; only metadata lies behind the last layer's end."""
         return max([self.layers[-1].end, *(section.end for section in self.sections)])
 
     def has_alpha(self, layer: int) -> bool:
@@ -232,7 +231,7 @@ def write(
 
 
 def _laid_out(sections: Sections, layers: int) -> list[tuple[int, int, bytes]]:
-    """The sections that there are as (kind, layer, bytes), in the order in which they lie in the file."""
+    """The sections that are not empty as (kind, layer, bytes), in the order of the file."""
     found = []
     for number, kind in KINDS.items():
         value = getattr(sections, kind.field)
@@ -248,7 +247,7 @@ def _laid_out(sections: Sections, layers: int) -> list[tuple[int, int, bytes]]:
 
 
 def _order(kind: int | None, layer: int) -> tuple[int, int, int]:
-    """What comes before what: sorted by this are sections, and the layers' own bytes (``kind`` None)."""
+    """The sort key of a section in the file, or of the layer's own bytes (``kind`` None)."""
     if kind is None:
         return layer, 0, 0
     return {
@@ -276,8 +275,8 @@ def extract(data: Buffer, layer: int, tail: bytes = b"", strip: bool = False) ->
 
 
 def strip_header(header: Header, data: bytes) -> bytes:
-    """The header's bytes, with which ``data`` begins, without EXIF and XMP, which lie behind all layers: with the same
-    bytes behind it, up to the last layer's end, it is a file that never had them."""
+    """The header's bytes, with which ``data`` begins, without the entries of EXIF and XMP. With the same bytes up to
+    the last layer's end behind it, it is a file without them, as both lie behind all layers."""
     entries = [
         bytes([entry.kind, entry.layer]) + _varint(entry.length) + struct.pack("<I", entry.checksum)
         for entry in header.sections

@@ -1,6 +1,6 @@
 """Symbols to bytes and back: range coding with integer probability tables (constriction).
 
-Symbols are coded in groups that share a table, which is what makes it fast: first z, channel by channel, then y, scale
+Symbols are coded in groups that share a table, for speed: first z, channel by channel, then y, scale
 index by scale index. A table holds the frequencies of -w..w and, last, of an escape that stands for any other value;
 escaped values follow in a list of their own ahead of the range-coded words.
 """
@@ -22,7 +22,7 @@ PRECISION = 24  # frequencies of a table sum to 2**24, constriction's own precis
 LEVELS = 64
 SCALE_RANGE = (0.11, 256.0)
 SYMBOL_LIMIT = 2**20  # no encoder writes larger ones; corrupt data must not overflow integers
-PIECE = 2**22  # symbols coded in one call, which bounds what the calls need beside them
+PIECE = 2**22  # symbols coded in one call, which bounds the memory of the calls
 
 Symbols = NDArray[np.signedinteger[Any]]  # of any width
 
@@ -94,8 +94,8 @@ class Tables:
         self.y = [Table(freq) for freq in np.split(y, np.cumsum(y_lengths)[:-1])]
 
     def least_bytes(self, z_count: int, y_count: int) -> int:
-        """Bytes below which no stream of ``z_count`` symbols in each channel of z and ``y_count`` of y can be: what
-        the likeliest symbols cost."""
+        """A lower bound of the bytes of a stream with ``z_count`` symbols in each channel of z and ``y_count`` of y:
+        the cost of the likeliest symbols."""
         z_bits = sum(t.least_bits for t in self.z) * z_count
         y_bits = min(t.least_bits for t in self.y) * y_count
         return max(0, math.floor((z_bits + y_bits) / 8) - 8)
@@ -149,7 +149,7 @@ class Encoder:
                 self._put(self.tables.y[number], symbols.ravel()[where])
 
     def data(self) -> bytes:
-        """All that was put."""
+        """The bytes of all symbols so far."""
         values = np.concatenate([np.empty(0, np.int32), *self.escapes])
         words: bytes = self.coder.get_compressed().astype(">u4").tobytes()
         return _zigzag(np.array([len(values)])) + _zigzag(values) + words[:-3] + words[-3:].rstrip(b"\0")
@@ -201,7 +201,7 @@ class Decoder:
             part = symbols[at : at + PIECE]
             try:
                 part[:] = self.coder.decode(table.model, len(part))
-            except AssertionError as e:  # how constriction says that no encoder writes such data
+            except AssertionError as e:  # constriction's error for data that no encoder writes
                 raise DamagedError("corrupt layer: invalid symbol stream") from e
         symbols -= table.width
         for i in np.flatnonzero(symbols > table.width):

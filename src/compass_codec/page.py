@@ -82,7 +82,7 @@ def view(title: str, summary: str, panes: Sequence[Pane], rows: Sequence[Sequenc
 
 
 def demo(pictures: Sequence[Picture]) -> str:
-    """The server's page: every picture as <img srcset>, and what each size costs."""
+    """The server's page: every picture as <img srcset>, and the bytes that each size needs."""
     count = f"{len(pictures)} picture{'s' if len(pictures) != 1 else ''}" if pictures else "No pictures here"
     return _fill(
         "demo.html",

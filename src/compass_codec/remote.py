@@ -20,7 +20,7 @@ TIMEOUT = 30.0  # seconds without a byte
 
 
 def file_name(url: str) -> Path:
-    """What the file at ``url`` would be called here; also where ``Remote`` will refuse the address."""
+    """The local name of the file at ``url``; any address has one, also one that ``Remote`` refuses."""
     try:
         path = urlsplit(url).path
     except ValueError:  # half a bracket
@@ -149,7 +149,7 @@ class Remote:
 
     @contextmanager
     def _in_one_line(self) -> Iterator[None]:
-        """Everything that can go wrong on the way becomes a RemoteError of one line."""
+        """Turn every failure of the transfer into a RemoteError of one line."""
         try:
             yield
         except RemoteError:
@@ -183,8 +183,8 @@ def _opener() -> urllib.request.OpenerDirector:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a layer needs of a file: its first bytes, the header, the layer's index, and the metadata behind the layers
-    if that was asked for. ``fetched`` of ``size`` bytes (None: unknown) were read from the server."""
+    """The part of a file that a layer needs: its first bytes, the header, the layer's index, and the metadata behind
+    the layers if that was asked for. ``fetched`` of ``size`` bytes (None: unknown) were read from the server."""
 
     data: bytes
     header: container.Header
@@ -201,8 +201,8 @@ def read_prefix(
     metadata: bool = False,
     timeout: float = TIMEOUT,
 ) -> Prefix:
-    """Fetch what ``layer`` (default: the highest that the file holds whole) needs of the file at ``url``, and with
-    ``metadata`` EXIF and XMP, which lie at its end.
+    """Fetch the part of the file at ``url`` that ``layer`` needs (default: the highest that the file holds whole), and
+    with ``metadata`` EXIF and XMP, which lie at its end.
 
     The header comes first, and nothing more if it breaks a limit. Raises RemoteError and what
     ``container.read_header`` and ``container.pick`` raise.

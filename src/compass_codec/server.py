@@ -70,7 +70,7 @@ SECURITY = {
 
 
 class Busy(Exception):
-    """As many pictures wait to be decoded as may."""
+    """The queue of pictures to decode is full."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class File:
-    """A .cmps file that is open: all that an answer is made of is read through it, also if another file takes its name
-    meanwhile. ``version`` changes whenever the file does."""
+    """An open .cmps file. All data of an answer is read through it, even if another file takes its name meanwhile.
+    ``version`` changes whenever the file does."""
 
     opened: io.FileIO
     head: bytes
@@ -99,7 +99,7 @@ class File:
 
     @property
     def layers(self) -> list[container.Layer]:
-        """Those that the file holds whole."""
+        """The layers that the file holds whole."""
         return [entry for entry in self.header.layers if entry.end <= self.size]
 
     def read(self, layer: int) -> bytes:

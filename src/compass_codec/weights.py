@@ -1,4 +1,4 @@
-"""Sets of weights on disk: what each is, where they are looked for, and the identity that ties a .cmps file to one.
+"""Sets of weights on disk: their description, the look-up, and the identity that ties a .cmps file to one.
 
 A set is a folder with model.json and its parts, a safetensors file each. model.json names profile, backbone and parts
 with their SHA-256, so the SHA-256 of model.json alone identifies the set. Parts are read and checked when it is loaded.
@@ -149,7 +149,7 @@ def places() -> list[Path]:
 
 
 def sets() -> Iterator[ModelSet | WeightsError]:
-    """All sets that are installed or found, each once, and what is wrong with a broken one in its place."""
+    """All sets that are installed or found, each once; in place of a broken one, its error."""
     seen = set()
     for place in places():
         if (place / CARD).exists():
@@ -217,15 +217,14 @@ def identity(folder: Path | None = None, model: str | None = None) -> str:
 
 
 def load(found: ModelSet, device: torch.device, precision: str = "float32") -> Weights:
-    """Load a set to ``device``. What computes the pixels of enhancement layers does so in ``precision``, "float32",
-    "float16" or "bfloat16"; the base layer, small as it is, stays in float32, as all others build on it and its errors
-    are the largest.
+    """Load a set to ``device``. ``precision``, "float32", "float16" or "bfloat16", is that of the networks that compute
+    pixels of enhancement layers. The base layer stays in float32: it is small, and its errors would be the largest.
     Raises WeightsError if a part is missing, corrupt or does not fit, or this version has no such backbone."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
 
-    # PyTorch hears of this with its first tensor. Large arrays come from the system anew each time; in pages of 4 KB
+    # PyTorch reads this with its first tensor. The system provides large arrays anew each time; in pages of 4 KB
     # that alone takes a tenth of a picture's time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if found.backbone not in backbones.NAMES:

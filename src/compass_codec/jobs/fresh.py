@@ -20,9 +20,8 @@ ORIENTATION, ROTATED = 0x0112, {5, 6, 7, 8}  # the EXIF tag, and its values that
 
 
 def encoded_alike(source: Path, target: Path, options: EncodeOptions) -> bool:
-    """Is ``target`` what ``options`` make of a picture of this size, as far as its header tells?
-
-    Which PSNR was aimed at, it does not tell.
+    """Whether ``target`` has the header that ``options`` give a picture of this size. A header does not show the target
+    of PSNR.
     """
     if is_stream(source):
         return False

@@ -1,4 +1,4 @@
-"""What each training stage minimises.
+"""The training stages and their losses.
 
 Every stage is a module whose ``forward`` takes crops and per-sample levels and gives one loss and its parts, so
 that one trainer drives them all. Rates are in bits per pixel of the layer they code, on noisy latents;
@@ -42,8 +42,8 @@ def gaussian_bits(y: Tensor, scales: Tensor, means: Tensor) -> Tensor:
 
 
 def encoded(y: Tensor, scales: Tensor) -> Tensor:
-    """The symbols the encoder makes of y, less its means: what costs more bits must be nearer (symbols.thresholds, here
-    with the bits of the normal distribution)."""
+    """The encoder's symbols of y, less its means: rate-aware rounding (symbols.thresholds), here with the bits of the
+    normal distribution."""
     below, zero = y.abs().floor(), torch.zeros_like(y)
     more = gaussian_bits(below + 1, scales, zero) - gaussian_bits(below, scales, zero)
     least = 0.5 + (BEYOND * more).clamp(0, MOST_BEYOND)
