@@ -25,6 +25,9 @@ from compass_codec.codec import Codec, _loaded, shared
 from compass_codec.errors import OptionError, WeightsError
 from compass_codec.metrics import psnr
 from compass_codec.networks.arrays import to_bytes
+from compass_codec.training.export import export
+from compass_codec.training.stages import Stage
+from compass_codec.training.trainer import Plan, Run
 from compass_codec.weights import ModelSet
 
 INSTALLED = [each.profile for each in weights.sets() if isinstance(each, ModelSet)]
@@ -137,6 +140,59 @@ def test_a_backbone_of_another_kind(idle, monkeypatch):
         assert np.array_equal(found, layer)
     with pytest.raises(OptionError, match=f"^effort 1; there is no search for weights {codec.model}, only effort 0$"):
         codec.encode_layers(layers, [1, 2, 3], 60, effort=1)
+
+
+class DoNothing(Stage):
+    """A backbone in one class: its module, its stage, its layer codec and its predictor. A layer is its prediction."""
+
+    backbone, trains, layered, searchable = "idle", ("base",), False, False
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.base = torch.nn.Linear(1, 1)
+
+    def freeze(self):
+        pass
+
+    def forward(self, x, lam, level, factors):
+        """To learn the mean of the samples."""
+        loss = (x.mean((1, 2, 3)) - self.base(lam[:, None])[:, 0]).square().mean()
+        return loss, {"bpp": torch.zeros(()), "psnr": torch.zeros(())}
+
+    @classmethod
+    def build(cls, spec, tensors, device, precision):
+        found = cls()
+        found.base.load_state_dict({name: value.float() for name, value in tensors["base"].items()})
+        return found, found, found
+
+    def lambda_of(self, quality):
+        return quality
+
+    def encode(self, picture, prediction, quality):
+        return b"\0", self.decode(b"\0", picture.shape[:2], prediction(), quality)
+
+    def decode(self, data, size, prediction, quality):
+        return to_bytes(torch.cat(list(prediction), 2))
+
+    rows = Nearest.rows
+
+
+def test_a_backbone_that_does_nothing_trains_exports_encodes_and_decodes(tmp_path, monkeypatch):
+    """One class and one registration."""
+    monkeypatch.setitem(sys.modules, "nothing", DoNothing)
+    monkeypatch.setitem(backbones.NAMES, "idle", "nothing")
+    x, plan = torch.rand(2, 3, 32, 32), Plan("nothing", batch=(2,), side=(32,), lr=0.1)
+    run = Run(plan, DoNothing(), SimpleNamespace(sample=lambda *_: x), tmp_path, x.device)
+    first, *_, last = (float(run.advance(k / 30)["loss"]) for k in range(30))
+    assert last < first
+    export(run.stage, tmp_path / "set")
+    codec = Codec.load("cpu", tmp_path / "set")
+    assert torch.equal(codec.base.base.weight, run.stage.base.weight.half().float())
+    encoded = codec.encode(crop(16, 12), [1, 2])
+    header = container.read_header(encoded.data)
+    assert header.model == weights.identity(tmp_path / "set") and [entry.length for entry in header.layers] == [1, 1]
+    for found, seen in zip(codec.decode_layers(encoded.data, header, 1), encoded.layers, strict=True):
+        assert np.array_equal(found, seen)
 
 
 def test_a_batch_knows_which_set_made_a_file(idle, tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from compass_codec.networks.lean import LAMBDAS, UNSHUFFLE, LeanCodec
 from compass_codec.networks.lean_liff import LeanLIFF
+from compass_codec.training import exact
 from compass_codec.training.data import Pictures
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.stages import (
@@ -78,8 +79,8 @@ class RatedLean(nn.Module):
 class LeanStage(Stage):
     """The base codec without its context model, whose networks then cost a step nothing."""
 
+    backbone = BACKBONE
     trains: tuple[str, ...] = ("base",)
-    writes: tuple[str, ...] = ("base",)  # parts that are exported
     layered = False
     lambdas = LAMBDAS
     with_context = False
@@ -89,6 +90,14 @@ class LeanStage(Stage):
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.base = RatedLean()  # type: ignore[assignment]
+
+    def card_fields(self) -> dict[str, Any]:
+        """The dimensions of the networks that are exported."""
+        networks = {part: getattr(self, part) for part in self.writes or self.trains}
+        return {part: getattr(network, "codec", network).dimensions for part, network in networks.items()}
+
+    def integers(self, part: str) -> dict[str, Tensor]:
+        return exact.of_part(self, part) if part != "liff" else {}
 
     def freeze(self) -> None:
         self.requires_grad_(True)
@@ -366,9 +375,3 @@ def _more_levels(gains: Tensor, of_latent: bool) -> Tensor:
     step = gains[-1] - gains[-2] if of_latent else torch.zeros_like(gains[-1])
     more = [gains[-1] + (k + 1) * step for k in range(len(LAMBDAS) - len(gains))]
     return torch.cat([gains, torch.stack(more)]) if more else gains
-
-
-def card_fields(stage: LeanStage) -> dict[str, Any]:
-    """The fields of model.json that ``stage`` sets: the dimensions of the networks that it writes."""
-    networks = {part: getattr(stage, part) for part in stage.writes}
-    return {part: getattr(network, "codec", network).dimensions for part, network in networks.items()}

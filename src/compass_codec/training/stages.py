@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,9 @@ def to_8bit(x: Tensor) -> Tensor:
 class Stage(nn.Module):
     """Base, residual codec and LIFF together; a subclass says which of them it trains and how."""
 
+    backbone = "mean_scale"  # whose weights they are
     trains: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()  # parts that are exported; empty: those that it trains
     layered = True  # whether a crop is reduced to lower layers
     lambdas: tuple[float, ...] = LAMBDAS  # that have gains of their own
 
@@ -121,6 +124,14 @@ class Stage(nn.Module):
     def varied(self, x: Tensor, lam: Tensor) -> Tensor:
         """Crops [B, 3, H, W] in 0..1 as a step trains on them, for lambda [B]; outside of what --compile fuses."""
         return x
+
+    def card_fields(self) -> dict[str, Any]:
+        """Fields of model.json that an export sets."""
+        return {}
+
+    def integers(self, part: str) -> dict[str, Tensor]:
+        """The integer twin of the codec ``part``, for its file of weights; empty if it has none."""
+        return {}
 
     def freeze(self) -> None:
         for name, child in self.named_children():
