@@ -85,6 +85,12 @@ def test_imports_go_down(module):
     assert not climbing - {""}, f"{module} imports from rooms above it"
 
 
+def test_nothing_imports_training_or_measure():
+    """The command line finds them by name, when they are asked for."""
+    for module in GRAPH:
+        assert not {room(name) for name in GRAPH[module]} & {"training", "measure"} - {room(module)}, module
+
+
 def test_no_import_goes_round():
     done: set[str] = set()
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from attach import attach
 from browser import browser, complaints, loaded
 from conftest import compass, crop, psnr
 from PIL import Image, ImageCms
@@ -429,14 +430,14 @@ def test_metadata_stays_here(start, tmp_path, codec):
     picture = crop(24, 16).convert("RGBA")
     picture.putalpha(Image.linear_gradient("L").resize((24, 16)))
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    plain = container.attach(codec.encode(picture, [1, 2], 50).data, container.Sections())
+    plain = attach(codec.encode(picture, [1, 2], 50).data, container.Sections())
     alpha = container.sections(header := container.read_header(full := codec.encode(picture, [1, 2]).data), full).alpha
     assert sorted(alpha) == [0, 1]
     secret = {"exif": b"II*\0\x08\0\0\0\0\0 GPS", "xmp": b"<GPS>"}
     for name, kept in [("all", {"icc": profile, "alpha": alpha}), ("none", {})]:
-        there = container.attach(plain if name == "none" else full, container.Sections(**kept, **secret))
+        there = attach(plain if name == "none" else full, container.Sections(**kept, **secret))
         (tmp_path / f"{name}.cmps").write_bytes(there)
-        expected = container.attach(there, container.Sections(**kept))
+        expected = attach(there, container.Sections(**kept))
         site = start(tmp_path, codec)
         answer = site.get(f"/{name}.cmps")
         assert answer.body == expected and b"GPS" not in answer.body and b"GPS" in there

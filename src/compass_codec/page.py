@@ -12,10 +12,11 @@ from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING
 
+from compass_codec.pictures import WEBP_SIDE
+
 if TYPE_CHECKING:
     from PIL import Image
 
-WEBP_SIDE = 16383  # WebP holds no larger pictures
 START_WIDTH = 240  # of a picture on the demo page
 
 
@@ -81,7 +82,7 @@ def view(title: str, summary: str, panes: Sequence[Pane], rows: Sequence[Sequenc
 
 
 def demo(pictures: Sequence[Picture]) -> str:
-    """The server's page: every picture as <img srcset>, and what each size costs."""
+    """The server's page: every picture as <img srcset>, and the bytes that each size needs."""
     count = f"{len(pictures)} picture{'s' if len(pictures) != 1 else ''}" if pictures else "No pictures here"
     return _fill(
         "demo.html",

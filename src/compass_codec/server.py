@@ -42,7 +42,6 @@ from compass_codec.errors import CompassError, TruncatedError
 if TYPE_CHECKING:
     from compass_codec.codec import Codec
 
-HEADER_READ = 4096  # more than any header
 SUFFIXES = ["".join(letters) for letters in product("cC", "mM", "pP", "sS")]  # "cmps" first
 MEDIA_TYPE = "image/x-cmps"
 TYPES = {"avif": "image/avif", "webp": "image/webp", "jpg": "image/jpeg", "png": "image/png"}  # most wanted first
@@ -56,7 +55,11 @@ SAVING: dict[str, tuple[str, dict[str, Any]]] = {
     "png": ("PNG", {}),
 }
 MODERN = {"avif", "webp"}  # sent only to those who name them
-SIDES = {"avif": 32768, "webp": 16383, "jpg": 65500}  # the largest that libavif reads, and that the others write
+SIDES = {
+    "avif": 32768,
+    "webp": pictures.WEBP_SIDE,
+    "jpg": 65500,
+}  # the largest that libavif reads, and that the others write
 LARGEST = 9_999_999  # width or height that may be asked for
 RETRY_AFTER = 5  # seconds
 SECURITY = {
@@ -67,7 +70,7 @@ SECURITY = {
 
 
 class Busy(Exception):
-    """As many pictures wait to be decoded as may."""
+    """The queue of pictures to decode is full."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class File:
-    """A .cmps file that is open: all that an answer is made of is read through it, also if another file takes its name
-    meanwhile. ``version`` changes whenever the file does."""
+    """An open .cmps file. All data of an answer is read through it, even if another file takes its name meanwhile.
+    ``version`` changes whenever the file does."""
 
     opened: io.FileIO
     head: bytes
@@ -96,7 +99,7 @@ class File:
 
     @property
     def layers(self) -> list[container.Layer]:
-        """Those that the file holds whole."""
+        """The layers that the file holds whole."""
         return [entry for entry in self.header.layers if entry.end <= self.size]
 
     def read(self, layer: int) -> bytes:
@@ -136,7 +139,7 @@ def load(path: Path) -> File:
     file = path.open("rb", buffering=0)  # a buffer would hold what is no longer there
     try:
         status = os.fstat(file.fileno())
-        head = file.read(HEADER_READ)
+        head = file.read(container.MAX_HEADER)
         header = container.read_header(head, max_pixels=container.MAX_SIDE**2)
     except BaseException:
         file.close()
@@ -480,7 +483,7 @@ def _unchanged(response: Response, request: Request) -> bool:
         since, modified = parsedate(asked.get("if-unmodified-since")), parsedate(response.headers["last-modified"])
         same = since is None or modified is None or modified <= since
     if not same:
-        raise HTTPException(412, "the picture is another one now")
+        raise HTTPException(412, "the picture has changed since")
     return StaticFiles.is_not_modified(StaticFiles(check_dir=False), response.headers, asked)
 
 

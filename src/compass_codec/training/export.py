@@ -22,7 +22,7 @@ from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.lean import LeanStage, RatedLean
 from compass_codec.training.stages import RatedCodec, Stage
 from compass_codec.training.tensors import below, fill_module, read_tensors
-from compass_codec.weights import CARD, FORMAT, read_set
+from compass_codec.weights import CARD, read_set, write_card
 
 BACKBONE = "mean_scale"
 REACH = 32  # hyper-latent symbols -REACH..REACH have a frequency of their own; beyond them, an escape
@@ -66,19 +66,23 @@ def export(stage: Stage, folder: Path, card_entry: dict[str, Any] | None = None)
             tensors |= exact.of_part(stage, part)
         write_file(path, save(tensors))
         written.append(path)
-    lean.describe(stage, folder) if isinstance(stage, LeanStage) else describe(folder)
+    if isinstance(stage, LeanStage):
+        describe(folder, lean.BACKBONE, lean.card_fields(stage))
+    else:
+        describe(folder)
     if card_entry is not None:
         remember(folder, card_entry)
     return written
 
 
-def describe(folder: Path) -> None:
-    """Write ``folder``/model.json unless there is one. Raises WeightsError for a broken one."""
+def describe(folder: Path, backbone: str = BACKBONE, fields: dict[str, Any] | None = None) -> None:
+    """Bring ``folder``/model.json up to date with the parts that are there, and set ``fields``. A new one names
+    ``backbone``. Raises WeightsError for a broken one."""
     if (folder / CARD).exists():
-        read_set(folder)
-        return
-    spec = {"profile": "new", "backbone": BACKBONE, "purpose": "made by compass train", "parts": PARTS}
-    write_file(folder / CARD, (json.dumps(spec | {"format": FORMAT}, indent=1) + "\n").encode())
+        spec = read_set(folder).spec
+    else:
+        spec = {"profile": "new", "backbone": backbone, "purpose": "made by compass train", "parts": {}}
+    write_card(folder, spec | (fields or {}) | {"parts": dict.fromkeys([*spec["parts"], *PARTS])})
 
 
 def device_name(device: torch.device) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compass_codec.files import write_file
 from compass_codec.networks.lean import LAMBDAS, UNSHUFFLE, LeanCodec
 from compass_codec.networks.lean_liff import LeanLIFF
 from compass_codec.training.data import Pictures
@@ -31,7 +29,7 @@ from compass_codec.training.stages import (
 )
 from compass_codec.training.start import HAAR, LAMBDA_0, MIX, STEP
 from compass_codec.training.tensors import below, fill_module, read_tensors
-from compass_codec.weights import CARD, FORMAT, read_set
+from compass_codec.weights import CARD, read_set
 
 BACKBONE = "lean"
 PARTS = ("base", "residual", "liff")
@@ -370,16 +368,7 @@ def _more_levels(gains: Tensor, of_latent: bool) -> Tensor:
     return torch.cat([gains, torch.stack(more)]) if more else gains
 
 
-def describe(stage: LeanStage, folder: Path) -> None:
-    """Bring ``folder``/model.json up to date with the parts that are there, and with the dimensions of those that
-    ``stage`` writes."""
-    if (folder / CARD).exists():
-        spec = dict(read_set(folder).spec)
-    else:
-        spec = {"profile": "new", "backbone": BACKBONE, "purpose": "made by compass train", "format": FORMAT}
-    new = spec | {"parts": [part for part in PARTS if (folder / f"{part}.safetensors").exists()]}
-    for part in stage.writes:
-        network = getattr(stage, part)
-        new[part] = getattr(network, "codec", network).dimensions
-    if new != spec:
-        write_file(folder / CARD, (json.dumps(new, indent=1) + "\n").encode())
+def card_fields(stage: LeanStage) -> dict[str, Any]:
+    """The fields of model.json that ``stage`` sets: the dimensions of the networks that it writes."""
+    networks = {part: getattr(stage, part) for part in stage.writes}
+    return {part: getattr(network, "codec", network).dimensions for part, network in networks.items()}
