@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,7 @@ def test_pictures_of_a_page(site, tmp_path, codec):
         total = sum(length for name, _, length in sent if name == "photo.cmps")
         assert total == max(512, header.layers[2].end)
         spans = sorted((first, length) for name, first, length in sent if name == "photo.cmps")
-        assert all(a[0] + a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False)), spans  # nothing twice
+        assert all(a[0] + a[1] == b[0] for a, b in pairwise(spans)), spans  # nothing twice
         for k in range(3):
             mine = pixels_of(driver, f"photo.cmps?layer={k}").astype(int)
             difference = np.abs(mine - np.asarray(codec.decode(data, k)))
@@ -201,7 +202,10 @@ def test_the_module_is_made_of_its_source(tmp_path):
     recipe = (Path(__file__).parents[1] / "Makefile").read_text().partition("\nwasm:")[2].partition("\n\n")[0]
     command = recipe.partition("&& ")[2].replace("\\\n", " ").split()
     made = tmp_path / "kernels.wasm"
-    command = [str(source / word) if word == "kernels.ts" else str(made) if word == "kernels.wasm" else word for word in command]
+    command = [
+        str(source / word) if word == "kernels.ts" else str(made) if word == "kernels.wasm" else word
+        for word in command
+    ]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     if result.returncode:
         pytest.skip(f"AssemblyScript cannot be had: {result.stderr.splitlines()[-1:]}")

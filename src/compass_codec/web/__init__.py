@@ -6,15 +6,16 @@ kernels.wasm is made of kernels.ts by ``make wasm``. Nothing of Python runs in t
 from __future__ import annotations
 
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compass_codec.errors import WeightsError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from compass_codec.weights import ModelSet
 
 SCRIPTS = ("compass.js", "container.js", "kernels.wasm", "lean.js", "png.js", "sw.js")
-TYPES = {".js": "text/javascript", ".wasm": "application/wasm", ".safetensors": "application/octet-stream"}
 # What of a codec a decoder needs; of LIFF it needs all.
 DECODER = ("s16.", "s8.", "from_y.", "up.", "out.", "p8.", "log_inv_gain", "exact.", "tables.")
 
@@ -37,8 +38,8 @@ def weights_of(found: ModelSet) -> bytes:
 
     if found.backbone != "lean":
         raise WeightsError(f"{found.folder}: browsers decode with the backbone lean, not with {found.backbone}")
-    tensors = {}
-    for path in found.files[1:]:
+    tensors: dict[str, NDArray[Any]] = {}
+    for path in found.parts:
         try:
             part = load(path.read_bytes())
         except (OSError, SafetensorError) as e:

@@ -15,16 +15,17 @@ async function controlled() {
 /** Layer after layer, until one is as wide as the picture is shown. What cannot be decoded leaves the one before it. */
 async function grow(img) {
   const wanted = Math.ceil((img.clientWidth || 1) * devicePixelRatio);
-  for (let layer = 0; ; layer++) {
+  for (let width = 0; width < wanted; ) {
     const next = new Image();
-    next.src = `${img.dataset.cmps}?layer=${layer}`;
+    next.src = `${img.dataset.cmps}?w=${width + 1}`;
     try {
       await next.decode();
     } catch {
-      return layer ? undefined : img.dispatchEvent(new Event("error"));
+      return width ? undefined : img.dispatchEvent(new Event("error"));
     }
+    if (next.naturalWidth <= width) return; // the largest there is
     img.src = next.src;
-    if (next.naturalWidth >= wanted) return;
+    width = next.naturalWidth;
   }
 }
 
