@@ -28,6 +28,7 @@ ROOMS = (
     "remote",
     "pillow",
     "page",
+    "web",
     "jobs",
     "server",
     "commands",

@@ -38,6 +38,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from compass_codec import __version__, container, page, pictures
 from compass_codec.errors import CompassError, TruncatedError
+from compass_codec.web.routes import routes
 
 if TYPE_CHECKING:
     from compass_codec.codec import Codec
@@ -76,13 +77,15 @@ class Busy(Exception):
 @dataclass(frozen=True)
 class Settings:
     """Limits of a server. ``cache``: bytes of decoded layers kept; ``max_pixels``: of a layer that is decoded;
-    ``decodes``: at the same time; ``queue``: how many more may wait; ``max_age``: seconds, for Cache-Control."""
+    ``decodes``: at the same time; ``queue``: how many more may wait; ``max_age``: seconds, for Cache-Control;
+    ``weights``: folder of a set that browsers may fetch besides those installed."""
 
     cache: int = 256 * 2**20
     max_pixels: int = 16_000_000
     decodes: int = 1
     queue: int = 16
     max_age: int = 3600
+    weights: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -341,6 +344,19 @@ class App:
 
     def _demo(self) -> str:
         shown = []
+        for name, _, sizes in self._sound():
+            # "photo.png" asks for photo.cmps as PNG, so that photo.png.cmps needs one more
+            address = f"{name}.png" if Path(name).suffix.lower() in (".cmps", *EXTENSIONS) else name
+            shown.append(page.Picture(name, f"/{quote(os.fsencode(address))}", sizes))
+        return page.demo(shown)
+
+    def addresses(self) -> list[tuple[str, str]]:
+        """Name and address of every file that the demo page shows."""
+        return [(name, f"/{quote(os.fsencode(name))}{path.suffix}") for name, path, _ in self._sound()]
+
+    def _sound(self) -> Iterator[tuple[str, Path, list[tuple[int, int, int]]]]:
+        """The files whose header can be read: name, path, and width, height and end of each layer that may be asked
+        for."""
         for name, path in sorted(self._names()):
             try:
                 with load(path) as file:
@@ -348,10 +364,7 @@ class App:
             except (CompassError, OSError):
                 continue
             if sizes:
-                # "photo.png" asks for photo.cmps as PNG, so that photo.png.cmps needs one more
-                address = f"{name}.png" if Path(name).suffix.lower() in (".cmps", *EXTENSIONS) else name
-                shown.append(page.Picture(name, f"/{quote(os.fsencode(address))}", sizes))
-        return page.demo(shown)
+                yield name, path, sizes
 
     def _names(self) -> Iterator[tuple[str, Path]]:
         """The files that can be asked for, without .cmps."""
@@ -558,7 +571,11 @@ def make_app(folder: Path, codec: Codec, settings: Settings | None = None) -> St
         return line(500, "the server failed")
 
     site = Starlette(
-        routes=[Route("/", app.demo), Route("/{name:any_path}", app.picture)],
+        routes=[
+            Route("/", app.demo),
+            *routes(app.addresses, app.settings.weights),
+            Route("/{name:any_path}", app.picture),
+        ],
         middleware=[Middleware(Fields)],
         exception_handlers={
             HTTPException: refused,

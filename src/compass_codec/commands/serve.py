@@ -77,6 +77,7 @@ def serve(
     /photo.png?w=640    from the smallest layer that is 640 wide or more
     /photo?w=640        in the type that the client likes best
     /photo.cmps         the file without EXIF and XMP, with Range requests
+    /app/               a page that shows every picture, decoded in the browser
     """
     if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
         raise click.ClickException("serve needs Starlette and uvicorn: pip install 'compass_codec[serve]'")
@@ -92,7 +93,7 @@ def serve(
         raise click.ClickException(f"{host}:{port}: {e.strerror or e}") from e
     with listening, blame(folder):
         loaded = codec.shared(device, weights, precision)
-        app = make_app(folder, loaded, Settings(cache * MIB, max_pixels, decodes, queue, max_age))
+        app = make_app(folder, loaded, Settings(cache * MIB, max_pixels, decodes, queue, max_age, weights))
         if not quiet:
             log = logging.getLogger("uvicorn.access")
             log.setLevel(logging.INFO)
