@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from compass_codec import container, engines, pictures
+from compass_codec import DEFAULT_QUALITY, container, engines, pictures
 from compass_codec.errors import DamagedError, LimitError, OptionError
 from compass_codec.networks import strips
 from compass_codec.networks.arrays import Array, space
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from compass_codec.engines import Engine
     from compass_codec.search import Progress
 
-DEFAULT_QUALITY = 60.0
 EFFORTS = range(10)
 KEPT = 2**21  # pixels of a layer up to which its prediction is computed once and kept: 12 bytes a pixel
 ONE_COLOUR = 1  # first byte of a layer of one colour; the layers of backbones begin with an even number
@@ -53,7 +52,7 @@ def check_quality(quality: Any) -> float:
     try:
         number = float(quality)
     except (TypeError, ValueError) as e:
-        raise OptionError(f"quality {quality!r} is no number") from e
+        raise OptionError(f"quality {quality!r} is not a number") from e
     if not 1 <= number <= 100:
         raise OptionError(f"quality {number:g}; it goes from 1 to 100")
     return round(number * 100) / 100
@@ -300,8 +299,8 @@ def shared(
 
 @dataclass(frozen=True)
 class Kept:
-    """What tells loaded codecs apart: a set by its identity, wherever it lies; what was ``asked`` for as the engine
-    decides about sets of other backbones."""
+    """The key of a loaded codec: the identity of its set, engine, device and precision; the folder does not count.
+    ``asked`` is the engine asked for, which decides about files of other sets."""
 
     found: ModelSet = field(compare=False)
     identity: str
