@@ -165,12 +165,13 @@ class Codec:
         deadline = math.inf if time_budget is None else started + time_budget
         coded: list[tuple[bytes, NDArray[np.uint8]]] = []
         with float32_convolutions():
-            for picture, q in zip(layers, qualities, strict=True):
-                coded.append(self.encode_layer(picture, coded[-1][1] if coded else None, q))
             if effort:
                 from compass_codec import search
 
-                coded = search.improve(self, layers, qualities, coded, effort, deadline, progress, layer_weights)
+                coded = search.improve(self, layers, qualities, effort, deadline, progress, layer_weights)
+            else:
+                for picture, q in zip(layers, qualities, strict=True):
+                    coded.append(self.encode_layer(picture, coded[-1][1] if coded else None, q))
         sizes = [(p.shape[1], p.shape[0]) for p in layers]
         payloads, seen = zip(*coded, strict=True)
         return Encoded(container.write(self.model, sizes, scales, qualities, payloads, sections), list(seen))

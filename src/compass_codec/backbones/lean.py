@@ -217,7 +217,7 @@ def _block(block: Any, level: Tensor, kind: torch.dtype) -> Callable[[Tensor], T
 class LeanLayer:
     """A lean codec with its entropy coder: a layer less its prediction to bytes and back."""
 
-    searchable = False
+    searchable = True
 
     def __init__(self, codec: LeanCodec, exact: Entropy, tables: entropy.Tables, kind: torch.dtype) -> None:
         self.codec, self.exact, self.tables, self.kind = codec, exact, tables, kind
@@ -231,27 +231,36 @@ class LeanLayer:
         self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Tensor]], quality: float
     ) -> tuple[bytes, NDArray[np.uint8]]:
         """See backbone.LayerCodec."""
+        networks = self.networks(quality)
+        y = self.analysis(networks, picture, prediction())
+        data = self.write(self.hyper_analysis(y), y)
+        return data, self.reconstruct(networks, y, prediction(), (picture.shape[0], picture.shape[1]))
+
+    def analysis(self, networks: Prepared, picture: NDArray[np.uint8], prediction: Iterable[Tensor]) -> Tensor:
+        """The latent [1, M, h, w] of a layer."""
         size = (picture.shape[0], picture.shape[1])
-        networks = self._networks(quality)
-        y = flow.gather(networks.analysis(self._pixels(picture, strips.Rows(prediction()), size)))
-        z = self._hyper_analysis(y)
+        return flow.gather(networks.analysis(self._pixels(picture, strips.Rows(prediction), size)))
+
+    def write(self, z: Tensor, y: Tensor, least: Tensor | None = None) -> bytes:
+        """The symbols of z and a latent to bytes; ``least`` are its thresholds if they are others (symbols.thresholds).
+        In place, the latent becomes what the decoder has of it."""
         coder = entropy.Encoder(self.tables)
         coder.z(to_host(z[0]).astype(np.int32))
 
         def code(index: Tensor, means: Tensor, own: Tensor) -> Tensor:
-            symbols = self._quantise(own.sub_(means), index)
+            symbols = self._quantise(own.sub_(means), index, least)
             coder.y(to_host(index), to_host(symbols.to(torch.int32)))
             return symbols.add_(means)
 
         self.exact.walk(self.exact.features(z, (y.shape[2], y.shape[3])), y, code)
-        return coder.data(), self._reconstruct(networks, y, prediction(), size)
+        return coder.data()
 
     def decode(
         self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float
     ) -> NDArray[np.uint8]:
         """See backbone.LayerCodec."""
         _, y = self._read(data, size)
-        return self._reconstruct(self._networks(quality), y, prediction, size)
+        return self.reconstruct(self.networks(quality), y, prediction, size)
 
     def parse(self, data: bytes, size: tuple[int, int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """See backbone.LayerCodec; the latent, symbols plus means, is in units of 1 / MEAN_UNIT."""
@@ -272,7 +281,7 @@ class LeanLayer:
         self.exact.walk(self.exact.features(to_device(z[None], self.device), (h, w)), y, code)
         return z, y
 
-    def _networks(self, quality: float) -> Prepared:
+    def networks(self, quality: float) -> Prepared:
         level = level_of(quality_to_lambda(quality), LAMBDAS)[None].float().to(self.device)
         return Prepared(self.codec, level, self.kind)
 
@@ -289,15 +298,15 @@ class LeanLayer:
             x, known = to_tensor(picture[rows], self.device).float().div_(255), prediction.take(rows.stop - rows.start)
             yield x.sub_(known), known - 0.5, rows.stop == size[0]
 
-    def _hyper_analysis(self, y: Tensor) -> Tensor:
+    def hyper_analysis(self, y: Tensor) -> Tensor:
         """Latent to the symbols of z, float32."""
         return self.codec.hyper_analysis(y).round().clamp(-LATENT_LIMIT, LATENT_LIMIT)
 
-    def _quantise(self, centred: Tensor, index: Tensor) -> Tensor:
+    def _quantise(self, centred: Tensor, index: Tensor, least: Tensor | None = None) -> Tensor:
         """Symbols of y, less its means, from what they cost by their scale indices (uint8)."""
-        return quantise(centred, index, self.thresholds).mul_(index >= SKIPPED)
+        return quantise(centred, index, self.thresholds if least is None else least).mul_(index >= SKIPPED)
 
-    def _reconstruct(
+    def reconstruct(
         self, networks: Prepared, y: Tensor, prediction: Iterable[Tensor], size: tuple[int, int]
     ) -> NDArray[np.uint8]:
         """The quantised latent and strips of the prediction to the layer. Encoder and decoder both come here."""

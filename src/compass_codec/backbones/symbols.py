@@ -31,13 +31,13 @@ def quantise(centred: Tensor, index: Tensor, least: Tensor) -> Tensor:
     return below.add_(beyond).copysign_(centred).clamp_(-LATENT_LIMIT, LATENT_LIMIT)
 
 
-def thresholds(tables: entropy.Tables) -> NDArray[np.float32]:
+def thresholds(tables: entropy.Tables, beyond: float = BEYOND, most: float = MOST_BEYOND) -> NDArray[np.float32]:
     """For each scale index and magnitude m, float32 [LEVELS * MAGNITUDES]: what a latent must be beyond m to become
     m + 1. The last magnitude stands for larger ones; what has no frequency of its own costs an escape at least."""
     found = np.full((len(tables.y), MAGNITUDES), 0.5, np.float32)
     for row, table in zip(found, tables.y, strict=True):
         more = np.diff(-np.log2(table.freq[table.width :][: MAGNITUDES + 1].astype(float)))
-        row += np.clip(BEYOND * np.pad(more, (0, MAGNITUDES - len(more)), "edge"), 0, MOST_BEYOND)
+        row += np.clip(beyond * np.pad(more, (0, MAGNITUDES - len(more)), "edge"), 0, most)
     return found.ravel()
 
 
