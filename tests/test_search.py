@@ -230,6 +230,10 @@ def test_command(tmp_path):
     weighted = tmp_path / "weighted.cmps"
     assert compass("encode", source, "-s", "1,2", "--effort", 2, "--layer-weights", "9,1", "-o", weighted).code == 0
     assert weighted.read_bytes() != (tmp_path / "2.cmps").read_bytes()
+    assert compass("encode", source, "-s", "1", "--effort", 1, "--target-bpp", 2, "-o", tmp_path / "t.cmps").code == 0
+    assert 8 * (tmp_path / "t.cmps").stat().st_size <= 2 * 48 * 40
+    refused = compass("encode", source, "-s", "1", "--model", "paper", "--effort", 1, "-o", tmp_path / "p.cmps")
+    assert refused.code == 1 and "only effort 0" in refused.err
     for wrong in ("9", "9,0", "9,inf", "9,x"):
         assert compass("encode", source, "-s", "1,2", "--effort", 1, "--layer-weights", wrong).code == 2
     assert compass("encode", source, "-s", "1,2", "--layer-weights", "9,1").code == 2

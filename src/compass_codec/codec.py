@@ -181,12 +181,18 @@ class Codec:
     ) -> tuple[bytes, NDArray[np.uint8]]:
         """A layer, uint8 [height, width, 3], given what the decoder will see of the one below it: its bytes, and what
         the decoder will see of it."""
-        if (data := one_colour(picture)) is not None:
-            return data, of_one_colour(data, (picture.shape[0], picture.shape[1]))
+        if (flat := self.flat(picture)) is not None:
+            return flat
         codec = self.base if below is None else self.residual
         size = (picture.shape[0], picture.shape[1])
         kept = list(self.predict(below, size)) if size[0] * size[1] <= KEPT else None
         return codec.encode(picture, lambda: kept or self.predict(below, size), quality)
+
+    @staticmethod
+    def flat(picture: NDArray[np.uint8]) -> tuple[bytes, NDArray[np.uint8]] | None:
+        """The same of a layer that is coded as one colour."""
+        data = one_colour(picture)
+        return None if data is None else (data, of_one_colour(data, (picture.shape[0], picture.shape[1])))
 
     def decode(self, data: Buffer, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:
         """Decode one layer (default: the highest that ``data`` holds whole) as an RGB picture, RGBA if it has alpha.

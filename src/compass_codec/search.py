@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,7 +25,6 @@ from torch import Tensor
 from compass_codec import entropy
 from compass_codec.backbones.lean import SKIPPED, LeanLayer
 from compass_codec.backbones.symbols import LATENT_LIMIT, quantise, thresholds
-from compass_codec.codec import of_one_colour, one_colour
 from compass_codec.metrics import squared_error
 from compass_codec.networks import strips
 from compass_codec.networks.arrays import to_tensor
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
         base: LayerCodec
         residual: LayerCodec
+
+        def flat(self, picture: NDArray[np.uint8]) -> Coded | None: ...
 
         def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Tensor]: ...
 
@@ -136,8 +138,7 @@ def efforts(
         for k, (picture, quality) in enumerate(zip(layers, qualities, strict=True)):
             # while nothing below has changed, what was best for a layer can stay
             same = bool(best) and all(a is b for a, b in zip(tried, best[:k], strict=True))
-            if (colour := one_colour(picture)) is not None:
-                flat = colour, of_one_colour(colour, (picture.shape[0], picture.shape[1]))
+            if (flat := codec.flat(picture)) is not None:
                 tried.append(best[k] if best else CodedLayer.of(flat, picture, lambdas[k]))
                 continue
             job = LayerTask(picture, tried[-1].coded[1] if k else None, quality, prices[k], deadline)
@@ -236,15 +237,23 @@ class Search:
     def __init__(self, layer: LayerCodec) -> None:
         assert isinstance(layer, LeanLayer), "what is searchable"
         self.layer = layer
+        self.least = torch.from_numpy(thresholds(layer.tables, BEYOND, MOST_BEYOND)).to(layer.device)
+
+    @cached_property
+    def codec(self) -> LeanCodec:
+        """The networks in float32, for gradients."""
         with torch.inference_mode(False):
             # the weights were made in inference mode, where autograd may not keep them
             with torch.device("meta"):
-                self.codec = LeanCodec(**layer.codec.dimensions)  # type: ignore[arg-type]
-            tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in layer.codec.state_dict().items()}
-            self.codec.load_state_dict(tensors, assign=True)
-            self.codec.requires_grad_(False).eval()
-            self.z_bits = table_bits(layer.tables.z).to(layer.device)
-            self.least = torch.from_numpy(thresholds(layer.tables, BEYOND, MOST_BEYOND)).to(layer.device)
+                codec = LeanCodec(**self.layer.codec.dimensions)  # type: ignore[arg-type]
+            tensors = self.layer.codec.state_dict().items()
+            codec.load_state_dict({k: x.to(torch.float32, copy=True) for k, x in tensors}, assign=True)
+            return codec.requires_grad_(False).eval()
+
+    @cached_property
+    def z_bits(self) -> Tensor:
+        with torch.inference_mode(False):
+            return table_bits(self.layer.tables.z).to(self.layer.device)
 
     def start(self, job: LayerTask, predict: Callable[..., Iterator[Tensor]], last: Latents | None) -> Latents:
         """The latents of a layer as the analysis gives them; or ``last``, as it is or, with another prediction than
