@@ -127,10 +127,10 @@ def test_tiles_bound_what_is_computed_at_once(codec, monkeypatch):
     widest: list[int] = []
     quantised = search.Search.quantised
 
-    def watch(self, y, z, change):
+    def watch(self, y, z, change, least):
         widest.append(y.shape[3])
         assert y.shape[2:] == change.shape[2:] == (3, 4 * z.shape[3])
-        return quantised(self, y, z, change)
+        return quantised(self, y, z, change, least)
 
     monkeypatch.setattr(search.Search, "quantised", watch)
     layers = [np.array(crop(320, 40))]
@@ -144,15 +144,18 @@ def test_gradients_are_those_of_the_codec(codec):
     """What a step quantises is what the encoder writes, and its bits are those of the file, but for the float networks
     in place of the integer ones."""
     picture = np.array(crop(128, 96))
-    own, job = search.Search(codec.base), search.LayerTask(picture, None, 60, 1.0, math.inf)
+    own, job = (
+        search.Search(codec.base),
+        search.LayerTask(picture, None, 60, search.error_price(quality_to_lambda(60)), math.inf),
+    )
     with torch.inference_mode():
         latents = own.start(job, codec.predict, None)
         written = latents.y.clone()
-        data = own.layer.write(latents.z, written, own.least)
+        data = own.layer.write(latents.z, written, own.least(job))
     with search.gradients():
         y, z = latents.y.clone(), latents.z.clone().requires_grad_()
         change = torch.zeros_like(y).requires_grad_()
-        found, bits = own.quantised(y, z, change)
+        found, bits = own.quantised(y, z, change, own.least(job).clone())
         bits.backward()
     assert (found - written).abs().mean() < 0.1 * written.abs().mean()
     assert float(bits.detach()) == pytest.approx(8 * len(data), rel=0.03)
@@ -186,10 +189,10 @@ def test_a_lower_layer_that_got_worse_stays(codec, monkeypatch):
 
 def test_layer_weights(codec):
     """What counts more comes out better."""
-    layers = layers_of(32, 64)
+    layers = layers_of(48, 96)
 
     def layer_costs(weights: list[float]) -> list[float]:
-        encoded = codec.encode_layers(layers, [1, 2], 60, 1, layer_weights=weights)
+        encoded = codec.encode_layers(layers, [1, 2], 60, 2, layer_weights=weights)
         header = container.read_header(encoded.data)
         payloads = [container.payload(header, encoded.data, k) for k in (0, 1)]
         coded = zip(payloads, encoded.layers, strict=True)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Tensor]: ...
 
 
-STEPS = (0, 0, 4, 8, 12, 24, 40, 60, 100, 200)  # of gradients, that an effort adds to those below it
+STEPS = (0, 0, 4, 8, 12, 16, 24, 32, 48, 64)  # of gradients, that an effort adds to those below it
 # Effort 1: so much of the quantisation errors stays, less what a second analysis sees of them so many times.
 STAYS, SEEN = 0.7, 0.74
 # A step goes from the quantised latent so far, of what a Newton step would; and y goes so far there.
@@ -237,7 +237,11 @@ class Search:
     def __init__(self, layer: LayerCodec) -> None:
         assert isinstance(layer, LeanLayer), "what is searchable"
         self.layer = layer
-        self.least = torch.from_numpy(thresholds(layer.tables, BEYOND, MOST_BEYOND)).to(layer.device)
+
+    def least(self, job: LayerTask) -> Tensor:
+        """Thresholds of latents that are searched: where error counts more, bits count less beside it."""
+        beyond = BEYOND * error_price(self.layer.lambda_of(job.quality)) / job.price
+        return torch.from_numpy(thresholds(self.layer.tables, beyond, MOST_BEYOND)).to(self.layer.device)
 
     @cached_property
     def codec(self) -> LeanCodec:
@@ -271,7 +275,7 @@ class Search:
         """The layer's bytes and what the decoder will see of it, searched as ``effort`` adds to those below it;
         ``more`` efforts follow."""
         networks = self.layer.networks(job.quality)
-        z, least = latents.z.round(), self.least
+        z, least = latents.z.round(), self.least(job)
         if effort == 0:
             y, least = latents.analysed.clone(), self.layer.thresholds
         elif effort == 1:
@@ -296,13 +300,14 @@ class Search:
         known = latents.known[outside].clone()
         level = level_of(self.layer.lambda_of(job.quality), LAMBDAS)[None].float().to(known.device)
         y, z = latents.y[tile.part(LATENT, REACH)].clone(), latents.z[tile.part(1, REACH)].clone()
+        least = self.least(job)
         core, z_core = tile.part(LATENT, 0, REACH), tile.part(1, 0, REACH)
         for _ in range(steps):
             if job.late():
                 break
             # what is added to the quantised latent, and to z, for their gradients
             change, moved = torch.zeros_like(y).requires_grad_(), z.clone().requires_grad_()
-            quantised, bits = self.quantised(y, moved, change)
+            quantised, bits = self.quantised(y, moved, change, least)
             given = known - 0.5 if self.codec.conditional else None
             out = self.codec.synthesis(quantised, level, (pixels.shape[2], pixels.shape[3]), given)
             error = ((out + known).clamp(0, 1) - pixels)[tile.part(PIXEL, REACH / 2, REACH)].square().sum()
@@ -317,7 +322,7 @@ class Search:
             z[z_core] -= Z_RATE * moved.grad[z_core]
         return y[core], z[z_core]
 
-    def quantised(self, y: Tensor, z: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    def quantised(self, y: Tensor, z: Tensor, change: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
         """What the decoder has of y, plus ``change``, and the bits of both; z is rounded. Gradients go to ``change``
         and to z, as if rounding were none."""
         low = z.detach().floor()
@@ -329,7 +334,7 @@ class Search:
             nonlocal bits
             index = level_position(log_scales.detach()).round().to(torch.uint8)
             coded, middle = index >= SKIPPED, means.detach()
-            own = middle + quantise(y[part] - middle, index, self.least) * coded
+            own = middle + quantise(y[part] - middle, index, least) * coded
             bits = bits + (gaussian_bits(own - means, log_scales) * coded).sum()
             return own + change[part]
 
