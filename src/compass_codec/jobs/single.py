@@ -29,7 +29,7 @@ CLEAR = "\r\x1b[K"  # of a terminal's line
 
 
 def run(job: Job) -> Report:
-    """Do the work; whatever is raised over this file becomes a report of failure. Raises only what stops the whole
+    """Do the work; any error with this file becomes a report of failure. Raises only what stops the whole
     process: KeyboardInterrupt, SystemExit, and BrokenPipeError of standard output."""
     started = time.perf_counter()
     try:
@@ -76,7 +76,7 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
         return result.data, result.layers
 
     def measured(seen: Sequence[NDArray[np.uint8]]) -> list[float]:
-        """PSNR of each layer, of what shows."""
+        """PSNR of each layer, weighted by alpha."""
         shows: list[NDArray[np.uint8] | None] = [*alphas] or [None] * len(layers)
         return [metrics.psnr(*layer) for layer in zip(layers, seen, shows, strict=True)]
 

@@ -13,14 +13,14 @@ LOWEST, HIGHEST, STEP = 1.0, 100.0, 0.01
 START = 50.0
 SIZE_WINDOW = 0.02  # a file may be this much smaller than asked for
 PSNR_WINDOW = 0.1  # dB that a picture may be better than asked for
-# What one step of quality brings, measured on photographs; only the second encode depends on it.
+# The gain of one step of quality, measured on photographs; only the second encode depends on it.
 LOG_BYTES_SLOPE = 0.018
 PSNR_SLOPE = 0.075
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to aim at: bytes of the whole file ("size"), bits of the whole file for each pixel of the top layer
+    """A target: bytes of the whole file ("size"), bits of the whole file for each pixel of the top layer
     ("bpp"), or dB of the top layer ("psnr")."""
 
     kind: Literal["size", "bpp", "psnr"]
@@ -55,8 +55,8 @@ def search(
 ) -> Found[T]:
     """The best quality for ``target``: the largest file that is not above it, the smallest PSNR that is not below.
 
-    ``encode`` makes anything of a quality, of which ``measure`` says (bytes, PSNR); ``pixels`` are those of the top
-    layer. Takes what is within 2 % or 0.1 dB, or the nearest step of 0.01 where one step changes more than that.
+    ``encode`` encodes at a quality, and ``measure`` gives (bytes, PSNR) of its result; ``pixels`` are those of the top
+    layer. A result within 2 % or 0.1 dB is taken, or the nearest step of 0.01 where one step changes more than that.
     """
     of_size = target.kind != "psnr"
     if of_size:
