@@ -47,7 +47,7 @@ speed: install  ## where time and memory go: docs/performance.md (LARGE=--large:
 	$(BIN)/python -W ignore -m compass_codec.measure.speed $(LARGE)
 
 effort: install  ## what --effort brings and costs
-	OMP_NUM_THREADS=1 $(BIN)/python -m compass_codec.measure.effort --images $(KODAK) --quick 2 --side 160
+	OMP_NUM_THREADS=1 $(BIN)/python -m compass_codec.measure.effort --images $(KODAK) --quick 6 --effort 3
 
 layers: install  ## what several qualities of one size cost
 	OMP_NUM_THREADS=1 $(BIN)/python -m compass_codec.measure.layers --images $(KODAK) --quick 6 --side 256

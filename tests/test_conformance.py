@@ -188,11 +188,11 @@ def test_precision_may_differ_between_encoder_and_decoder(codec, short, writes, 
 
 @pytest.mark.parametrize("precision", LOST)
 def test_a_search_takes_gradients_in_float32(precision):
-    codec = Codec.load("cpu", precision=precision, model="paper")
+    codec = Codec.load("cpu", precision=precision)
     search = Search(codec.residual)
-    types = [{p.dtype for p in network.parameters()} for network in (codec.residual.codec, search.codec)]
-    assert codec.residual.codec.pixel_type in types[0] and types[1] == {torch.float32}
-    encoded = codec.encode(crop(40, 30), [1, 2], 60, effort=1)
+    assert codec.residual.kind == getattr(torch, precision)
+    assert {p.dtype for p in search.codec.parameters()} == {torch.float32}
+    encoded = codec.encode(crop(40, 30), [1, 2], 60, effort=2)
     assert np.array_equal(codec.decode(encoded.data), encoded.layers[-1])
 
 

@@ -174,7 +174,7 @@ def test_strips_write_the_same_bytes(layer, monkeypatch):
 def test_almost_certain_zeros_are_not_coded():
     layer = made(False)
     index = torch.arange(entropy.LEVELS, dtype=torch.uint8)
-    symbols = layer._quantise(torch.full((entropy.LEVELS,), 3.2), index)
+    symbols = layer._quantise(torch.full((entropy.LEVELS,), 3.2), index, layer.thresholds)
     assert symbols.tolist() == [0] * lean_codec.SKIPPED + [3] * (entropy.LEVELS - lean_codec.SKIPPED)
     coder, empty = entropy.Encoder(layer.tables), entropy.Encoder(layer.tables)
     coder.y(index[: lean_codec.SKIPPED].numpy(), np.zeros(lean_codec.SKIPPED, np.int32))

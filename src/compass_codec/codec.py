@@ -183,12 +183,13 @@ class Codec:
         deadline = math.inf if time_budget is None else started + time_budget
         coded: list[tuple[bytes, NDArray[np.uint8]]] = []
         with self.engine.computing():
-            for picture, q in zip(layers, qualities, strict=True):
-                coded.append(self.encode_layer(picture, coded[-1][1] if coded else None, q))
             if effort:
                 from compass_codec import search
 
-                coded = search.improve(self, layers, qualities, coded, effort, deadline, progress, layer_weights)
+                coded = search.improve(self, layers, qualities, effort, deadline, progress, layer_weights)
+            else:
+                for picture, q in zip(layers, qualities, strict=True):
+                    coded.append(self.encode_layer(picture, coded[-1][1] if coded else None, q))
         sizes = [(p.shape[1], p.shape[0]) for p in layers]
         payloads, seen = zip(*coded, strict=True)
         return Encoded(container.write(self.model, sizes, scales, qualities, payloads, sections), list(seen))
@@ -198,12 +199,18 @@ class Codec:
     ) -> tuple[bytes, NDArray[np.uint8]]:
         """A layer, uint8 [height, width, 3], given what the decoder will see of the one below it: its bytes, and what
         the decoder will see of it."""
-        if (data := one_colour(picture)) is not None:
-            return data, of_one_colour(data, (picture.shape[0], picture.shape[1]))
+        if (flat := self.flat(picture)) is not None:
+            return flat
         codec = self.base if below is None else self.residual
         size = (picture.shape[0], picture.shape[1])
         kept = list(self.predict(below, size)) if size[0] * size[1] <= KEPT else None
         return codec.encode(picture, lambda: kept or self.predict(below, size), quality)
+
+    @staticmethod
+    def flat(picture: NDArray[np.uint8]) -> tuple[bytes, NDArray[np.uint8]] | None:
+        """The same of a layer that is coded as one colour."""
+        data = one_colour(picture)
+        return None if data is None else (data, of_one_colour(data, (picture.shape[0], picture.shape[1])))
 
     def decode(self, data: Buffer, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:
         """Decode one layer (default: the highest that ``data`` holds whole) as an RGB picture, RGBA if it has alpha.

@@ -144,7 +144,7 @@ def _conditioned(
 class LeanLayer:
     """A lean codec with its entropy coder: a layer less its prediction to bytes and back."""
 
-    searchable = False
+    searchable = True
 
     def __init__(self, networks: LeanNetworks, tables: entropy.Tables, engine: Engine) -> None:
         self.networks, self.tables, self.engine = networks, tables, engine
@@ -158,27 +158,40 @@ class LeanLayer:
         self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Array]], quality: float
     ) -> tuple[bytes, NDArray[np.uint8]]:
         """See backbone.LayerCodec."""
+        networks = self.at(quality)
+        y = self.analysis(networks, picture, prediction())
+        data = self.write(self.hyper_analysis(y), y)
+        return data, self.reconstruct(networks, y, prediction(), (picture.shape[0], picture.shape[1]))
+
+    def at(self, quality: float) -> Transforms:
+        """The transforms at a quality."""
+        return self.networks.at(quality_to_lambda(quality))
+
+    def analysis(self, networks: Transforms, picture: NDArray[np.uint8], prediction: Iterable[Array]) -> Array:
+        """The latent [1, M, h, w] of a layer."""
         size = (picture.shape[0], picture.shape[1])
-        networks = self._at(quality)
-        y = flow.gather(analysis(networks, self._pixels(picture, strips.Rows(prediction()), size)))
-        z = self._hyper_analysis(y)
+        return flow.gather(analysis(networks, self._pixels(picture, strips.Rows(prediction), size)))
+
+    def write(self, z: Array, y: Array, least: Array | None = None) -> bytes:
+        """The symbols of z and a latent to bytes; ``least`` are its thresholds if they are others (symbols.thresholds).
+        In place, the latent becomes what the decoder has of it."""
         coder = entropy.Encoder(self.tables)
         coder.z(to_host(z[0]).astype(np.int32))
 
         def code(index: Array, means: Array, own: Array) -> Array:
-            symbols = self._quantise(own - means, index)
+            symbols = self._quantise(own - means, index, self.thresholds if least is None else least)
             coder.y(to_host(index), to_host(cast(symbols, "int32")))
             return symbols + means
 
         self.exact.walk(self.exact.features(z, (y.shape[2], y.shape[3])), y, code)
-        return coder.data(), self._reconstruct(networks, y, prediction(), size)
+        return coder.data()
 
     def decode(
         self, data: bytes, size: tuple[int, int], prediction: Iterable[Array], quality: float
     ) -> NDArray[np.uint8]:
         """See backbone.LayerCodec."""
         _, y = self._read(data, size)
-        return self._reconstruct(self._at(quality), y, prediction, size)
+        return self.reconstruct(self.at(quality), y, prediction, size)
 
     def parse(self, data: bytes, size: tuple[int, int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """See backbone.LayerCodec; the latent, symbols plus means, is in units of 1 / MEAN_UNIT."""
@@ -199,9 +212,6 @@ class LeanLayer:
         self.exact.walk(self.exact.features(self.engine.array(z[None]), (h, w)), y, code)
         return z, y
 
-    def _at(self, quality: float) -> Transforms:
-        return self.networks.at(quality_to_lambda(quality))
-
     def _cells(self) -> int:
         return CELLS[self.engine.device.type]
 
@@ -220,18 +230,19 @@ class LeanLayer:
             x -= known
             yield x, known - 0.5, rows.stop == size[0]
 
-    def _hyper_analysis(self, y: Array) -> Array:
+    def hyper_analysis(self, y: Array) -> Array:
         """Latent to the symbols of z, float32."""
         z = self.networks.hyper_analysis(y)
         return space(z).round(z).clip(-LATENT_LIMIT, LATENT_LIMIT)
 
-    def _quantise(self, centred: Array, index: Array) -> Array:
+    @staticmethod
+    def _quantise(centred: Array, index: Array, least: Array) -> Array:
         """Symbols of y, less its means, from what they cost by their scale indices (uint8)."""
-        symbols = quantise(centred, index, self.thresholds)
+        symbols = quantise(centred, index, least)
         symbols *= index >= SKIPPED
         return symbols
 
-    def _reconstruct(
+    def reconstruct(
         self, networks: Transforms, y: Array, prediction: Iterable[Array], size: tuple[int, int]
     ) -> NDArray[np.uint8]:
         """The quantised latent and strips of the prediction to the layer. Encoder and decoder both come here."""

@@ -27,7 +27,7 @@ PARTS = ("base", "residual", "liff")
 class MeanScaleLayer:
     """A backbone.LayerCodec: an ImageCodec with its integer hyper-decoder and entropy coder."""
 
-    searchable = True
+    searchable = False
 
     def __init__(self, codec: ImageCodec, tables: entropy.Tables, device: torch.device) -> None:
         self.codec, self.tables, self.device = codec, tables, device

@@ -28,12 +28,12 @@ def quantise(centred: Array, index: Array, least: Array) -> Array:
     return space(centred).copysign(below, centred).clip(-LATENT_LIMIT, LATENT_LIMIT)
 
 
-def thresholds(tables: entropy.Tables) -> NDArray[np.float32]:
+def thresholds(tables: entropy.Tables, beyond: float = BEYOND, most: float = MOST_BEYOND) -> NDArray[np.float32]:
     """The fraction above which a latent between the magnitudes m and m + 1 becomes m + 1, for each scale index and m:
     float32 [LEVELS * MAGNITUDES]. The last m stands for all larger ones. A symbol without a frequency of its own has
     that of the escape."""
     found = np.full((len(tables.y), MAGNITUDES), 0.5, np.float32)
     for row, table in zip(found, tables.y, strict=True):
         more = np.diff(-np.log2(table.freq[table.width :][: MAGNITUDES + 1].astype(float)))
-        row += np.clip(BEYOND * np.pad(more, (0, MAGNITUDES - len(more)), "edge"), 0, MOST_BEYOND)
+        row += np.clip(beyond * np.pad(more, (0, MAGNITUDES - len(more)), "edge"), 0, most)
     return found.ravel()

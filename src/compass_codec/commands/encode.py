@@ -65,7 +65,7 @@ from compass_codec.weights import DEFAULT
     type=click.IntRange(0, 9),
     default=0,
     show_default=True,
-    help="How long to search for a better file, 0 (not at all) to 9, with --model paper; decoding takes the same time.",
+    help="How long to search for a better file, 0 (not at all) to 9; decoding takes the same time.",
 )
 @click.option(
     "--time-budget",
@@ -136,7 +136,7 @@ def encode(
       compass encode photo.jpg --scales 1,2,4 -q 50,60,70
       compass encode photo.jpg --scales 1,2,4 --target-size 200kB
       compass encode photo.jpg --scales 1,2,4 --target-psnr 34
-      compass encode photo.jpg --scales 1,2,4 --model paper --effort 5
+      compass encode photo.jpg --scales 1,2,4 --effort 3
     \b
     Many pictures; outputs that are up to date are skipped:
       compass encode *.jpg photos/ --scales 1,2,4 --out-dir out -j 4

@@ -60,8 +60,8 @@ def ladder(
     return steps
 
 
-def measure(task: tuple[list[Path], int, int, int]) -> tuple[list[Found], int]:
-    """(pictures, side of the crop, layers, effort) to what efforts 0 to this one find, and the pixels encoded."""
+def measure(task: tuple[list[Path], int | None, int, int]) -> tuple[list[Found], int]:
+    """(pictures, side of a crop, layers, effort) to what efforts 0 to this one find, and the pixels encoded."""
     import torch
     from PIL import Image
 
@@ -70,12 +70,13 @@ def measure(task: tuple[list[Path], int, int, int]) -> tuple[list[Found], int]:
 
     files, side, count, effort = task
     torch.set_num_threads(1)
-    codec, scales = Codec.load("cpu", model="paper"), LAYERS[count]  # lean has no search
+    codec, scales = Codec.load("cpu"), LAYERS[count]
     found, pixels = [Found() for _ in range(effort + 1)], 0
     for file in files:
         image = Image.open(file).convert("RGB")
-        left, top = max(0, image.width - side) // 2, max(0, image.height - side) // 2
-        image = image.crop((left, top, min(image.width, left + side), min(image.height, top + side)))
+        if side:
+            left, top = max(0, image.width - side) // 2, max(0, image.height - side) // 2
+            image = image.crop((left, top, min(image.width, left + side), min(image.height, top + side)))
         layers = pictures.pyramid(image, layer_sizes(image.size, scales))
         for each in found:
             each.points.append([[] for _ in layers])
@@ -115,9 +116,7 @@ def gains(plain: Found, found: Found) -> list[float]:
 @click.option(
     "--side",
     type=click.IntRange(16),
-    default=128,
-    show_default=True,
-    help="Side of the middle of each picture that is used.",
+    help="Side of the middle of each picture that is used. Default: all.",
 )
 @click.option(
     "--layers",
@@ -130,7 +129,7 @@ def gains(plain: Found, found: Found) -> list[float]:
 @click.option(
     "--effort", type=click.IntRange(1, 9), default=9, show_default=True, help="Highest effort that is measured."
 )
-def main(images: Path, quick: int | None, side: int, layers: tuple[str, ...], effort: int) -> None:
+def main(images: Path, quick: int | None, side: int | None, layers: tuple[str, ...], effort: int) -> None:
     """Print a table of BD-rate against effort 0 at qualities 1, 30, 60 and 100, of each layer from the smallest to the
     largest with the bits of the file up to it; of time; and of memory."""
     from compass_codec.jobs.batch import picture_suffixes
