@@ -279,3 +279,18 @@ def test_a_format_that_cannot_work_is_refused_before_anything(tmp_path, small_fi
     for extension in ("wmf", "h5", "pgm"):
         result = compass("decode", tmp_path / "x.cmps", "--format", extension)
         assert result.code == 2 and len(result.err.splitlines()) == 1 and extension in result.err
+
+
+def test_an_interrupt_while_a_file_is_made_leaves_none(tmp_path, monkeypatch):
+    from compass_codec.files import write_file
+
+    make = os.open
+
+    def interrupted(*about):
+        os.close(make(*about))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_file(tmp_path / "a.cmps", b"data")
+    assert list(tmp_path.iterdir()) == []

@@ -191,10 +191,11 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
                 yield done.result()
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
-            # again until all have ended, as one may just be starting
+            # again until all have ended, as one may just be starting; one that does not end is killed
+            late = time.monotonic() + PATIENCE
             while lanes.qsize() < workers:
                 for process in multiprocessing.active_children():
-                    process.terminate()
+                    process.kill() if time.monotonic() > late else process.terminate()
                 time.sleep(0.05)
             raise
         finally:
