@@ -7,12 +7,13 @@ import bisect
 import io
 import json
 from collections.abc import Sequence
+from functools import partial
 from importlib import resources
 from typing import TYPE_CHECKING
 
 from compass_codec.measure.peers import PEERS, Gap
-from compass_codec.measure.protocol import OURS, Scales, layers_of, sizes_of, title
-from compass_codec.measure.tables import TESTED, Results
+from compass_codec.measure.protocol import OURS, Scales, kind_of, layers_of, model_of, sizes_of, title
+from compass_codec.measure.tables import TESTED, Results, set_title
 from compass_codec.measure.task import Original, Record, Settings, Task, load
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def crop(job: Task, layers: Sequence[NDArray[np.uint8]], settings: Settings) -> 
     """In a worker: the crop of the top layer as ``job.method`` gives it, what it cost, and its PSNR (of the whole)."""
     from compass_codec.metrics import psnr
 
-    if job.method == OURS:
+    if kind_of(job.method) == OURS:
         total, decoded = _ours(job, layers, settings)
     else:
         total, decoded = _nearest(job, layers)
@@ -35,14 +36,22 @@ def crop(job: Task, layers: Sequence[NDArray[np.uint8]], settings: Settings) -> 
 
 
 def _ours(job: Task, layers: Sequence[NDArray[np.uint8]], settings: Settings) -> tuple[int, NDArray[np.uint8]]:
-    """Through the file. The tables take the encoder's word for what a decoder sees; here it is checked."""
+    """Through the file, with ``target`` the largest that is not above it. The tables take the encoder's word for what a
+    decoder sees; here it is checked."""
     import numpy as np
 
     from compass_codec import container
     from compass_codec.codec import shared
+    from compass_codec.jobs.targets import Target, search
 
-    ours = shared(settings.device, settings.weights)
-    encoded = ours.encode_layers(layers, [s / job.scales[0] for s in job.scales], job.setting)
+    ours = shared(settings.device, settings.weights, model=model_of(job.method))
+    scales = [s / job.scales[0] for s in job.scales]
+    if job.target:
+        target, pixels = Target("size", job.target), layers[-1].shape[0] * layers[-1].shape[1]
+        encode = partial(ours.encode_layers, layers, scales)
+        encoded = search(target, pixels, encode, lambda e: (len(e.data), 0.0)).result
+    else:
+        encoded = ours.encode_layers(layers, scales, job.setting)
     header = container.read_header(encoded.data)
     decoded = list(ours.decode_layers(encoded.data, header, len(layers) - 1))
     if not all(np.array_equal(a, b) for a, b in zip(decoded, encoded.layers, strict=True)):
@@ -93,7 +102,7 @@ def our_jobs(results: Results, scales: Scales) -> list[Task]:
 
 
 def peer_jobs(ours: Sequence[Task], results: Results, peers: Sequence[str]) -> list[Task]:
-    """Crops of the peers at the bytes of ours, which must have been run."""
+    """Crops of the ``peers``, or of our other sets, at the bytes of ours, which must have been run."""
     return [
         Task(job.source, peer, job.scales, box=job.box, target=results.records[job]["bytes"])
         for job in ours
@@ -114,7 +123,7 @@ def html(results: Results, scales: Scales, peers: Sequence[str]) -> str:
             record = results.records[job]
             tiles = [_tile(TESTED, record, record.get("bytes", 0))]
             for peer in peers:
-                name = f"simulcast {PEERS[peer].title}" if len(scales) > 1 else PEERS[peer].title
+                name = _name(peer, len(scales) > 1)
                 other = others.get((source, record.get("bytes", 0), peer))
                 tiles.append(_tile(name, results.records[other] if other else record, record.get("bytes", 0)))
             rate = f"{8 * record['bytes'] / width / height:.3f} bpp, " if "bytes" in record else ""
@@ -123,13 +132,20 @@ def html(results: Results, scales: Scales, peers: Sequence[str]) -> str:
         pictures.append({"name": source.path.name, "original": _data_url(top, _box(source, scales)), "points": points})
     note = (
         f"The middle of the largest of the layers {title(scales)}. The bytes are those of all the layers together: "
-        "one file for COMPASS, a file for each layer for the others, at the setting that comes nearest. PSNR is "
+        "one file for COMPASS, a file for each layer for other codecs, at the setting that comes nearest. PSNR is "
         "that of the whole layer. Choose a picture below to set it against COMPASS."
     )
     # "<" could end the script; JSON may write it as an escape
     data = json.dumps({"note": note, "pictures": pictures}).replace("<", "\\u003c")
     page = resources.files("compass_codec.measure").joinpath("compare.html").read_text(encoding="utf-8")
     return page.replace("/*DATA*/null", data)
+
+
+def _name(method: str, layered: bool) -> str:
+    """Of a tile."""
+    if model := model_of(method):
+        return set_title(model)
+    return f"simulcast {PEERS[method].title}" if layered else PEERS[method].title
 
 
 def _tile(name: str, record: Record, wanted: int) -> dict[str, str]:
