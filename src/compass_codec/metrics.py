@@ -11,17 +11,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from compass_codec.errors import MeasureError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MS_SSIM_SIDE = 161  # five scales of windows of 11 samples need this many
 
 
 def squared_error(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
     """Sum of squared differences of two uint8 pictures of one shape."""
+    import numpy as np
+
     # a few rows at a time: all integers of a large picture take a gigabyte
     parts = ((a[row : row + 64], b[row : row + 64]) for row in range(0, len(a), 64))
     return sum(int(np.square(x.astype(np.int32) - y).sum(dtype=np.int64)) for x, y in parts)
@@ -30,6 +34,8 @@ def squared_error(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8], alpha: NDArray[np.uint8] | None = None) -> float:
     """Peak signal-to-noise ratio of two uint8 pictures of one shape, in dB; infinite when they are equal. With
     ``alpha``, uint8 [height, width], each pixel counts as much as it shows; infinite when none does."""
+    import numpy as np
+
     if alpha is None:
         squares, samples = squared_error(a, b), a.size
     else:
@@ -111,6 +117,17 @@ class Metric:
     digits: int = 2
     program: str = ""  # of libjxl, that measures
 
+    def of(self, a: NDArray[np.uint8], b: NDArray[np.uint8], alpha: NDArray[np.uint8] | None = None) -> float:
+        """Of what shows with ``alpha``, uint8 [height, width]. Raises MeasureError, also for pictures too small."""
+        if alpha is not None and self.measure is psnr:
+            return psnr(a, b, alpha)
+        if alpha is not None:
+            a, b = over_grey(a, alpha), over_grey(b, alpha)
+        value = self.measure(a, b)
+        if value is None:
+            raise MeasureError(f"{a.shape[1]} x {a.shape[0]} pixels are too few for {self.title}")
+        return value
+
     @property
     def falls(self) -> bool:
         """Whether a lower value is better."""
@@ -119,9 +136,25 @@ class Metric:
     def text(self, value: float) -> str:
         return f"{value:.{self.digits}f}{' ' * bool(self.unit)}{self.unit}"
 
+    def asked(self, value: float) -> str:
+        """A value in words, as a person gave it."""
+        return f"{value:g} {self.unit}" if self.unit else f"{self.title} {value:g}"
+
     def identity(self) -> str:
         """What decides its values. Raises MeasureError where its program is missing."""
         return f"{self.title} {_hash(program_of(self.program))}" if self.program else self.title
+
+
+def over_grey(picture: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What shows of a picture [height, width, 3] with ``alpha`` [height, width], on grey."""
+    import numpy as np
+
+    share = alpha[..., None].astype(np.float32) / 255
+    shown: NDArray[np.uint8] = (GREY + share * (picture.astype(np.float32) - GREY)).round().astype(np.uint8)
+    return shown
+
+
+GREY = 128
 
 
 @lru_cache

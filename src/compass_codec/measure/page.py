@@ -49,7 +49,7 @@ def _ours(job: Task, layers: Sequence[NDArray[np.uint8]], settings: Settings) ->
     if job.target:
         target, pixels = Target("size", job.target), layers[-1].shape[0] * layers[-1].shape[1]
         encode = partial(ours.encode_layers, layers, scales)
-        encoded = search(target, pixels, encode, lambda e: (len(e.data), 0.0)).result
+        encoded = search(target, pixels, encode, lambda e: (len(e.data), 0)).result
     else:
         encoded = ours.encode_layers(layers, scales, job.setting)
     header = container.read_header(encoded.data)
