@@ -181,5 +181,12 @@ METRICS = {
         lambda halvings: 2**-halvings,
         program="butteraugli_main",
     ),
+    "butteraugli-max": Metric(
+        "Butteraugli max-norm",
+        lambda a, b: butteraugli(a, b)[0],
+        lambda distance: -math.log2(max(distance, NEAR)),
+        lambda halvings: 2**-halvings,
+        program="butteraugli_main",
+    ),
     "ssimulacra2": Metric("SSIMULACRA 2", ssimulacra2, digits=1, program="ssimulacra2"),
 }

@@ -87,8 +87,8 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # older click has it wi
     "--metrics",
     type=Names(list(METRICS)),
     default=("psnr", "ms-ssim"),
-    help=f"Of {','.join(METRICS)}; default: psnr,ms-ssim. PSNR is always measured. The last two need libjxl's programs "
-    "butteraugli_main and ssimulacra2.",
+    help=f"Of {','.join(METRICS)}; default: psnr,ms-ssim. PSNR is always measured. The last three need libjxl's "
+    "programs butteraugli_main and ssimulacra2.",
 )
 def bench(
     images: Path,

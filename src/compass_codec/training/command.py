@@ -162,6 +162,13 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Where the weights go; default: RESUME/weights."
 )
+@click.option(
+    "--tune",
+    type=click.Choice(["psnr", "visual"]),
+    default="psnr",
+    show_default=True,
+    help="What the distortion of lean stages follows: the squared error, or what people see.",
+)
 @click.option("--batch", type=Integers(), default="16", show_default=True, help="Crops a step in each process.")
 @click.option("--side", type=Integers(), default="128,256", show_default=True, help="Of a crop, over the schedule.")
 @click.option(
@@ -228,6 +235,8 @@ def train(
     from compass_codec.training.data import Pictures
     from compass_codec.training.trainer import Plan, Run, make_stage
 
+    if settings["tune"] != "psnr" and stage not in LEAN:
+        raise click.UsageError(f"--tune goes with {', '.join(LEAN)}")
     try:
         with one_line():
             plan = Plan(stage, **settings)
@@ -235,7 +244,7 @@ def train(
             resume.mkdir(parents=True, exist_ok=True)
             pictures = Pictures(list(data), chosen, smallest=max(256, *plan.side))
             torch.manual_seed(plan.seed)
-            networks = make_stage(stage)
+            networks = make_stage(stage, plan.tune)
             start = fill(networks, weights, pictures, plan.seed, liff)
             run = Run(plan, networks, pictures, resume, chosen)
             chief = run.rank == 0

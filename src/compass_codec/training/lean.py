@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compass_codec.files import write_file
 from compass_codec.networks.lean import LAMBDAS, UNSHUFFLE, LeanCodec
 from compass_codec.networks.lean_liff import LeanLIFF
+from compass_codec.training import visual
 from compass_codec.training.data import Pictures
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.stages import (
@@ -27,6 +28,7 @@ from compass_codec.training.stages import (
     pyramid,
     round_ste,
     shrink,
+    squared,
     to_8bit,
 )
 from compass_codec.training.start import HAAR, LAMBDA_0, MIX, STEP
@@ -85,6 +87,7 @@ class LeanStage(Stage):
     layered = False
     lambdas = LAMBDAS
     with_context = False
+    tune = "psnr"  # what the distortion follows, and the profile of what is trained to follow something else
 
     crops: Tensor | None = None  # [B, 3, 256, 256] in 0..1, that activations of the exported weights are measured on
 
@@ -100,7 +103,11 @@ class LeanStage(Stage):
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         rec, bits = self.base(x - 0.5, level, self.with_context)
-        return cost(x, rec + 0.5, bits, lam)
+        return cost(x, rec + 0.5, bits, lam, self.distortion)
+
+    def distortion(self, x: Tensor, rec: Tensor) -> Tensor:
+        """Of pictures [B, 3, H, W] in 0..1: [B]."""
+        return TUNES[self.tune](x, rec)
 
     def varied(self, x: Tensor, lam: Tensor) -> Tensor:
         return drawn(grainy(x, lam))
@@ -179,8 +186,8 @@ class LeanLayersStage(LeanStage):
         for target, lam, level in reversed(layers):
             known = self.liff(rec, (target.shape[-2], target.shape[-1]))
             change, bits = self.residual(target - known, level, True, known - 0.5)
-            part, parts = cost(target, known + change, bits, lam)
-            alone, shown = cost(target, known, torch.zeros_like(bits), lam)
+            part, parts = cost(target, known + change, bits, lam, self.distortion)
+            alone, shown = cost(target, known, torch.zeros_like(bits), lam, self.distortion)
             parts["prediction"] = shown["psnr"]
             if self.training:
                 part = part + PREDICTION * alone
@@ -201,6 +208,10 @@ STAGES: dict[str, type[LeanStage]] = {
     "lean-layers": LeanLayersStage,
     "lean-residual": LeanResidualStage,
 }
+
+
+TUNES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": squared, "visual": visual.distortion}
+PURPOSE = {"visual": "what people see: layers of lean, trained for a perceptual distortion"}
 
 
 def grainy(x: Tensor, lam: Tensor) -> Tensor:
@@ -381,5 +392,7 @@ def describe(stage: LeanStage, folder: Path) -> None:
     for part in stage.writes:
         network = getattr(stage, part)
         new[part] = getattr(network, "codec", network).dimensions
+    if stage.tune in PURPOSE:
+        new |= {"profile": stage.tune, "purpose": PURPOSE[stage.tune]}
     if new != spec:
         write_file(folder / CARD, (json.dumps(new, indent=1) + "\n").encode())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,11 +86,18 @@ class RatedCodec(nn.Module):
         return centred + change + means, y_bits + z_bits
 
 
-def cost(x: Tensor, rec: Tensor, bits: Tensor, lam: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """R + lambda 255^2 MSE per pixel of this layer, evened out over lambda so that no rate dominates."""
+def squared(x: Tensor, rec: Tensor) -> Tensor:
+    """Mean squared error [B] of pictures [B, 3, H, W]."""
+    return (x - rec).square().mean((1, 2, 3))
+
+
+def cost(
+    x: Tensor, rec: Tensor, bits: Tensor, lam: Tensor, distortion: Callable[[Tensor, Tensor], Tensor] = squared
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """R + lambda 255^2 MSE per pixel of this layer, evened out over lambda so that no rate dominates; or with another
+    distortion in the place of the MSE."""
     bpp = bits / (x.shape[-1] * x.shape[-2])
-    mse = (x - rec).square().mean((1, 2, 3))
-    loss = (bpp + lam * 255**2 * mse) / (lam / 0.013).sqrt()
+    loss = (bpp + lam * 255**2 * distortion(x, rec)) / (lam / 0.013).sqrt()
     psnr = -10 * rec.detach().clamp(0, 1).sub(x).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
     return loss.mean(), {"bpp": bpp.mean().detach(), "psnr": psnr.mean()}
 
