@@ -9,7 +9,7 @@ from PIL import Image
 import compass_codec
 from compass_codec import container
 from compass_codec.backbones.symbols import MAGNITUDES, MOST_BEYOND, quantise
-from compass_codec.codec import Codec, layer_sizes
+from compass_codec.codec import Codec, layer_sizes, shared
 from compass_codec.errors import (
     CompassError,
     DamagedError,
@@ -78,6 +78,46 @@ def test_symbols_are_rounded_by_what_they_cost(codec, monkeypatch):
     before = cost()
     monkeypatch.setattr(layer, "thresholds", torch.full_like(layer.thresholds, 0.5))
     assert before < cost()
+
+
+SOLID = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 0, 255), (12, 200, 220), (128, 127, 126)]
+
+
+@pytest.mark.parametrize("profile", ["lean", "paper"])
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (5, 3), (33, 17), (130, 70)])
+def test_a_solid_colour_is_that_colour_with_every_set(size, profile):
+    installed = shared("cpu", model=profile)
+    for colour in SOLID:
+        for quality in (1, 60, 100):
+            coded = installed.encode(Image.new("RGB", size, colour), [1, 2, 3.2], quality)
+            for k, layer in enumerate(coded.layers):
+                assert (layer == colour).all() and (np.asarray(installed.decode(coded.data, k)) == layer).all()
+
+
+def test_a_nearly_solid_colour_is_within_one(codec):
+    pixels = np.random.default_rng(0).integers(199, 202, (40, 30, 3), dtype=np.uint8)
+    coded = codec.encode(pixels, [1], 60)
+    assert (coded.layers[0] == 200).all() and len(coded.data) < 50
+    pixels[20, 15] = 220  # no longer one colour: a codec's layer
+    assert len(codec.encode(pixels, [1], 60).data) > len(coded.data)
+
+
+def test_a_layer_of_one_colour_is_four_bytes(codec):
+    def file(payload: bytes) -> bytes:
+        return container.write(codec.model, [(3, 2)], [1], [60], [payload])
+
+    assert (np.asarray(codec.decode(file(bytes([1, 250, 128, 0])))) == (250, 128, 0)).all()
+    for wrong in (bytes([1]), bytes([1, 250, 128]), bytes([1, 250, 128, 0, 0])):
+        with pytest.raises(DamagedError, match="one colour"):
+            codec.decode(file(wrong))
+
+
+def test_a_layer_over_one_of_one_colour(codec):
+    picture = np.array(crop(64, 48))
+    below = np.full((24, 32, 3), 90, np.uint8)
+    coded = codec.encode_layers([below, picture], [1, 2], 60)
+    assert (coded.layers[0] == 90).all() and psnr(codec.decode(coded.data), picture) > 20
+    assert (np.asarray(codec.decode(coded.data)) == coded.layers[1]).all()
 
 
 def test_it_is_the_picture(codec):

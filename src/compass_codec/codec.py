@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compass_codec import container, pictures
-from compass_codec.errors import LimitError, OptionError
+from compass_codec.errors import DamagedError, LimitError, OptionError
 from compass_codec.networks import strips
 from compass_codec.networks.arrays import to_tensor
 from compass_codec.weights import ModelSet, Weights, choose
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 DEFAULT_QUALITY = 60.0
 EFFORTS = range(10)
+KEPT = 2**21  # pixels of a layer up to which its prediction is computed once and kept: 12 bytes a pixel
+ONE_COLOUR = 1  # first byte of a layer of one colour; the layers of backbones begin with an even number
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,20 @@ def check_quality(quality: Any) -> float:
     if not 1 <= number <= 100:
         raise OptionError(f"quality {number:g}; it goes from 1 to 100")
     return round(number * 100) / 100
+
+
+def one_colour(picture: NDArray[np.uint8]) -> bytes | None:
+    """The bytes of a layer, uint8 [height, width, 3], as one colour if no sample is more than 1 away from it. Networks
+    are trained on photographs and miss strong flat colours."""
+    low, high = picture.min(0).min(0).astype(int), picture.max(0).max(0).astype(int)  # whole rows first: it is quick
+    return bytes([ONE_COLOUR, *((low + high) // 2).tolist()]) if (high - low).max() <= 2 else None
+
+
+def of_one_colour(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The layer of ``size`` (height, width) that ``one_colour`` made these bytes of. Raises DamagedError."""
+    if len(data) != 4:
+        raise DamagedError(f"a layer of one colour has 4 bytes, not {len(data)}")
+    return np.full((*size, 3), np.frombuffer(data, np.uint8)[1:])
 
 
 def check_layer_weights(weights: Sequence[float], count: int) -> list[float]:
@@ -164,8 +180,12 @@ class Codec:
     ) -> tuple[bytes, NDArray[np.uint8]]:
         """A layer, uint8 [height, width, 3], given what the decoder will see of the one below it: its bytes, and what
         the decoder will see of it."""
+        if (data := one_colour(picture)) is not None:
+            return data, of_one_colour(data, (picture.shape[0], picture.shape[1]))
         codec = self.base if below is None else self.residual
-        return codec.encode(picture, lambda: self.predict(below, (picture.shape[0], picture.shape[1])), quality)
+        size = (picture.shape[0], picture.shape[1])
+        kept = list(self.predict(below, size)) if size[0] * size[1] <= KEPT else None
+        return codec.encode(picture, lambda: kept or self.predict(below, size), quality)
 
     def decode(self, data: Buffer, layer: int | None = None, max_pixels: int = container.MAX_PIXELS) -> Image.Image:
         """Decode one layer (default: the highest that ``data`` holds whole) as an RGB picture, RGBA if it has alpha.
@@ -190,8 +210,11 @@ class Codec:
             size = (entry.height, entry.width)
             part = container.payload(header, data, k)
             codec = self.base if below is None else self.residual
-            with torch.inference_mode(), float32_convolutions():
-                below = codec.decode(part, size, self.predict(below, size), entry.quality)
+            if part[0] == ONE_COLOUR:
+                below = of_one_colour(part, size)
+            else:
+                with torch.inference_mode(), float32_convolutions():
+                    below = codec.decode(part, size, self.predict(below, size), entry.quality)
             yield below
 
     def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Tensor]:
