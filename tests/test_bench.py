@@ -19,7 +19,7 @@ from conftest import KODAK, compass, crop
 from PIL import Image
 
 from compass_codec import container
-from compass_codec.measure import bench, cost, methods, peers, report, runner
+from compass_codec.measure import bench, cost, methods, page, peers, report, runner
 from compass_codec.measure.bd_rate import bd_psnr
 from compass_codec.measure.page import _nearest
 from compass_codec.measure.peers import PEERS, Gap
@@ -106,6 +106,20 @@ class TestFigures:
         found, missing = bench._available(("psnr", "ssimulacra2"))
         assert found == ("psnr",) and "no ssimulacra2 on the PATH" in missing["SSIMULACRA 2"]
         assert "libjxl" in capsys.readouterr().err
+
+
+def test_crops_are_where_they_are_asked_for(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (640, 480)).save(tmp_path / name)
+    results = Results([Original.of(tmp_path / name) for name in ("a.png", "b.png")], (1, 2, 3, 4), {})
+    names = [("b.png", (0.5, 0.5)), ("b.png", (1.0, 0.0)), ("a.png", None)]
+    found = page.shown(results, (FULL,), names)
+    assert [(source.path.name, *box) for source, box in found] == [
+        ("b.png", 216, 136, 208, 208),
+        ("b.png", 432, 0, 208, 208),
+        ("a.png", 216, 136, 208, 208),
+    ]
+    assert [source.path.name for source, _ in page.shown(results, (FULL,))] == ["a.png", "b.png"]
 
 
 class TestCurves:
@@ -437,6 +451,8 @@ class TestCommand:
             (["--tables", "four"], "'four'; there are two, three, single, ablation"),
             (["--qualities", "1,50,100"], "at least 4 qualities"),
             (["--peers", "gif"], "'gif'"),
+            (["--crop", "a.png:1.5,0"], "X and Y go from 0 to 1"),
+            (["--crop", "a.png:left"], "not NAME:X,Y"),
             (["--three", "1.5"], "must not get smaller"),
         ],
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compass_codec.commands import values
 from compass_codec.errors import MeasureError, told
 from compass_codec.measure.bd_rate import FEWEST
 from compass_codec.measure.peers import J2K, PEERS, Gap
@@ -44,6 +45,23 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # older click has it wi
         return names
 
 
+Crop = tuple[str, tuple[float, float] | None]
+
+
+def _crop(text: str) -> Crop:
+    """NAME or NAME:X,Y, a picture and the middle of a crop in parts of its sides. Raises ValueError."""
+    name, colon, middle = text.rpartition(":") if ":" in text else (text, "", "")
+    if not colon:
+        return name, None
+    try:
+        x, y = map(float, middle.split(","))
+    except ValueError:
+        raise ValueError("not NAME:X,Y") from None
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise ValueError("X and Y go from 0 to 1")
+    return name, (x, y)
+
+
 @click.command()
 @click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of PNG pictures, such as Kodak.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the results.")
@@ -70,6 +88,14 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # older click has it wi
     type=click.Path(path_type=Path),
     multiple=True,
     help="JSON of published rate-distortion curves; may be given several times.",
+)
+@click.option(
+    "--crop",
+    "crops",
+    type=values.Value("NAME[:X,Y]", _crop),
+    multiple=True,
+    help="Shown on the page: a picture, and the middle of the crop in parts of its width and height; may be given "
+    "several times. Default: the middles of the first pictures.",
 )
 @click.option("--quick", is_flag=True, help=f"Only {QUICK} of the pictures.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Processes of one thread each; default: one for each core.")
@@ -100,6 +126,7 @@ def bench(
     qualities: tuple[float, ...],
     peers: tuple[str, ...],
     curves: tuple[Path, ...],
+    crops: tuple[Crop, ...],
     quick: bool,
     jobs: int | None,
     device: str,
@@ -136,6 +163,8 @@ def bench(
         first = choose(weights, models[0]).folder if models else weights
         for model in models[1:]:
             choose(model=model)
+        if unknown := {name for name, _ in crops} - {path.name for path in pictures}:
+            raise ValueError(f"--crop {min(unknown)}: not among the pictures that are measured")
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as e:
         missing = "" if images.is_dir() else f"; {WHERE}"
@@ -163,7 +192,7 @@ def bench(
     report.facts |= _facts(runner, results, peers, curves)
     report.facts |= {"metrics": list(measured), "metric_gaps": missing_metrics, "models": list(models)}
     shown = layered[-1] if layered else (FULL,)
-    _write_page(runner, results, shown, [*sets, *peers], out)
+    _write_page(runner, results, shown, [*sets, *peers], out, crops)
     _measure_cost(report, results, settings, out)
     _write(report, out)
 
@@ -249,14 +278,18 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _write_page(runner: Runner, results: Results, scales: Scales, peers: Sequence[str], out: Path) -> None:
+def _write_page(
+    runner: Runner, results: Results, scales: Scales, peers: Sequence[str], out: Path, crops: Sequence[Crop]
+) -> None:
     from compass_codec.files import write_file
+    from compass_codec.measure import page
     from compass_codec.measure.page import html, our_jobs, peer_jobs
 
-    ours = our_jobs(results, scales)
+    chosen = page.shown(results, scales, crops)
+    ours = our_jobs(results, scales, chosen)
     _run(runner, ours, "the page, ours")
     _run(runner, peer_jobs(ours, results, peers), "the page, others")
-    write_file(out / "compare.html", html(results, scales, peers).encode())
+    write_file(out / "compare.html", html(results, scales, peers, chosen).encode())
 
 
 def _measure_cost(report: Report, results: Results, settings: Any, out: Path) -> None:

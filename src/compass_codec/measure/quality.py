@@ -33,7 +33,7 @@ WORDS = {
     1.25: "as the original, to the eye",
     2.5: "differs where one looks closely",
     5.0: "differs visibly side by side",
-    10.0: "visibly coded",
+    8.0: "visibly coded",
     math.inf: "for previews: plainly coded",
 }
 NONE = "–"  # noqa: RUF001, a cell without a figure
@@ -88,7 +88,8 @@ def page(ours: Mapping[float, tuple[float, ...]], peers: Mapping[str, Sequence[t
         body.append([*cells, f"{largest:.2f}", *(number_of(distance, curve) for curve in peers.values())])
     return f"""# The quality scale
 
-What a quality of 1 to 100 gives, of {of}. Each picture is a single layer at full size.
+What a quality of 1 to 100 gives, of {of}.
+Each picture is a single layer at full size.
 3-norm and max-norm are Butteraugli's distances by libjxl's `butteraugli_main`: the smaller the better.
 The words follow the max-norm: at 1, people hardly tell the pictures apart side by side. The last columns are the
 quality numbers of other formats (Pillow's defaults) with the same 3-norm.
