@@ -8,7 +8,7 @@ RUN ?= runs/new
 DATA ?= $(wildcard ../shared/data/train-*.tar)
 CURVES ?= ../shared/anchors/kodak_single_layer_rd.json
 
-.PHONY: demo test check format install kodak tables speed effort layers quality weights-check train train-paper fuzz golden clean
+.PHONY: demo test check format install kodak tables speed effort layers quality weights-check train train-paper fuzz golden wasm clean
 
 demo: install  ## encode a photograph in three sizes, decode all three, print the table
 	@mkdir -p out
@@ -85,6 +85,10 @@ fuzz: install  ## 100,000 broken files, 20,000 damaged pictures, then the covera
 
 golden: install  ## new golden files, after new weights
 	cd tests && ../$(BIN)/python -W ignore make_golden.py
+
+wasm:  ## the decoder's WebAssembly module for browsers, after a change of kernels.ts; needs npx
+	cd src/compass_codec/web && npx --yes --package=assemblyscript@0.28.20 asc kernels.ts -o kernels.wasm -O3 \
+		--runtime stub --importMemory --initialMemory 1 --enable simd --noAssert
 
 clean:
 	rm -rf out build .mypy_cache .pytest_cache .ruff_cache

@@ -33,6 +33,14 @@ def crop(width: int, height: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Random numbers are the same whichever tests ran before."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def in_float32():
     """What a test does not ask for is the same on every machine."""

@@ -1,8 +1,9 @@
 """Writes the golden files of installed sets: ``python tests/make_golden.py [PROFILE...]``, after new weights.
 
 Each is a .cmps file, the SHA-256 of the symbols of every layer, and the pictures it decodes to (float32, CPU).
-rate.json has the bytes and PSNR of three crops. The smallest file of the default set is also walked through in
-docs/format.md, which is brought up to date.
+rate.json has the bytes and PSNR of three crops. Documents with figures of the sets are brought up to date:
+docs/format.md walks through the smallest file of the default set, docs/models.md and docs/serving.md show what commands
+print.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import crop, photo
+from attach import attach
+from conftest import compass, crop, photo
 from PIL import Image
 
 from compass_codec import container, pictures, weights
@@ -22,7 +24,8 @@ from compass_codec.codec import Codec
 from compass_codec.metrics import psnr
 
 GOLDEN = Path(__file__).parent / "golden"
-FORMAT = Path(__file__).parents[1] / "docs" / "format.md"
+DOCS = Path(__file__).parents[1] / "docs"
+FETCHED = re.compile(r"(\d+) bytes fetched of (\d+)|curl -s -r 0-(\d+)")  # in docs/serving.md
 KINDS = {
     "portrait": ((97, 61), [1, 1.6, 3.2], 55),
     "fine": ((64, 64), [1, 2], 100),
@@ -103,7 +106,7 @@ def plain_example(data: bytes) -> str:
 def example_with_sections(data: bytes) -> str:
     """A walk through the same file with alpha for its layer 0, 1 x 1, and XMP; what differs is marked."""
     alpha = pictures.alpha_to_bytes(np.full((1, 1), 128, np.uint8))
-    full = container.attach(data, container.Sections(alpha={0: alpha}, xmp=b"<x/>"))
+    full = attach(data, container.Sections(alpha={0: alpha}, xmp=b"<x/>"))
     header, plain, walk = container.read_header(full), container.read_header(data), Walk(full)
     walk.take(5, f'magic "CMPS", version {container.VERSION}')
     walk.take(1, "* flags: there is a table of sections")
@@ -158,13 +161,34 @@ def make(profile: str) -> None:
     (folder / "golden.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
+def with_walks(text: str) -> str:
+    """docs/format.md with the walks through the golden file as it is."""
+    small = (GOLDEN / weights.DEFAULT / "small.cmps").read_bytes()
+    examples = iter([example_with_sections(small), plain_example(small)])
+    return re.sub(r"```text\n.*?```", lambda _: f"```text\n{next(examples)}```", text, flags=re.DOTALL)
+
+
+def with_models(text: str) -> str:
+    """docs/models.md with what ``compass models`` prints of the installed sets."""
+    shown = compass("models").out
+    return re.sub(r"(\$ compass models\n).*?```", lambda found: f"{found[1]}{shown}```", text, flags=re.DOTALL)
+
+
+def with_fetched(text: str) -> str:
+    """docs/serving.md with the bytes of the portrait in layers 1, 2, 3.2 that its layer 1 needs, and of all of them."""
+    data = Codec.load("cpu", precision="float32").encode(photo(), [1, 2, 3.2]).data
+    end = container.read_header(data).layers[1].end
+    return FETCHED.sub(
+        lambda found: f"{end} bytes fetched of {len(data)}" if found[1] else f"curl -s -r 0-{end - 1}", text
+    )
+
+
 def main() -> None:
     for profile in sys.argv[1:] or [found.profile for found in weights.sets()]:
         make(profile)
-    small = (GOLDEN / weights.DEFAULT / "small.cmps").read_bytes()
-    examples = iter([example_with_sections(small), plain_example(small)])
-    text = FORMAT.read_text()
-    FORMAT.write_text(re.sub(r"```text\n.*?```", lambda _: f"```text\n{next(examples)}```", text, flags=re.DOTALL))
+    for name, change in (("format", with_walks), ("models", with_models), ("serving", with_fetched)):
+        page = DOCS / f"{name}.md"
+        page.write_text(change(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from attach import attach
 from PIL import Image
 
 from compass_codec import container, pictures
@@ -92,10 +93,10 @@ def mutate(rng: np.random.Generator, files: list[bytes]) -> bytes:
                 part[i // 8] ^= 1 << int(i % 8)
         else:
             part = bytearray([pictures.alpha_to_bytes(alpha), rng.bytes(50)][rng.integers(2)])
-        data = bytearray(container.attach(bytes(data), container.Sections(alpha={k: bytes(part)})))
+        data = bytearray(attach(bytes(data), container.Sections(alpha={k: bytes(part)})))
     else:  # noise for metadata
         noise = container.Sections(*(rng.bytes(int(rng.integers(1, 300))) for _ in range(3)))
-        data = bytearray(container.attach(bytes(data), noise))
+        data = bytearray(attach(bytes(data), noise))
     return bytes(data)
 
 
@@ -162,7 +163,7 @@ def with_everything(codec: Codec, image: Image.Image) -> bytes:
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     coded = {k: pictures.alpha_to_bytes(alpha) for k, alpha in enumerate(alphas)}
     sections = container.Sections(icc, exif.tobytes().removeprefix(b"Exif\0\0"), b"<x:xmpmeta/>", coded)
-    return container.attach(codec.encode_layers(layers, [1, 2], 60).data, sections)
+    return attach(codec.encode_layers(layers, [1, 2], 60).data, sections)
 
 
 if __name__ == "__main__":

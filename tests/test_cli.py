@@ -1,5 +1,6 @@
 """The command line, as a person types it."""
 
+import importlib
 import json
 import os
 import struct
@@ -349,7 +350,7 @@ def test_a_pipe_names_no_output(photo, tmp_path, line):
     before = {*tmp_path.iterdir()}
     result = compass(*(names.get(word, word) for word in line.split()))
     assert result.code == 1 and result.err == (
-        f"compass: {tmp_path / 'pipe.x'}: is a pipe or device; -o says where its output goes\n"
+        f"compass: {tmp_path / 'pipe.x'}: is a pipe or device; name its output with -o\n"
     )
     assert {*tmp_path.iterdir()} - before == ({photo.with_suffix(".cmps")} if "PHOTO" in line else set())
 
@@ -404,9 +405,14 @@ def test_names_as_long_as_the_file_system_takes(tmp_path, small_file):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+MODULES = ["measure.kodak", "measure.speed", "measure.effort", "measure.layers", "measure.ratchet", "training.tables"]
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS, *MODULES, "training.average"])
 def test_every_option_has_help(name):
-    command = cli.cli.get_command(None, name)
+    """Of the subcommands, and of the modules that are run with ``python -m``."""
+    known = name in cli.COMMANDS
+    command = cli.cli.get_command(None, name) if known else importlib.import_module(f"compass_codec.{name}").main
     assert command.help
     for parameter in command.params:
         if isinstance(parameter, click.Option):

@@ -59,7 +59,7 @@ def test_sets_of_weights_that_only_this_process_knows(two_workers, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     installed, mine = weights.choose(), tmp_path / "sets" / "mine"
     mine.mkdir(parents=True)
-    for path in installed.files[1:]:
+    for path in installed.parts:
         (mine / path.name).symlink_to(path)
     (mine / "model.json").write_text(json.dumps(installed.spec | {"profile": "mine"}))
     monkeypatch.setenv("COMPASS_MODELS", "sets")

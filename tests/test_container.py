@@ -32,6 +32,16 @@ def resigned(data: bytes, length: int, at: int, value: bytes) -> bytes:
     return head + struct.pack("<I", zlib.crc32(head)) + data[length:]
 
 
+def test_the_longest_header():
+    """Every field as long as it can be, but for lengths: of 1 byte here, of 4 at most, in 16 layers and 19 sections."""
+    layers = container.MAX_LAYERS
+    sections = container.Sections(b"x", b"x", b"x", dict.fromkeys(range(layers), b"x"))
+    sizes = [(container.MAX_SIDE, container.MAX_SIDE)] * layers
+    data = container.write(MODEL, sizes, [9.9999999] * layers, [100] * layers, [b"x"] * layers, sections)
+    header = container.read_header(data, container.MAX_SIDE**2)
+    assert header.length + 3 * (layers + len(header.sections)) == container.MAX_HEADER
+
+
 def test_round_trip():
     data = example()
     header = container.read_header(data)

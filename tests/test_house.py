@@ -28,6 +28,7 @@ ROOMS = (
     "remote",
     "pillow",
     "page",
+    "web",
     "jobs",
     "server",
     "commands",
@@ -82,6 +83,12 @@ def test_imports_go_down(module):
     climbing = {name for name in GRAPH[module] if ROOMS.index(room(name)) > own}
     # what every module may know: the version
     assert not climbing - {""}, f"{module} imports from rooms above it"
+
+
+def test_nothing_imports_training_or_measure():
+    """The command line finds them by name, when they are asked for."""
+    for module in GRAPH:
+        assert not {room(name) for name in GRAPH[module]} & {"training", "measure"} - {room(module)}, module
 
 
 def test_no_import_goes_round():

@@ -145,7 +145,7 @@ def test_training_goes_on_and_its_set_says_what_it_is(tmp_path):
         assert result.code == 0, result.err
     folder = tmp_path / "run" / "weights"
     spec = json.loads((folder / "model.json").read_text())
-    assert spec["backbone"] == "lean" and spec["parts"] == ["base"] and spec["base"]["m"] == 256
+    assert spec["backbone"] == "lean" and [*spec["parts"]] == ["base"] and spec["base"]["m"] == 256
     tensors = read_tensors(folder / "base.safetensors")
     assert tensors["context.out.0.weight"].any(), "the context model has learned"
     assert {"tables.z", "bottleneck.quantiles"} <= set(tensors)
@@ -264,7 +264,7 @@ def small_base(tmp_path):
     stage.crops = noise_pictures(2, 64)
     linear_start(stage.base.codec, stage.crops)
     export(stage, tmp_path / "base")
-    assert json.loads((tmp_path / "base" / "model.json").read_text())["parts"] == ["base"]
+    assert [*json.loads((tmp_path / "base" / "model.json").read_text())["parts"]] == ["base"]
     return tmp_path / "base"
 
 
@@ -289,7 +289,7 @@ def test_layers_train_above_a_base_that_stays_and_are_exported_with_it(small_bas
     out = tmp_path / "out"
     export(stage, out)
     spec = json.loads((out / "model.json").read_text())
-    assert (spec["backbone"], spec["parts"]) == ("lean", list(PARTS))
+    assert (spec["backbone"], [*spec["parts"]]) == ("lean", list(PARTS))
     assert spec["residual"] == spec["base"] | {"conditional": True} and not spec["base"]["conditional"]
     assert same_weights(out / "base.safetensors", small_base / "base.safetensors")
     again, words = layers_above(out, make_stage("lean-layers"))

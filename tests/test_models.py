@@ -1,5 +1,6 @@
 """Sets of weights: which are found, which one a file is decoded with, and what is said of a broken one."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from conftest import compass, crop
 from PIL import Image
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from test_serve import Running
 
 import compass_codec
 import compass_codec.pillow
@@ -23,10 +25,13 @@ from compass_codec.codec import Codec, _loaded, shared
 from compass_codec.errors import OptionError, WeightsError
 from compass_codec.metrics import psnr
 from compass_codec.networks.arrays import to_bytes
+from compass_codec.training.export import export
+from compass_codec.training.stages import Stage
+from compass_codec.training.trainer import Plan, Run
 from compass_codec.weights import ModelSet
 
 INSTALLED = [each.profile for each in weights.sets() if isinstance(each, ModelSet)]
-SPEC = {"profile": "idle", "backbone": "idle", "purpose": "a test", "parts": ["nothing"], "format": 1}
+SPEC = {"profile": "idle", "backbone": "idle", "purpose": "a test", "parts": {"nothing": 64 * "0"}, "format": 2}
 
 
 def build(spec, tensors, device, precision):
@@ -44,18 +49,20 @@ def idle(tmp_path, monkeypatch):
     folder = tmp_path / "sets" / "idle"
     folder.mkdir(parents=True)
     save_file({"x": np.zeros(1, np.float32)}, folder / "nothing.safetensors")
-    (folder / "model.json").write_text(json.dumps(SPEC))
+    weights.write_card(folder, SPEC)
     monkeypatch.setitem(backbones.NAMES, "idle", __name__)
     monkeypatch.setenv("COMPASS_MODELS", str(tmp_path / "sets"))
     return folder
 
 
 def decoded(path) -> dict[str, np.ndarray]:
-    """Layer 0 of a file by every way there is."""
+    """Layer 0 of the file a.cmps, 8 pixels wide, by every way there is."""
     png, data = path.with_suffix(".png"), path.read_bytes()
     result = compass("decode", path, "--layer", 0, "-o", png, "--force", "--device", "cpu")
     assert result.code == 0, result.err
-    layers = server.Layers(shared("cpu"), server.Settings())
+    served = Running(server.make_app(path.parent, shared("cpu")))
+    answer = served.get("/a.png?w=8")
+    served.stop()
     with Image.open(path) as image:
         image.seek(0)
         return {
@@ -63,7 +70,7 @@ def decoded(path) -> dict[str, np.ndarray]:
             "Python": np.asarray(compass_codec.decode(data, 0, "cpu")),
             "a codec of the default set": np.asarray(shared("cpu").decode(data, 0)),
             "Pillow": np.asarray(image),
-            "server": np.asarray(layers.start(server.load(path), 0).result(60)),
+            "server": np.asarray(answer.image),
         }
 
 
@@ -135,6 +142,59 @@ def test_a_backbone_of_another_kind(idle, monkeypatch):
         codec.encode_layers(layers, [1, 2, 3], 60, effort=1)
 
 
+class DoNothing(Stage):
+    """A backbone in one class: its module, its stage, its layer codec and its predictor. A layer is its prediction."""
+
+    backbone, trains, layered, searchable = "idle", ("base",), False, False
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.base = torch.nn.Linear(1, 1)
+
+    def freeze(self):
+        pass
+
+    def forward(self, x, lam, level, factors):
+        """To learn the mean of the samples."""
+        loss = (x.mean((1, 2, 3)) - self.base(lam[:, None])[:, 0]).square().mean()
+        return loss, {"bpp": torch.zeros(()), "psnr": torch.zeros(())}
+
+    @classmethod
+    def build(cls, spec, tensors, device, precision):
+        found = cls()
+        found.base.load_state_dict({name: value.float() for name, value in tensors["base"].items()})
+        return found, found, found
+
+    def lambda_of(self, quality):
+        return quality
+
+    def encode(self, picture, prediction, quality):
+        return b"\0", self.decode(b"\0", picture.shape[:2], prediction(), quality)
+
+    def decode(self, data, size, prediction, quality):
+        return to_bytes(torch.cat(list(prediction), 2))
+
+    rows = Nearest.rows
+
+
+def test_a_backbone_that_does_nothing_trains_exports_encodes_and_decodes(tmp_path, monkeypatch):
+    """One class and one registration."""
+    monkeypatch.setitem(sys.modules, "nothing", DoNothing)
+    monkeypatch.setitem(backbones.NAMES, "idle", "nothing")
+    x, plan = torch.rand(2, 3, 32, 32), Plan("nothing", batch=(2,), side=(32,), lr=0.1)
+    run = Run(plan, DoNothing(), SimpleNamespace(sample=lambda *_: x), tmp_path, x.device)
+    first, *_, last = (float(run.advance(k / 30)["loss"]) for k in range(30))
+    assert last < first
+    export(run.stage, tmp_path / "set")
+    codec = Codec.load("cpu", tmp_path / "set")
+    assert torch.equal(codec.base.base.weight, run.stage.base.weight.half().float())
+    encoded = codec.encode(crop(16, 12), [1, 2])
+    header = container.read_header(encoded.data)
+    assert header.model == weights.identity(tmp_path / "set") and [entry.length for entry in header.layers] == [1, 1]
+    for found, seen in zip(codec.decode_layers(encoded.data, header, 1), encoded.layers, strict=True):
+        assert np.array_equal(found, seen)
+
+
 def test_a_batch_knows_which_set_made_a_file(idle, tmp_path):
     crop(8, 8).save(tmp_path / "a.png")
     args = ("encode", tmp_path / "a.png", "-s", "1", "--out-dir", tmp_path / "out", "--device", "cpu", "-j", 1)
@@ -170,15 +230,15 @@ def test_names_that_no_set_has(tmp_path, monkeypatch):
         Codec.load("cpu", model="other")
 
 
-def test_the_identity_follows_the_files(idle):
-    """All of them, model.json too; they are read again only when they have changed."""
+def test_the_identity_is_that_of_the_card(idle):
+    """It follows what model.json says, its parts' SHA-256 too, and reads no part."""
     first = weights.identity(idle)
-    weights._identity_of.cache_clear()
-    assert weights.identity(idle) == weights.identity(idle) == first
-    assert weights._identity_of.cache_info().misses == 1
-    (idle / "model.json").write_text(json.dumps(SPEC | {"purpose": "another"}))
+    assert first == hashlib.sha256((idle / "model.json").read_bytes()).hexdigest()[:12]
+    weights.write_card(idle, SPEC | {"purpose": "another"})
     second = weights.identity(idle)
     save_file({"x": np.zeros(2, np.float32)}, idle / "nothing.safetensors")
+    assert weights.identity(idle) == second
+    weights.write_card(idle, SPEC | {"purpose": "another"})
     assert len({first, second, weights.identity(idle)}) == 3
     assert weights.load(weights.read_set(idle), shared("cpu").device).identity == weights.identity(idle)
 
@@ -190,15 +250,17 @@ def test_the_identity_follows_the_files(idle):
         ("\udcff", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("[]", "not a JSON object"),
-        (SPEC | {"format": 2}, "format 2"),
+        (SPEC | {"format": 1}, "format 1; this version of compass_codec reads 2"),
         (SPEC | {"profile": "0123456789ab"}, "profile '0123456789ab'"),
         (SPEC | {"profile": "abcdefabcdef"}, "profile 'abcdefabcdef'"),
         (SPEC | {"profile": 1}, "profile 1"),
         (SPEC | {"backbone": "none"}, "backbone none; this version has mean_scale"),
         (SPEC | {"purpose": "two\nlines"}, "purpose"),
-        (SPEC | {"parts": []}, "parts"),
-        (SPEC | {"parts": ["../nothing"]}, "parts"),
-        (SPEC | {"parts": ["nothing", "nothing"]}, "parts"),
+        (SPEC | {"parts": ["nothing"]}, "parts"),
+        (SPEC | {"parts": {}}, "parts"),
+        (SPEC | {"parts": {"../nothing": 64 * "0"}}, "parts"),
+        (SPEC | {"parts": {"nothing": 63 * "0"}}, "parts"),
+        (SPEC | {"parts": {"nothing": 0}}, "parts"),
         ({k: v for k, v in SPEC.items() if k != "parts"}, "no parts"),
     ],
 )
@@ -212,12 +274,22 @@ def test_a_broken_card_is_one_line(idle, text, reason):
 
 
 def test_a_broken_part_is_one_line(idle):
+    """One that is not what model.json names, though it could be used; one that cannot; and none."""
     part = idle / "nothing.safetensors"
-    part.write_bytes(b"damaged")
-    for reason in ("these weights cannot be used", "cannot read the weights"):
-        with pytest.raises(WeightsError, match=f"nothing.safetensors: {reason}"):
+
+    def reason() -> str:
+        with pytest.raises(WeightsError, match=r"^[^\n]*nothing\.safetensors: [^\n]*$") as caught:
             Codec.load("cpu", idle)
-        part.unlink(missing_ok=True)
+        return str(caught.value)
+
+    data = part.read_bytes()
+    part.write_bytes(data[:-1] + b"\1")
+    assert "not the file that model.json names" in reason()
+    part.write_bytes(b"damaged")
+    weights.write_card(idle, SPEC)
+    assert "these weights cannot be used" in reason()
+    part.unlink()
+    assert "cannot read the weights" in reason()
 
 
 def test_a_broken_set_does_not_hide_the_others(idle, tmp_path, small_file):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_pictures
+from attach import attach
 from conftest import GOLDEN, compass, crop
 from PIL.PngImagePlugin import PngInfo
 from test_container import MODEL, PAYLOADS, SIZES, example
@@ -51,25 +52,25 @@ def entry(kind: int, layer: int, data: bytes, length: bytes | None = None) -> by
     ],
 )
 def test_what_is_attached_is_read_back(sections):
-    data = container.attach(example(), sections)
+    data = attach(example(), sections)
     header = container.read_header(data)
     assert container.sections(header, data) == sections
     assert header.end == len(data)
     assert [container.payload(header, data, k) for k in range(3)] == PAYLOADS
     assert set(container.states(header, data)) == {"ok"}
     # and taken off again, the file is what it was
-    assert container.attach(data, Sections()) == example()
-    assert container.attach(container.attach(data, FULL), sections) == data
+    assert attach(data, Sections()) == example()
+    assert attach(attach(data, FULL), sections) == data
 
 
 def test_no_sections_no_byte():
     assert container.write(MODEL, SIZES, [1, 2.0, 3.2], [60, 60, 55.25], PAYLOADS, Sections()) == example()
-    assert container.attach(example(), Sections(icc=b"", alpha={0: b""})) == example()
+    assert attach(example(), Sections(icc=b"", alpha={0: b""})) == example()
 
 
 def test_places():
     """ICC, then each layer and its alpha, then EXIF and XMP, with nothing between."""
-    data = container.attach(example(), FULL)
+    data = attach(example(), FULL)
     header = container.read_header(data)
     order = [FULL.icc, PAYLOADS[0], b"a0", PAYLOADS[1], b"alpha 1", PAYLOADS[2], b"alpha of 2", FULL.exif, FULL.xmp]
     assert data[header.length :] == b"".join(order)
@@ -80,7 +81,7 @@ def test_places():
 
 
 def test_every_prefix_gives_what_is_whole_in_it():
-    data = container.attach(example(), FULL)
+    data = attach(example(), FULL)
     header = container.read_header(data)
     for size in range(header.length, len(data) + 1):
         part = data[:size]
@@ -97,7 +98,7 @@ def test_every_prefix_gives_what_is_whole_in_it():
 
 
 def test_tail_completes_a_prefix():
-    data = container.attach(example(), FULL)
+    data = attach(example(), FULL)
     header = container.read_header(data)
     for k, layer in enumerate(header.layers):
         got = container.sections(header, data[: layer.end], k, data[header.layers[-1].end :])
@@ -105,7 +106,7 @@ def test_tail_completes_a_prefix():
 
 
 def test_every_flipped_bit_is_found():
-    data = container.attach(example(), FULL)
+    data = attach(example(), FULL)
     for i in range(8 * len(data)):
         broken = bytearray(data)
         broken[i // 8] ^= 1 << i % 8
@@ -117,7 +118,7 @@ def test_every_flipped_bit_is_found():
 
 
 def test_damage_is_named_and_can_be_left_out():
-    data = container.attach(example(), FULL)
+    data = attach(example(), FULL)
     header = container.read_header(data)
     for i, section in enumerate(header.sections):
         broken = bytearray(data)
@@ -182,7 +183,7 @@ def test_sections_longer_than_the_file_cost_nothing():
 
 
 def test_flag_and_table_go_together():
-    data = container.attach(example(), FULL)
+    data = attach(example(), FULL)
     head = bytearray(data[: container.read_header(data).length - 4])
     head[5] = 0
     with pytest.raises(DamagedError):
@@ -191,15 +192,15 @@ def test_flag_and_table_go_together():
 
 def test_too_large_to_write():
     with pytest.raises(LimitError, match="ICC profile"):
-        container.attach(example(), Sections(icc=bytes(2**24)))
+        attach(example(), Sections(icc=bytes(2**24)))
     with pytest.raises(LayerError, match="alpha for layer 3"):
-        container.attach(example(), Sections(alpha={3: b"x"}))
+        attach(example(), Sections(alpha={3: b"x"}))
 
 
 @pytest.mark.parametrize("sections", [Sections(), FULL])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_extract(sections, layer):
-    data = container.attach(example(), sections)
+    data = attach(example(), sections)
     header = container.read_header(data)
     small = container.extract(data, layer)
     got = container.read_header(small)
@@ -220,7 +221,7 @@ def test_extract(sections, layer):
 
 
 def test_extract_from_broken_files():
-    data = container.attach(example(), FULL)
+    data = attach(example(), FULL)
     header = container.read_header(data)
     with pytest.raises(LayerError):
         container.extract(data, 3)
@@ -242,20 +243,20 @@ def test_the_example_with_sections_in_the_format_document():
     assert set(container.states(header, data)) == {"ok"} and header.end == len(data)
     found = container.sections(header, data)
     assert found.xmp == b"<x/>" and list(found.alpha) == [0]
-    assert container.attach(data, Sections()) == (GOLDEN / "small.cmps").read_bytes()
+    assert attach(data, Sections()) == (GOLDEN / "small.cmps").read_bytes()
 
 
 def test_golden_files_stay_as_they_are():
     for path in GOLDEN.glob("*.cmps"):
         data = path.read_bytes()
-        assert container.attach(data, Sections()) == data
+        assert attach(data, Sections()) == data
         assert container.extract(data, len(container.read_header(data).layers) - 1) == data
 
 
 @pytest.fixture
 def full(tmp_path) -> Path:
     path = tmp_path / "full.cmps"
-    path.write_bytes(container.attach((GOLDEN / "portrait.cmps").read_bytes(), FULL))
+    path.write_bytes(attach((GOLDEN / "portrait.cmps").read_bytes(), FULL))
     return path
 
 
@@ -384,7 +385,7 @@ def test_the_fuzzers_checks_hold_for_files_with_sections(monkeypatch):
     monkeypatch.setitem(sys.modules, "atheris", Stub)
     import fuzz_container
 
-    data = container.attach(example(), FULL)
+    data = attach(example(), FULL)
     for size in range(len(data) + 1):
         fuzz_container.one_input(data[:size])
     head = data[6 : container.read_header(data).length - 4]

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from attach import attach
 from browser import browser, complaints, loaded
 from conftest import compass, crop, psnr
 from PIL import Image, ImageCms
 
 import compass_codec.pillow  # noqa: F401
-from compass_codec import container, remote
+from compass_codec import container, remote, weights
 
 pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
@@ -429,14 +430,14 @@ def test_metadata_stays_here(start, tmp_path, codec):
     picture = crop(24, 16).convert("RGBA")
     picture.putalpha(Image.linear_gradient("L").resize((24, 16)))
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    plain = container.attach(codec.encode(picture, [1, 2], 50).data, container.Sections())
+    plain = attach(codec.encode(picture, [1, 2], 50).data, container.Sections())
     alpha = container.sections(header := container.read_header(full := codec.encode(picture, [1, 2]).data), full).alpha
     assert sorted(alpha) == [0, 1]
     secret = {"exif": b"II*\0\x08\0\0\0\0\0 GPS", "xmp": b"<GPS>"}
     for name, kept in [("all", {"icc": profile, "alpha": alpha}), ("none", {})]:
-        there = container.attach(plain if name == "none" else full, container.Sections(**kept, **secret))
+        there = attach(plain if name == "none" else full, container.Sections(**kept, **secret))
         (tmp_path / f"{name}.cmps").write_bytes(there)
-        expected = container.attach(there, container.Sections(**kept))
+        expected = attach(there, container.Sections(**kept))
         site = start(tmp_path, codec)
         answer = site.get(f"/{name}.cmps")
         assert answer.body == expected and b"GPS" not in answer.body and b"GPS" in there
@@ -597,8 +598,8 @@ def test_nothing_is_kept_without_a_cache(start, folder, codec):
     assert counted.decoded == [0, 0]
 
 
-def wait_for(condition) -> None:
-    until = time.monotonic() + 20
+def wait_for(condition, seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -774,6 +775,28 @@ def test_the_demo_page(site, tmp_path, small_file):
         widths = dict(zip(names, loaded(driver), strict=True))
         assert widths["damaged"] == 0 and all(widths[name] > 0 for name in names if name != "damaged")
         assert [line for line in complaints(driver) if "damaged" not in line] == []
+
+
+def test_the_page_that_the_browser_decodes(site, tmp_path):
+    answer = site.get("/app/")
+    assert (
+        answer.headers["cache-control"] == "no-cache"
+        and "worker-src 'self'" in answer.headers["content-security-policy"]
+    )
+    assert site.get("/app/sw.js").headers["service-worker-allowed"] == "/"
+    identity = weights.choose(None, "lean").identity
+    assert "immutable" in site.get(f"/app/weights/{identity}.safetensors").headers["cache-control"]
+    assert [site.get(f"/app/{name}").status for name in ("weights/000000000000.safetensors", "kernels.ts")] == [
+        404,
+        404,
+    ]
+    with browser(tmp_path / "profile") as driver:
+        driver.get(f"http://127.0.0.1:{site.port}/app/")
+        wait_for(lambda: driver.execute_script("return document.querySelector('[alt=photo]').naturalWidth") == 80, 200)
+        wait_for(
+            lambda: driver.execute_script("return document.querySelector('[alt=\"more/a b,c\"]').naturalWidth") > 0, 200
+        )
+        assert [line for line in complaints(driver) if not re.search(r"/(damaged|cut)\.cmps", line)] == []
 
 
 def test_a_browser_takes_the_layer_that_it_needs(site, tmp_path, monkeypatch):

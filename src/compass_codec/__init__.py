@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["CompassError", "decode", "encode"]
 
+DEFAULT_QUALITY = 60.0
+
 
 def encode(
     image: Image.Image | NDArray[np.uint8],
     scales: Sequence[float],
-    quality: float = 60,
+    quality: float = DEFAULT_QUALITY,
     device: str = "auto",
     model: str | None = None,
 ) -> bytes:

@@ -23,6 +23,7 @@ COMMANDS = {
     "models": "compass_codec.commands.models",
     "view": "compass_codec.commands.view",
     "serve": "compass_codec.commands.serve",
+    "web-assets": "compass_codec.commands.web_assets",
     "train": "compass_codec.training.command",
 }
 
@@ -34,7 +35,7 @@ class Lazy(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return getattr(importlib.import_module(COMMANDS[name]), name) if name in COMMANDS else None
+        return getattr(importlib.import_module(COMMANDS[name]), name.replace("-", "_")) if name in COMMANDS else None
 
 
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compass_codec import container, pictures
+from compass_codec import DEFAULT_QUALITY, container, pictures
 from compass_codec.errors import DamagedError, LimitError, OptionError
 from compass_codec.networks import strips
 from compass_codec.networks.arrays import to_tensor
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from compass_codec.search import Progress
 
-DEFAULT_QUALITY = 60.0
 EFFORTS = range(10)
 KEPT = 2**21  # pixels of a layer up to which its prediction is computed once and kept: 12 bytes a pixel
 ONE_COLOUR = 1  # first byte of a layer of one colour; the layers of backbones begin with an even number
@@ -54,7 +53,7 @@ def check_quality(quality: Any) -> float:
     try:
         number = float(quality)
     except (TypeError, ValueError) as e:
-        raise OptionError(f"quality {quality!r} is no number") from e
+        raise OptionError(f"quality {quality!r} is not a number") from e
     if not 1 <= number <= 100:
         raise OptionError(f"quality {number:g}; it goes from 1 to 100")
     return round(number * 100) / 100
@@ -277,7 +276,7 @@ def shared(
 
 @dataclass(frozen=True)
 class Kept:
-    """What tells loaded codecs apart: a set by its identity, wherever it lies."""
+    """The key of a loaded codec: the identity of its set, device and precision; the folder does not count."""
 
     found: ModelSet = field(compare=False)
     identity: str

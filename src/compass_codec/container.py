@@ -1,7 +1,7 @@
-"""The .cmps file, version 2: a header that says where everything is, then the layers from small to large, and around
+"""The .cmps file, version 2: a header with the place of everything, then the layers from small to large, and around
 them optional sections: alpha, an ICC profile, EXIF, XMP.
 
-Knows bytes, sizes and checksums, and nothing of networks. docs/format.md describes every byte.
+This module handles bytes, sizes and checksums, and no networks. docs/format.md describes every byte.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ MAX_SIDE = 2**21 - 1
 MAX_PIXELS = 178_956_970  # of the largest layer; where Pillow too refuses a picture as a decompression bomb
 SCALE_DIGITS = 8  # significant digits kept of a scale factor
 MAX_EXPONENT = 6
+MAX_HEADER = 17 + 21 * MAX_LAYERS + 1 + 10 * (3 + MAX_LAYERS)  # bytes: fixed fields, layers, table of sections
 
 WITH_SECTIONS = 1  # flag: a table of sections follows the layer entries
 
@@ -112,8 +113,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself: the weights it needs (hex of the first bytes of their hash), its layers and its
-    sections in the order in which they lie."""
+    """The header of a file: the identity of its weights, its layers, and its sections in the order of the file."""
 
     model: str
     layers: tuple[Layer, ...]
@@ -122,7 +122,7 @@ class Header:
 
     @property
     def end(self) -> int:
-        """Length of the whole file; what lies behind the last layer's end is metadata."""
+        """Length of the whole file; only metadata lies behind the last layer's end."""
         return max([self.layers[-1].end, *(section.end for section in self.sections)])
 
     def has_alpha(self, layer: int) -> bool:
@@ -189,7 +189,7 @@ def check_scales(scales: Sequence[float]) -> list[float]:
     if not all(math.isfinite(s) and s > 0 for s in scales):
         raise OptionError("scale factors must be positive numbers")
     if any(b < a for a, b in pairwise(scales)):
-        raise OptionError("scale factors must not fall from one layer to the next")
+        raise OptionError("scale factors must be non-decreasing")
     if scales[0] < 1e-6 or scales[-1] > 1e6:
         raise OptionError("scale factors must lie between 0.000001 and 1000000")
     return [_from_decimal(*_decimal(s)) for s in scales]
@@ -231,7 +231,7 @@ def write(
 
 
 def _laid_out(sections: Sections, layers: int) -> list[tuple[int, int, bytes]]:
-    """The sections that there are as (kind, layer, bytes), in the order in which they lie in the file."""
+    """The sections that are not empty as (kind, layer, bytes), in the order of the file."""
     found = []
     for number, kind in KINDS.items():
         value = getattr(sections, kind.field)
@@ -247,7 +247,7 @@ def _laid_out(sections: Sections, layers: int) -> list[tuple[int, int, bytes]]:
 
 
 def _order(kind: int | None, layer: int) -> tuple[int, int, int]:
-    """What comes before what: sorted by this are sections, and the layers' own bytes (``kind`` None)."""
+    """The sort key of a section in the file, or of the layer's own bytes (``kind`` None)."""
     if kind is None:
         return layer, 0, 0
     return {
@@ -256,12 +256,6 @@ def _order(kind: int | None, layer: int) -> tuple[int, int, int]:
         Place.AFTER: (layer, 1, kind),
         Place.LAST: (MAX_LAYERS, 0, kind),
     }[KINDS[kind].place]
-
-
-def attach(data: bytes, sections: Sections) -> bytes:
-    """The file with these sections in place of those that it has. Raises what reading it raises, and LimitError."""
-    header = read_header(data, MAX_SIDE**2)
-    return _rewrite(header, [payload(header, data, k) for k in range(len(header.layers))], sections)
 
 
 def extract(data: Buffer, layer: int, tail: bytes = b"", strip: bool = False) -> bytes:
@@ -274,12 +268,15 @@ def extract(data: Buffer, layer: int, tail: bytes = b"", strip: bool = False) ->
     kept = sections(header, data, last, tail)
     if strip:
         kept = Sections(alpha=kept.alpha)
-    return _rewrite(header, [payload(header, data, k) for k in range(last + 1)], kept)
+    layers = header.layers[: last + 1]
+    sizes = [(e.width, e.height) for e in layers]
+    scales, qualities = [e.scale for e in layers], [e.quality for e in layers]
+    return write(header.model, sizes, scales, qualities, [payload(header, data, k) for k in range(last + 1)], kept)
 
 
 def strip_header(header: Header, data: bytes) -> bytes:
-    """The header's bytes, with which ``data`` begins, without EXIF and XMP, which lie behind all layers: with the same
-    bytes behind it, up to the last layer's end, it is a file that never had them."""
+    """The header's bytes, with which ``data`` begins, without the entries of EXIF and XMP. With the same bytes up to
+    the last layer's end behind it, it is a file without them, as both lie behind all layers."""
     entries = [
         bytes([entry.kind, entry.layer]) + _varint(entry.length) + struct.pack("<I", entry.checksum)
         for entry in header.sections
@@ -294,18 +291,12 @@ def strip_header(header: Header, data: bytes) -> bytes:
     return bytes(head) + struct.pack("<I", zlib.crc32(head))
 
 
-def _rewrite(header: Header, payloads: list[bytes], sections: Sections) -> bytes:
-    layers = header.layers[: len(payloads)]
-    sizes = [(e.width, e.height) for e in layers]
-    return write(header.model, sizes, [e.scale for e in layers], [e.quality for e in layers], payloads, sections)
-
-
 def as_bytes(data: Buffer) -> bytes:
     """Bytes, or anything that holds them, such as a memoryview. Raises FormatError for anything else."""
     try:
         return data if isinstance(data, bytes) else memoryview(data).tobytes()
     except TypeError as e:
-        raise FormatError(f"the bytes of a file are needed, not {type(data).__name__}") from e
+        raise FormatError(f"expected the bytes of a .cmps file, not {type(data).__name__}") from e
 
 
 def read_header(data: Buffer, max_pixels: int = MAX_PIXELS) -> Header:
@@ -399,7 +390,7 @@ def pick(header: Header, size: int, layer: int | None) -> int:
 
 
 def states(header: Header, data: bytes) -> list[str]:
-    """What became of each layer with all that belongs to it, and then of each section: "ok", "damaged" or "cut off"."""
+    """The state of each layer with its sections, and then of each section: "ok", "damaged" or "cut off"."""
     extras = [_state(entry, data) for entry in header.sections]
     found = []
     for k, entry in enumerate(header.layers):

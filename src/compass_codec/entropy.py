@@ -1,6 +1,6 @@
 """Symbols to bytes and back: range coding with integer probability tables (constriction).
 
-Symbols are coded in groups that share a table, which is what makes it fast: first z, channel by channel, then y, scale
+Symbols are coded in groups that share a table, for speed: first z, channel by channel, then y, scale
 index by scale index. A table holds the frequencies of -w..w and, last, of an escape that stands for any other value;
 escaped values follow in a list of their own ahead of the range-coded words.
 """
@@ -21,8 +21,8 @@ from compass_codec.errors import DamagedError
 PRECISION = 24  # frequencies of a table sum to 2**24, constriction's own precision, so that it keeps them as they are
 LEVELS = 64
 SCALE_RANGE = (0.11, 256.0)
-SYMBOL_LIMIT = 2**20  # no honest symbol comes near; keeps garbage from overflowing integers
-PIECE = 2**22  # symbols coded in one call, which bounds what the calls need beside them
+SYMBOL_LIMIT = 2**20  # no encoder writes larger ones; corrupt data must not overflow integers
+PIECE = 2**22  # symbols coded in one call, which bounds the memory of the calls
 
 Symbols = NDArray[np.signedinteger[Any]]  # of any width
 
@@ -94,8 +94,8 @@ class Tables:
         self.y = [Table(freq) for freq in np.split(y, np.cumsum(y_lengths)[:-1])]
 
     def least_bytes(self, z_count: int, y_count: int) -> int:
-        """Bytes below which no stream of ``z_count`` symbols in each channel of z and ``y_count`` of y can be: what
-        the likeliest symbols cost."""
+        """A lower bound of the bytes of a stream with ``z_count`` symbols in each channel of z and ``y_count`` of y:
+        the cost of the likeliest symbols."""
         z_bits = sum(t.least_bits for t in self.z) * z_count
         y_bits = min(t.least_bits for t in self.y) * y_count
         return max(0, math.floor((z_bits + y_bits) / 8) - 8)
@@ -149,7 +149,7 @@ class Encoder:
                 self._put(self.tables.y[number], symbols.ravel()[where])
 
     def data(self) -> bytes:
-        """All that was put."""
+        """The bytes of all symbols so far."""
         values = np.concatenate([np.empty(0, np.int32), *self.escapes])
         words: bytes = self.coder.get_compressed().astype(">u4").tobytes()
         return _zigzag(np.array([len(values)])) + _zigzag(values) + words[:-3] + words[-3:].rstrip(b"\0")
@@ -174,7 +174,7 @@ class Decoder:
             raise DamagedError(f"a layer of {len(data)} bytes is too short for its size")
         count = self._varint()
         if not 0 <= count <= min(len(data), z_count * len(tables.z) + y_count):
-            raise DamagedError("a layer's symbols make no sense")
+            raise DamagedError("corrupt layer: invalid symbol stream")
         self.escapes = iter([self._varint() for _ in range(count)])
         words = data[self.at :]
         words += b"\0" * (-len(words) % 4)
@@ -184,7 +184,7 @@ class Decoder:
         value, shift = 0, 0
         while True:
             if self.at >= len(self.data) or shift > 28:
-                raise DamagedError("a layer's symbols make no sense")
+                raise DamagedError("corrupt layer: invalid symbol stream")
             byte = self.data[self.at]
             self.at += 1
             value |= (byte & 127) << shift
@@ -192,7 +192,7 @@ class Decoder:
             if byte < 128:
                 break
         if value > 2 * SYMBOL_LIMIT:
-            raise DamagedError("a layer's symbols make no sense")
+            raise DamagedError("corrupt layer: invalid symbol stream")
         return value // 2 if value % 2 == 0 else -(value + 1) // 2
 
     def _group(self, table: Table, count: int) -> NDArray[np.int32]:
@@ -201,8 +201,8 @@ class Decoder:
             part = symbols[at : at + PIECE]
             try:
                 part[:] = self.coder.decode(table.model, len(part))
-            except AssertionError as e:  # how constriction says that no encoder writes such data
-                raise DamagedError("a layer's symbols make no sense") from e
+            except AssertionError as e:  # constriction's error for data that no encoder writes
+                raise DamagedError("corrupt layer: invalid symbol stream") from e
         symbols -= table.width
         for i in np.flatnonzero(symbols > table.width):
             symbols[i] = next(self.escapes, 0)

@@ -51,7 +51,7 @@ class PictureError(CompassError):
 
 
 class OptionError(CompassError):
-    """Scale factors or a quality that make no sense."""
+    """An option or argument that cannot be used."""
 
 
 class RemoteError(CompassError):

@@ -12,10 +12,11 @@ from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING
 
+from compass_codec.pictures import WEBP_SIDE
+
 if TYPE_CHECKING:
     from PIL import Image
 
-WEBP_SIDE = 16383  # WebP holds no larger pictures
 START_WIDTH = 240  # of a picture on the demo page
 
 
@@ -38,10 +39,11 @@ class Picture:
     sizes: list[tuple[int, int, int]]
 
 
-def _fill(template: str, **values: str) -> str:
-    """A page out of a template. Where the name of a file is not UTF-8, U+FFFD stands for what cannot be shown."""
-    folder = resources.files("compass_codec") / "templates"
-    style = (folder / "style.css").read_text(encoding="utf-8")
+def fill(template: str, **values: str) -> str:
+    """A page out of a template, named by its path in the package. Where the name of a file is not UTF-8, U+FFFD stands
+    for what cannot be shown."""
+    folder = resources.files("compass_codec")
+    style = (folder / "templates" / "style.css").read_text(encoding="utf-8")
     html = Template((folder / template).read_text(encoding="utf-8")).substitute(values, style=style)
     return os.fsencode(html).decode(errors="replace")
 
@@ -70,8 +72,8 @@ def view(title: str, summary: str, panes: Sequence[Pane], rows: Sequence[Sequenc
         f"<figcaption>{escape(pane.name)}<br><span>{escape(pane.about)}</span></figcaption></figure>"
         for pane in panes
     ]
-    return _fill(
-        "view.html",
+    return fill(
+        "templates/view.html",
         title=escape(title),
         summary=escape(summary),
         ratio=f"{widest.width} / {widest.height}",
@@ -81,10 +83,10 @@ def view(title: str, summary: str, panes: Sequence[Pane], rows: Sequence[Sequenc
 
 
 def demo(pictures: Sequence[Picture]) -> str:
-    """The server's page: every picture as <img srcset>, and what each size costs."""
+    """The server's page: every picture as <img srcset>, and the bytes that each size needs."""
     count = f"{len(pictures)} picture{'s' if len(pictures) != 1 else ''}" if pictures else "No pictures here"
-    return _fill(
-        "demo.html",
+    return fill(
+        "templates/demo.html",
         count=count,
         pictures="\n".join(_section(picture) for picture in pictures),
         widest=str(max([START_WIDTH, *(picture.sizes[-1][0] for picture in pictures)])),

@@ -1,4 +1,4 @@
-"""Pictures in and out, through Pillow."""
+"""Picture files to arrays and back, through Pillow: colours, alpha, profiles, EXIF and XMP."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ DESCRIPTIVE = (270, 271, 272, 305, 306, 315, 316, 33432, *IFDS)  # words, device
 
 @contextmanager
 def library(what: str, kind: type[CompassError] = PictureError) -> Iterator[None]:
-    """Around every call of a library that reads or writes a picture: whatever it raises is one ``kind`` of error, which
-    says ``what`` is wrong and why.
+    """Wraps every call of a library that reads or writes a picture: any error becomes one of ``kind`` that names
+    ``what`` is wrong and why.
 
     No list of exceptions would do. Pillow and its plugins raise whatever their parsers stumble over (RuntimeError,
     IndexError, struct.error, ...), and those in Rust panics that are no Exception.
@@ -82,7 +82,7 @@ def library(what: str, kind: type[CompassError] = PictureError) -> Iterator[None
 
 
 class Extras(Protocol):
-    """What goes beside the pixels: an ICC profile, EXIF (a TIFF structure) and XMP (UTF-8), each None if absent."""
+    """Data beside the pixels: an ICC profile, EXIF (a TIFF structure) and XMP (UTF-8), each None if absent."""
 
     @property
     def icc(self) -> bytes | None: ...
@@ -94,8 +94,8 @@ class Extras(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A picture as it was found: ``image`` RGB with 8 bits, upright; ``alpha`` L of the same size, or None when it is
-    opaque all over; its profile, EXIF (orientation 1) and XMP; and a sentence for everything that was converted."""
+    """A picture that was read. ``image`` is 8-bit RGB and upright; ``alpha`` is L of the same size, or None for an
+    opaque picture. EXIF has orientation 1. ``notes`` has a sentence for each conversion."""
 
     image: Image.Image
     alpha: Image.Image | None = None
@@ -121,7 +121,8 @@ def read(path: Path | BinaryIO) -> Source:
 
 
 def _loaded(image: Image.Image, head: bytes, notes: list[str]) -> Image.Image:
-    """The opened file's picture with what Pillow does not tell or tells wrongly mended; ``head`` is how it begins."""
+    """The picture of an opened file, corrected where Pillow loses or misreads something; ``head`` is its first
+    bytes."""
     if (frames := getattr(image, "n_frames", 1)) > 1:
         if image.format in ANIMATED:
             raise PictureError(f"an animation of {frames} frames; only still pictures can be coded")
@@ -158,8 +159,8 @@ def _loaded(image: Image.Image, head: bytes, notes: list[str]) -> Image.Image:
 
 
 def _load(image: Image.Image, notes: list[str]) -> None:
-    """Load the pixels. A JPEG of which nothing but the end marker is missing is sound; as other programs do, it is read
-    and ``notes`` say so. Raises anything."""
+    """Load the pixels. A JPEG that lacks only its end marker is read, as other programs do, with a note. Raises
+    anything."""
     try:
         image.load()
     except OSError:
@@ -189,7 +190,7 @@ def _bits(image: Image.Image, head: bytes) -> int:
 
 
 def _has_iptc(image: Image.Image) -> bool:
-    """Is there IPTC in the file, where JPEG, TIFF and PNG have it?"""
+    """Whether a JPEG, TIFF or PNG file has IPTC."""
     info, tags = image.info, getattr(image, "tag_v2", {})
     blocks = info.get("photoshop")
     return (isinstance(blocks, dict) and 0x0404 in blocks) or 33723 in tags or "Raw profile type iptc" in info
@@ -253,7 +254,7 @@ def _to_srgb(image: Image.Image, rgb: Image.Image, notes: list[str]) -> tuple[Im
 
 
 def _descriptive(exif: Image.Exif) -> Image.Exif:
-    """What describes the picture: a TIFF file keeps the layout of its samples among the same tags."""
+    """The tags that describe the picture. In a TIFF file, the layout of the samples is among the same tags."""
     tags = Image.Exif()
     for tag in DESCRIPTIVE:
         if value := exif.get_ifd(tag) if tag in IFDS else exif.get(tag):
@@ -272,14 +273,14 @@ def _exif(image: Image.Image, size: tuple[int, int]) -> bytes | None:
 
 
 def fitted(exif: bytes, size: tuple[int, int]) -> bytes:
-    """EXIF, a TIFF structure, whose orientation is 1 and whose pixel dimensions are ``size`` (width, height), as far as
-    it has them; all else as it was, byte by byte. Raises anything on garbage."""
+    """EXIF, a TIFF structure, with orientation 1 and the pixel dimensions ``size`` (width, height) where it has these
+    tags. All other bytes stay. Raises anything on garbage."""
     data = bytearray(exif)
     order = {b"II*\0": "<", b"MM\0*": ">"}[exif[:4]]
     values = dict(zip(DIMENSIONS, 2 * size, strict=True)) | {ORIENTATION: 1}
 
     def fit(at: int) -> int | None:
-        """Mend the tags of the directory ``at``; where those of EXIF are."""
+        """Correct the tags of the directory ``at``; returns the place of the EXIF directory, if it is named there."""
         (count,) = struct.unpack_from(f"{order}H", data, at)
         found = None
         for entry in range(at + 2, at + 2 + 12 * count, 12):
@@ -376,8 +377,8 @@ def pyramid_alpha(
 def reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """A decoded layer, RGB or RGBA, reduced to ``size`` (width, height), bicubic, to be shown or given to any encoder.
 
-    Colours are weighted by their alpha, so that what is hidden does not bleed into edges, and pixels that do not show
-    at all get the colours of their neighbours (see ``filled``); also where the size stays as it is.
+    Colours are weighted by their alpha, so that hidden colours do not bleed into edges. Pixels with alpha 0 get the
+    colours of their neighbours (see ``filled``), also where the size stays as it is.
     """
     if image.mode != "RGBA":
         return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
@@ -390,8 +391,8 @@ def reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def filled(image: Image.Image) -> Image.Image:
-    """An RGBA picture whose fully hidden pixels (alpha 0) have the colours of their neighbours: what a lossy encoder
-    mixes into edges, and what costs it few bits."""
+    """An RGBA picture whose hidden pixels (alpha 0) have the colours of their neighbours. A lossy encoder mixes hidden
+    colours into edges, and smooth ones cost it few bits."""
     import numpy as np
 
     pixels = np.array(image)
@@ -417,7 +418,7 @@ def _weighted_mean(
 
 
 def _filled(values: NDArray[np.float32], known: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """float32 [height, width] with the values that are not known made from those around, over ever larger distances;
+    """float32 [height, width] with unknown values interpolated from known ones around, over ever larger distances;
     mid-grey if none is known."""
     import numpy as np
 
@@ -474,8 +475,8 @@ def with_alpha(picture: NDArray[np.uint8], alpha: NDArray[np.uint8] | None) -> I
 
 @cache
 def register() -> None:
-    """Make Pillow know its formats, HEIC where pillow-heif is installed (the extra ``heic``), and big-endian 16-bit
-    grey TIFF with WhiteIsZero, of which it only knows the little-endian."""
+    """Register Pillow's formats, HEIC where pillow-heif is installed (the extra ``heic``), and big-endian 16-bit
+    grey TIFF with WhiteIsZero, of which Pillow has only the little-endian one."""
     Image.init()
     TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
     with suppress(ImportError):
@@ -552,8 +553,8 @@ def _save(image: Image.Image, name: str, suffix: str, extras: Extras | None, not
 
 
 def _check_size(data: bytes, name: str, size: tuple[int, int]) -> None:
-    """Some formats hold a picture that is too large for them as another or as garbage, without an error. Raises
-    PictureError where Pillow reads the format ``name`` and finds another size than ``size``."""
+    """Raise PictureError if Pillow reads the file back with another size than ``size``. Some formats write a picture
+    that is too large for them as garbage, without an error."""
     if name in Image.OPEN:
         with Image.open(io.BytesIO(data), formats=[name]) as found:
             if found.size != size:
@@ -561,8 +562,8 @@ def _check_size(data: bytes, name: str, size: tuple[int, int]) -> None:
 
 
 def _metadata(extras: Extras, name: str, size: tuple[int, int], notes: list[str]) -> dict[str, Any]:
-    """Pillow's options to save ``extras`` in the format ``name`` with a picture of ``size``. What no marker of a JPEG
-    can hold is left out, and so is EXIF that Pillow cannot read where it has to."""
+    """Pillow's options to save ``extras`` in the format ``name`` with a picture of ``size``. EXIF and XMP too long for
+    a marker of a JPEG are left out, as is damaged EXIF in formats for which Pillow must read it."""
     options: dict[str, Any] = {}
     room = {"exif": MARKER - 6, "xmp": MARKER - 29} if name == "JPEG" else {}
     kept = {"exif": extras.exif, "xmp": extras.xmp}

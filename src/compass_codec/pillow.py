@@ -13,15 +13,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 from PIL import Image, ImageFile
 
-from compass_codec import container
+from compass_codec import DEFAULT_QUALITY, container
 from compass_codec.errors import CompassError, PictureError
 
 if TYPE_CHECKING:
     from PIL._imaging import PixelAccess
 
-HEADER_READ = 4096  # more than any header
 SCALES = (1.0, 2.0, 4.0)
-QUALITY = 60.0
 
 
 def _accept(prefix: bytes) -> bool:
@@ -43,7 +41,7 @@ class CompassImageFile(ImageFile.ImageFile):
         assert self.fp is not None
         try:
             # Pillow has its own limit on pixels
-            self._header = container.read_header(self.fp.read(HEADER_READ), max_pixels=container.MAX_SIDE**2)
+            self._header = container.read_header(self.fp.read(container.MAX_HEADER), max_pixels=container.MAX_SIDE**2)
         except CompassError as e:
             raise SyntaxError(str(e)) from e
         self._fp = self.fp
@@ -157,7 +155,7 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
         raise OSError(f"cannot write mode {im.mode} as CMPS ({e})") from e
     alpha = {k: pictures.alpha_to_bytes(plane) for k, plane in enumerate(alphas)}
     sections = container.Sections(source.icc, source.exif, source.xmp, alpha)
-    chosen, quality = codec.shared(model=options.get("model")), options.get("quality", QUALITY)
+    chosen, quality = codec.shared(model=options.get("model")), options.get("quality", DEFAULT_QUALITY)
     fp.write(chosen.encode_layers(layers, scales, quality, sections=sections).data)
 
 

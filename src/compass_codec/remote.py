@@ -14,15 +14,13 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from compass_codec import __version__, container
-from compass_codec.errors import RemoteError, TruncatedError
+from compass_codec.errors import RemoteError
 
 TIMEOUT = 30.0  # seconds without a byte
-FIRST_READ = 512  # holds every header of 16 layers
-HEADER_LIMIT = 2**16
 
 
 def file_name(url: str) -> Path:
-    """What the file at ``url`` would be called here; also where ``Remote`` will refuse the address."""
+    """The local name of the file at ``url``; any address has one, also one that ``Remote`` refuses."""
     try:
         path = urlsplit(url).path
     except ValueError:  # half a bracket
@@ -76,15 +74,7 @@ class Remote:
 
     def header(self, max_pixels: int = container.MAX_PIXELS) -> container.Header:
         """The file's header, as ``container.read_header`` gives it."""
-        length = FIRST_READ
-        while True:
-            data = self.read(length)
-            try:
-                return container.read_header(data, max_pixels)
-            except TruncatedError:
-                if len(data) < length or length >= HEADER_LIMIT:
-                    raise
-            length *= 4
+        return container.read_header(self.read(container.MAX_HEADER), max_pixels)
 
     def _fetch(self, start: int, end: int) -> bytes:
         """Bytes from ``start`` on, at most to ``end``. None at all mean that the file ends there; ``size`` says so."""
@@ -121,7 +111,9 @@ class Remote:
         if answer.status not in (200, 206):
             raise RemoteError(f"the server answers {answer.status} {answer.reason}")
         if answer.headers.get("Content-Encoding", "identity") != "identity":
-            raise RemoteError(f"the server sends it as {answer.headers['Content-Encoding']}, which has no byte ranges")
+            raise RemoteError(
+                f"the server compresses it ({answer.headers['Content-Encoding']}), so byte ranges cannot be read"
+            )
         version = (answer.headers.get("ETag"), answer.headers.get("Last-Modified"))
         if start and (answer.status == 200 or version != self._version):
             raise RemoteError("the file changed on the server while it was read")
@@ -135,11 +127,11 @@ class Remote:
         text = headers.get("Content-Range", "")
         match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", text)
         if not match:
-            raise RemoteError(f"the server sends a range that makes no sense ({text[:60] or 'no Content-Range'})")
+            raise RemoteError(f"the server sends an invalid range ({text[:60] or 'no Content-Range'})")
         first, stop = int(match[1]), int(match[2]) + 1
         size = None if match[3] == "*" else int(match[3])
         if first != start or not start < stop <= end or (size is not None and stop > size):
-            raise RemoteError(f"the server sends another range than it was asked for ({text[:60]})")
+            raise RemoteError(f"the server sends another range than was asked for ({text[:60]})")
         if start and size != self.size:
             raise RemoteError("the file changed on the server while it was read")
         self.size = size
@@ -150,12 +142,14 @@ class Remote:
         part = answer.read(end - start)
         self.fetched += len(part)
         if len(part) < end - start and (answer.status == 206 or self.size is not None):
-            raise RemoteError(f"the connection ended after {start + len(part)} bytes, before what the server promised")
+            raise RemoteError(
+                f"the connection ended after {start + len(part)} bytes, before the length that the server announced"
+            )
         return part
 
     @contextmanager
     def _in_one_line(self) -> Iterator[None]:
-        """Everything that can go wrong on the way becomes a RemoteError of one line."""
+        """Turn every failure of the transfer into a RemoteError of one line."""
         try:
             yield
         except RemoteError:
@@ -189,8 +183,8 @@ def _opener() -> urllib.request.OpenerDirector:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a layer needs of a file: its first bytes, the header, the layer's index, and the metadata behind the layers
-    if that was asked for. ``fetched`` of ``size`` bytes (None: unknown) were read from the server."""
+    """The part of a file that a layer needs: its first bytes, the header, the layer's index, and the metadata behind
+    the layers if that was asked for. ``fetched`` of ``size`` bytes (None: unknown) were read from the server."""
 
     data: bytes
     header: container.Header
@@ -207,8 +201,8 @@ def read_prefix(
     metadata: bool = False,
     timeout: float = TIMEOUT,
 ) -> Prefix:
-    """Fetch what ``layer`` (default: the highest that the file holds whole) needs of the file at ``url``, and with
-    ``metadata`` EXIF and XMP, which lie at its end.
+    """Fetch the part of the file at ``url`` that ``layer`` needs (default: the highest that the file holds whole), and
+    with ``metadata`` EXIF and XMP, which lie at its end.
 
     The header comes first, and nothing more if it breaks a limit. Raises RemoteError and what
     ``container.read_header`` and ``container.pick`` raise.

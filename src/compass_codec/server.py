@@ -38,11 +38,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from compass_codec import __version__, container, page, pictures
 from compass_codec.errors import CompassError, TruncatedError
+from compass_codec.web.routes import routes
 
 if TYPE_CHECKING:
     from compass_codec.codec import Codec
 
-HEADER_READ = 4096  # more than any header
 SUFFIXES = ["".join(letters) for letters in product("cC", "mM", "pP", "sS")]  # "cmps" first
 MEDIA_TYPE = "image/x-cmps"
 TYPES = {"avif": "image/avif", "webp": "image/webp", "jpg": "image/jpeg", "png": "image/png"}  # most wanted first
@@ -56,7 +56,11 @@ SAVING: dict[str, tuple[str, dict[str, Any]]] = {
     "png": ("PNG", {}),
 }
 MODERN = {"avif", "webp"}  # sent only to those who name them
-SIDES = {"avif": 32768, "webp": 16383, "jpg": 65500}  # the largest that libavif reads, and that the others write
+SIDES = {
+    "avif": 32768,
+    "webp": pictures.WEBP_SIDE,
+    "jpg": 65500,
+}  # the largest that libavif reads, and that the others write
 LARGEST = 9_999_999  # width or height that may be asked for
 RETRY_AFTER = 5  # seconds
 SECURITY = {
@@ -67,25 +71,27 @@ SECURITY = {
 
 
 class Busy(Exception):
-    """As many pictures wait to be decoded as may."""
+    """The queue of pictures to decode is full."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """Limits of a server. ``cache``: bytes of decoded layers kept; ``max_pixels``: of a layer that is decoded;
-    ``decodes``: at the same time; ``queue``: how many more may wait; ``max_age``: seconds, for Cache-Control."""
+    ``decodes``: at the same time; ``queue``: how many more may wait; ``max_age``: seconds, for Cache-Control;
+    ``weights``: folder of a set that browsers may fetch besides those installed."""
 
     cache: int = 256 * 2**20
     max_pixels: int = 16_000_000
     decodes: int = 1
     queue: int = 16
     max_age: int = 3600
+    weights: Path | None = None
 
 
 @dataclass(frozen=True)
 class File:
-    """A .cmps file that is open: all that an answer is made of is read through it, also if another file takes its name
-    meanwhile. ``version`` changes whenever the file does."""
+    """An open .cmps file. All data of an answer is read through it, even if another file takes its name meanwhile.
+    ``version`` changes whenever the file does."""
 
     opened: io.FileIO
     head: bytes
@@ -96,7 +102,7 @@ class File:
 
     @property
     def layers(self) -> list[container.Layer]:
-        """Those that the file holds whole."""
+        """The layers that the file holds whole."""
         return [entry for entry in self.header.layers if entry.end <= self.size]
 
     def read(self, layer: int) -> bytes:
@@ -136,7 +142,7 @@ def load(path: Path) -> File:
     file = path.open("rb", buffering=0)  # a buffer would hold what is no longer there
     try:
         status = os.fstat(file.fileno())
-        head = file.read(HEADER_READ)
+        head = file.read(container.MAX_HEADER)
         header = container.read_header(head, max_pixels=container.MAX_SIDE**2)
     except BaseException:
         file.close()
@@ -338,6 +344,19 @@ class App:
 
     def _demo(self) -> str:
         shown = []
+        for name, _, sizes in self._sound():
+            # "photo.png" asks for photo.cmps as PNG, so that photo.png.cmps needs one more
+            address = f"{name}.png" if Path(name).suffix.lower() in (".cmps", *EXTENSIONS) else name
+            shown.append(page.Picture(name, f"/{quote(os.fsencode(address))}", sizes))
+        return page.demo(shown)
+
+    def addresses(self) -> list[tuple[str, str]]:
+        """Name and address of every file that the demo page shows."""
+        return [(name, f"/{quote(os.fsencode(name))}{path.suffix}") for name, path, _ in self._sound()]
+
+    def _sound(self) -> Iterator[tuple[str, Path, list[tuple[int, int, int]]]]:
+        """The files whose header can be read: name, path, and width, height and end of each layer that may be asked
+        for."""
         for name, path in sorted(self._names()):
             try:
                 with load(path) as file:
@@ -345,10 +364,7 @@ class App:
             except (CompassError, OSError):
                 continue
             if sizes:
-                # "photo.png" asks for photo.cmps as PNG, so that photo.png.cmps needs one more
-                address = f"{name}.png" if Path(name).suffix.lower() in (".cmps", *EXTENSIONS) else name
-                shown.append(page.Picture(name, f"/{quote(os.fsencode(address))}", sizes))
-        return page.demo(shown)
+                yield name, path, sizes
 
     def _names(self) -> Iterator[tuple[str, Path]]:
         """The files that can be asked for, without .cmps."""
@@ -480,7 +496,7 @@ def _unchanged(response: Response, request: Request) -> bool:
         since, modified = parsedate(asked.get("if-unmodified-since")), parsedate(response.headers["last-modified"])
         same = since is None or modified is None or modified <= since
     if not same:
-        raise HTTPException(412, "the picture is another one now")
+        raise HTTPException(412, "the picture has changed since")
     return StaticFiles.is_not_modified(StaticFiles(check_dir=False), response.headers, asked)
 
 
@@ -555,7 +571,11 @@ def make_app(folder: Path, codec: Codec, settings: Settings | None = None) -> St
         return line(500, "the server failed")
 
     site = Starlette(
-        routes=[Route("/", app.demo), Route("/{name:any_path}", app.picture)],
+        routes=[
+            Route("/", app.demo),
+            *routes(app.addresses, app.settings.weights),
+            Route("/{name:any_path}", app.picture),
+        ],
         middleware=[Middleware(Fields)],
         exception_handlers={
             HTTPException: refused,

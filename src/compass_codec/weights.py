@@ -1,6 +1,7 @@
-"""Sets of weights on disk: what each is, where they are looked for, and the identity that ties a .cmps file to one.
+"""Sets of weights on disk: their description, the look-up, and the identity that ties a .cmps file to one.
 
-A set is a folder: model.json says its profile, its backbone and its parts, each a safetensors file beside it.
+A set is a folder with model.json and its parts, a safetensors file each. model.json names profile, backbone and parts
+with their SHA-256, so the SHA-256 of model.json alone identifies the set. Parts are read and checked when it is loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from compass_codec import backbones
 from compass_codec.container import MODEL_BYTES
 from compass_codec.errors import WeightsError
+from compass_codec.files import write_file
 
 if TYPE_CHECKING:
     import torch
@@ -29,15 +30,15 @@ if TYPE_CHECKING:
 DEFAULT = "lean"  # the profile that encodes when none is named
 PATH = "COMPASS_MODELS"  # environment variable: folders of sets, or sets, separated as in PATH
 CARD = "model.json"
-FORMAT = 1  # of model.json
+FORMAT = 2  # of model.json
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 IDENTITY = re.compile(rf"[0-9a-f]{{{2 * MODEL_BYTES}}}")
+SHA_256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Everything a file is decoded with. ``identity`` is the start of the SHA-256 over the files, in hex;
-    ``precision`` is that of ``load``."""
+    """Everything a file is decoded with. ``identity`` is that of the set, ``precision`` that of ``load``."""
 
     base: LayerCodec
     residual: LayerCodec
@@ -48,10 +49,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class ModelSet:
-    """A set of weights on disk that has not been loaded. ``spec`` is all of its model.json."""
+    """A set of weights on disk that has not been loaded. ``spec`` is all of its model.json, ``identity`` the start of
+    the SHA-256 of that file, in hex."""
 
     folder: Path
     spec: dict[str, Any]
+    identity: str
 
     @property
     def profile(self) -> str:
@@ -66,32 +69,37 @@ class ModelSet:
         return str(self.spec["purpose"])
 
     @property
-    def files(self) -> list[Path]:
-        """What the identity is taken over, in this order."""
-        return [self.folder / CARD, *(self.folder / f"{part}.safetensors" for part in self.spec["parts"])]
-
-    @property
-    def identity(self) -> str:
-        """Of the files as they are now, which are read again only when they have changed. Raises WeightsError."""
-        return _identity_of(tuple((path, *_state(path)) for path in self.files))
+    def parts(self) -> dict[Path, str]:
+        """The file of each part and its SHA-256 in hex."""
+        return {part_of(self.folder, name): digest for name, digest in self.spec["parts"].items()}
 
     @property
     def size(self) -> int:
         """Bytes of all files. Raises WeightsError."""
-        return sum(_state(path)[0] for path in self.files)
+        return sum(_size(path) for path in (self.folder / CARD, *self.parts))
+
+
+def part_of(folder: Path, name: str) -> Path:
+    """The file of a part."""
+    return folder / f"{name}.safetensors"
 
 
 def _unreadable(path: Path, e: OSError) -> WeightsError:
     return WeightsError(f"{path}: cannot read the weights ({e.strerror})")
 
 
-def _state(path: Path) -> tuple[int, int]:
-    """Size and time of change."""
+def _size(path: Path) -> int:
     try:
-        status = path.stat()
+        return path.stat().st_size
     except OSError as e:
         raise _unreadable(path, e) from e
-    return status.st_size, status.st_mtime_ns
+
+
+def write_card(folder: Path, spec: dict[str, Any]) -> None:
+    """Write ``folder``/model.json: ``spec``, of whose parts those that are there, as they are now."""
+    found = [name for name in spec["parts"] if part_of(folder, name).exists()]
+    parts = {name: hashlib.sha256(_read(part_of(folder, name))).hexdigest() for name in found}
+    write_file(folder / CARD, (json.dumps(spec | {"format": FORMAT, "parts": parts}, indent=1) + "\n").encode())
 
 
 def _read(path: Path) -> bytes:
@@ -99,18 +107,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as e:
         raise _unreadable(path, e) from e
-
-
-def _start_of_hash(files: list[bytes]) -> str:
-    digest = hashlib.sha256()
-    for data in files:
-        digest.update(data)
-    return digest.digest()[:MODEL_BYTES].hex()
-
-
-@lru_cache(maxsize=64)
-def _identity_of(states: tuple[tuple[Path, int, int], ...]) -> str:
-    return _start_of_hash([_read(path) for path, *_ in states])
 
 
 def read_set(folder: Path) -> ModelSet:
@@ -131,15 +127,19 @@ def read_set(folder: Path) -> ModelSet:
         ("profile", _name(spec.get("profile")) and not IDENTITY.fullmatch(spec["profile"])),
         ("backbone", _name(spec.get("backbone"))),
         ("purpose", isinstance(spec.get("purpose"), str) and spec["purpose"].isprintable()),
-        ("parts", isinstance(parts, list) and parts and all(map(_name, parts)) and len({*parts}) == len(parts)),
+        ("parts", isinstance(parts, dict) and parts and all(map(_name, parts)) and all(map(_digest, parts.values()))),
     ):
         if not good:
             raise WeightsError(f"{card}: {key} {spec[key]!r} cannot be used" if key in spec else f"{card}: no {key}")
-    return ModelSet(folder, spec)
+    return ModelSet(folder, spec, hashlib.sha256(data).digest()[:MODEL_BYTES].hex())
 
 
 def _name(value: object) -> bool:
     return isinstance(value, str) and NAME.fullmatch(value) is not None
+
+
+def _digest(value: object) -> bool:
+    return isinstance(value, str) and SHA_256.fullmatch(value) is not None
 
 
 def places() -> list[Path]:
@@ -149,7 +149,7 @@ def places() -> list[Path]:
 
 
 def sets() -> Iterator[ModelSet | WeightsError]:
-    """All sets that are installed or found, each once, and what is wrong with a broken one in its place."""
+    """All sets that are installed or found, each once; in place of a broken one, its error."""
     seen = set()
     for place in places():
         if (place / CARD).exists():
@@ -183,13 +183,8 @@ def choose(folder: Path | None = None, model: str | None = None) -> ModelSet:
     by_identity = IDENTITY.fullmatch(model) is not None
     candidates = [*([given] if given else []), *sets()]
     for each in candidates:
-        if isinstance(each, WeightsError):
-            continue
-        try:
-            if model == (each.identity if by_identity else each.profile):
-                return each
-        except WeightsError:  # a part is missing, which is said below
-            continue
+        if isinstance(each, ModelSet) and model == (each.identity if by_identity else each.profile):
+            return each
     wanted = f"weights {model} are not here" if by_identity else f"no set of weights is named {model!r}"
     looked = ", ".join(map(_described, candidates))
     where = f"the project's page has sets, and the environment variable {PATH} names folders to look in"
@@ -197,10 +192,7 @@ def choose(folder: Path | None = None, model: str | None = None) -> ModelSet:
 
 
 def _described(found: ModelSet | WeightsError) -> str:
-    try:
-        return str(found) if isinstance(found, WeightsError) else f"{found.profile} {found.identity} in {found.folder}"
-    except WeightsError as e:
-        return str(e)
+    return str(found) if isinstance(found, WeightsError) else f"{found.profile} {found.identity} in {found.folder}"
 
 
 def profile_of(identity: str) -> str | None:
@@ -225,23 +217,24 @@ def identity(folder: Path | None = None, model: str | None = None) -> str:
 
 
 def load(found: ModelSet, device: torch.device, precision: str = "float32") -> Weights:
-    """Load a set to ``device``. What computes the pixels of enhancement layers does so in ``precision``, "float32",
-    "float16" or "bfloat16"; the base layer, small as it is, stays in float32, as all others build on it and its errors
-    are the largest.
-    Raises WeightsError if a part is missing or does not fit, or this version has no such backbone."""
+    """Load a set to ``device``. ``precision``, "float32", "float16" or "bfloat16", is that of the networks that compute
+    pixels of enhancement layers. The base layer stays in float32: it is small, and its errors would be the largest.
+    Raises WeightsError if a part is missing, corrupt or does not fit, or this version has no such backbone."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
 
-    # PyTorch hears of this with its first tensor. Large arrays come from the system anew each time; in pages of 4 KB
+    # PyTorch reads this with its first tensor. The system provides large arrays anew each time; in pages of 4 KB
     # that alone takes a tenth of a picture's time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if found.backbone not in backbones.NAMES:
         known = ", ".join(backbones.NAMES)
         raise WeightsError(f"{found.folder / CARD}: backbone {found.backbone}; this version has {known}")
-    files = [_read(path) for path in found.files]
     tensors = {}
-    for path, data in zip(found.files[1:], files[1:], strict=True):
+    for path, digest in found.parts.items():
+        data = _read(path)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise WeightsError(f"{path}: not the file that {CARD} names (its SHA-256 differs)")
         try:
             tensors[path.stem] = parse(data)
         except (SafetensorError, ValueError, KeyError) as e:
@@ -252,7 +245,7 @@ def load(found: ModelSet, device: torch.device, precision: str = "float32") -> W
             base, residual, predictor = backbone.build(found.spec, tensors, device, precision)
     except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as e:
         raise WeightsError(f"{found.folder}: these weights cannot be used ({_line(e)})") from e
-    return Weights(base, residual, predictor, _start_of_hash(files), precision)
+    return Weights(base, residual, predictor, found.identity, precision)
 
 
 def _line(e: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What a backbone offers: the codecs of layers and the predictor that codec.py makes files with.
+"""The protocols of a backbone: the layer codecs and the predictor with which codec.py makes files.
 
 A backbone is a module whose ``build`` makes these three from the tensors of a set of weights; NAMES names the
 modules. Sizes are (height, width) in pixels. A prediction comes as strips from top to bottom: float32
@@ -21,7 +21,7 @@ NAMES = {"mean_scale": "compass_codec.backbones.mean_scale", "lean": "compass_co
 
 
 class LayerCodec(Protocol):
-    """Codes what a layer adds to its prediction. Encoder and decoder see the same pixels on the same device."""
+    """Codes a layer given its prediction. Encoder and decoder reconstruct the same pixels on the same device."""
 
     searchable: bool
     """Whether search.py can look for symbols that cost less: encoding takes an effort above 0."""
@@ -34,24 +34,24 @@ class LayerCodec(Protocol):
     def encode(
         self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Tensor]], quality: float
     ) -> tuple[bytes, NDArray[np.uint8]]:
-        """A layer, uint8 [height, width, 3], to its bytes, at least one and fewer than 2^28, and what the decoder will
-        see, like the layer. ``prediction`` makes its prediction, anew whenever it is called: of a large picture it is
-        too much to keep."""
+        """Encode a layer, uint8 [height, width, 3], to 1 to 2^28 - 1 bytes, and give the decoder's reconstruction, of
+        the same shape. ``prediction`` computes the prediction anew at each call: that of a large picture is too much to
+        keep."""
         ...
 
     def decode(
         self, data: bytes, size: tuple[int, int], prediction: Iterable[Tensor], quality: float
     ) -> NDArray[np.uint8]:
-        """The bytes of a layer of ``size`` and its prediction to the layer, uint8 [height, width, 3]. Raises
-        DamagedError for bytes that no encoder writes."""
+        """Decode a layer of ``size`` from its bytes and its prediction to uint8 [height, width, 3]. Raises DamagedError
+        for bytes that no encoder writes."""
         ...
 
     def parse(
         self, data: bytes, size: tuple[int, int]
     ) -> tuple[NDArray[np.int32], NDArray[np.int32], *tuple[Any, ...]]:
-        """The bytes of a layer of ``size`` to all that they say, in integers: hyper-latent and latent, int32 [channels,
-        rows, columns] each, and what else a backbone makes of them. The same on every device and in every precision.
-        Raises DamagedError."""
+        """Decode the bytes of a layer of ``size`` to integers: hyper-latent and latent, int32 [channels, rows, columns]
+        each, and further values of the backbone. They are the same on every device and in every precision. Raises
+        DamagedError."""
         ...
 
 
@@ -72,6 +72,6 @@ class Backbone(Protocol):
     ) -> tuple[LayerCodec, LayerCodec, Predictor]:
         """The codec of base layers, that of all layers above, and the predictor, on ``device``. ``spec`` is the set's
         model.json, ``tensors`` those of each part that it names. ``precision``, "float32", "float16" or "bfloat16", is
-        that of what computes pixels above the base layer; no symbol depends on it. Raises KeyError, ValueError,
-        IndexError, RuntimeError or WeightsError where tensors are missing or do not fit."""
+        that of the networks that compute pixels above the base layer; no symbol depends on it. Raises KeyError,
+        ValueError, IndexError, RuntimeError or WeightsError where tensors are missing or do not fit."""
         ...

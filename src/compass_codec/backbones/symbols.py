@@ -1,4 +1,4 @@
-"""What layer codecs share: the symbols an encoder makes of latents, and networks that hold loaded tensors."""
+"""Shared by layer codecs: the encoder's rounding of latents to symbols, and networks that hold loaded tensors."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from compass_codec import entropy
 
 N = TypeVar("N", bound=nn.Module)
 
-# Between two integers a latent becomes the larger, by magnitude, only beyond the middle: so much beyond it for each bit
-# that the larger costs more, and at most so much. Some 2 % of the bits of training pictures; the decoder does not care.
+# Rate-aware rounding: a latent is rounded away from zero above the threshold 0.5 + BEYOND * bits, at most 0.5 +
+# MOST_BEYOND, where bits are those that the larger symbol costs more. This saves some 2 % of the bits of training
+# pictures. The decoder does not depend on it.
 BEYOND, MOST_BEYOND = 1 / 75, 0.25
-MAGNITUDES = 4  # that have thresholds of their own
-LATENT_LIMIT = 2**15 - 1  # of the symbols of y that the encoder makes; it holds them in 16 bits
+MAGNITUDES = 4  # the number of magnitudes with thresholds of their own
+LATENT_LIMIT = 2**15 - 1  # largest magnitude of a symbol of y, which the encoder holds in 16 bits
 
 
 def quantise(centred: Tensor, index: Tensor, least: Tensor) -> Tensor:
-    """Symbols of latents less their means, of scale indices ``index`` (uint8); ``least`` are the ``thresholds``."""
+    """Rate-aware rounding of latents less their means, with scale indices ``index`` (uint8); ``least`` is the result of
+    ``thresholds``."""
     magnitude = centred.abs()
     below = magnitude.floor()
     column = below.clamp(max=MAGNITUDES - 1).to(torch.uint8)
-    # indexed by what fits a byte: 64 scale indices of 4 magnitudes
+    # 64 scale indices of 4 magnitudes: the position fits a byte
     beyond = magnitude.sub_(below) > least[(index * MAGNITUDES + column).int()]
     return below.add_(beyond).copysign_(centred).clamp_(-LATENT_LIMIT, LATENT_LIMIT)
 
 
 def thresholds(tables: entropy.Tables) -> NDArray[np.float32]:
-    """For each scale index and magnitude m, float32 [LEVELS * MAGNITUDES]: what a latent must be beyond m to become
-    m + 1. The last magnitude stands for larger ones; what has no frequency of its own costs an escape at least."""
+    """The fraction above which a latent between the magnitudes m and m + 1 becomes m + 1, for each scale index and m:
+    float32 [LEVELS * MAGNITUDES]. The last m stands for all larger ones. A symbol without a frequency of its own has
+    that of the escape."""
     found = np.full((len(tables.y), MAGNITUDES), 0.5, np.float32)
     for row, table in zip(found, tables.y, strict=True):
         more = np.diff(-np.log2(table.freq[table.width :][: MAGNITUDES + 1].astype(float)))
@@ -42,7 +45,7 @@ def thresholds(tables: entropy.Tables) -> NDArray[np.float32]:
 
 
 def fill(make: Callable[[], N], tensors: dict[str, Tensor], device: torch.device) -> N:
-    """The network that ``make`` makes, holding ``tensors``, without ever drawing random weights."""
+    """The network that ``make`` returns with ``tensors`` as its weights; random weights are never drawn."""
     with torch.device("meta"):
         network = make()
     network.load_state_dict({k: tensors[k].float() for k in network.state_dict()}, assign=True)

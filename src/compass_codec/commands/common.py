@@ -21,17 +21,15 @@ from compass_codec import container, errors
 from compass_codec.errors import CompassError, told
 from compass_codec.jobs import paths
 from compass_codec.jobs.job import DecodeOptions, EncodeOptions, Job, Options
-from compass_codec.jobs.paths import HEADER_READ, STDIO
+from compass_codec.jobs.paths import STDIO
 from compass_codec.jobs.report import Report, reason
 
 if TYPE_CHECKING:
     from compass_codec.jobs import batch
 
-__all__ = ["HEADER_READ", "STDIO"]
-
 
 class File(click.Path):
-    """A path. ``-``, /dev/stdin and /dev/stdout are standard input or output, ./- is a file; addresses are refused."""
+    """A path. ``-``, /dev/stdin and /dev/stdout are standard input or output; ./- is a file. Addresses are refused."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path, allow_dash=True)
@@ -60,7 +58,7 @@ class Source(File):
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Turn what is wrong with the user's input into click's one-line error."""
+    """Turn an error in the user's input into click's one-line error."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -69,7 +67,7 @@ def one_line() -> Iterator[None]:
 
 @contextmanager
 def blame(path: Path | str) -> Iterator[None]:
-    """What goes wrong inside is reported as one line that begins with the file's name."""
+    """Report an error inside as one line that begins with the file's name."""
     try:
         yield
     except (BrokenPipeError, click.ClickException, click.exceptions.Exit, click.Abort):
@@ -79,7 +77,7 @@ def blame(path: Path | str) -> Iterator[None]:
 
 
 def check_target(path: Path, force: bool, source: Path) -> None:
-    """Refuse early what could not be written after minutes of work."""
+    """Refuse an output that cannot be written before minutes of work."""
     with blame(path):
         paths.check_target(path, source, Options(force=force))
 
@@ -109,7 +107,7 @@ def select(
     from compass_codec.jobs import batch
 
     if not files and files_from is None:
-        raise click.UsageError("which files? Name some, or use --files-from")
+        raise click.UsageError("no files are named; name some or use --files-from")
     if files_from is None and out_dir is None and len(files) == 1:
         if stat.S_ISDIR(paths.mode_of(files[0])):
             raise click.ClickException(f"{files[0]}: is a directory; --out-dir takes what is in it")
@@ -143,7 +141,7 @@ def work(
     show: Callable[[Report], str],
     show_one: Callable[[Report], str],
 ) -> None:
-    """Do the jobs and say what became of them; the exit code is 1 if any failed."""
+    """Do the jobs and print the result of each; the exit code is 1 if any failed."""
     from compass_codec.jobs import batch, cluster
 
     run = cluster.run if engine == "ray" else batch.run
@@ -195,7 +193,7 @@ precision_option = click.option(
     type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Of what computes pixels; auto is the fastest here. Files are decoded with any.",
+    help="Number format of the networks above the base layer; auto is the fastest here. Any decodes every file.",
 )
 force_option = click.option("-f", "--force", is_flag=True, help="Overwrite outputs that exist.")
 strip_option = click.option("--strip", is_flag=True, help="Drop ICC profile, EXIF and XMP; they are kept otherwise.")
@@ -210,33 +208,33 @@ pixels_option = click.option(
 weights_option = click.option(
     "--weights",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of a set of weights besides those installed.",
+    help="Folder of a set of weights; it is looked up before those installed.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each file.")
 BATCH = (
     click.option(
         "--out-dir",
         type=click.Path(path_type=Path, file_okay=False),
-        help="Where outputs go; made if missing. Folders keep their shape below it.",
+        help="Folder for outputs, made if missing. Folders among the arguments keep their shape below it.",
     ),
     click.option(
         "--files-from",
         type=click.Path(path_type=Path, allow_dash=True, dir_okay=False),
-        help="Read names from a file or, with -, from standard input: one a line, or as find -print0 writes them.",
+        help="Read file names from a file, or from standard input with -: one a line, or as find -print0 writes them.",
     ),
     click.option(
         "-j",
         "--jobs",
         "workers",
         type=click.IntRange(1),
-        help="Processes for a batch, of one thread each; default: one for each core, with a GPU at most 8.",
+        help="Processes for a batch, with one thread each. Default: one per core; with a GPU at most 8.",
     ),
     click.option(
         "--engine",
         type=click.Choice(["local", "ray"]),
         default="local",
         show_default=True,
-        help="ray: share the work out on a Ray cluster, whose machines must see the same files.",
+        help="ray: run on a Ray cluster, whose machines must see the same files.",
     ),
 )
 

@@ -30,17 +30,22 @@ from compass_codec.jobs.report import Report
 
 @click.command()
 @click.argument("files", nargs=-1, type=Source())
-@click.option("-l", "--layer", type=click.IntRange(0), help="Which layer; default: the highest that the file holds.")
+@click.option(
+    "-l", "--layer", type=click.IntRange(0), help="Layer to decode. Default: the highest that the file holds."
+)
 @click.option("--all", "every", is_flag=True, help="Write every layer that the file holds.")
-@click.option("--best-effort", is_flag=True, help="From a damaged file, take the highest layer that is sound.")
+@click.option("--best-effort", is_flag=True, help="Decode the highest undamaged layer of a damaged file.")
 @click.option(
     "-o",
     "--output",
     type=File(),
-    help="Default: FILE with .layerK.png. With --all, .layerK goes before the extension.",
+    help="Output file. Default: FILE with .layerK.png. With --all, .layerK goes before the extension.",
 )
 @click.option(
-    "--format", "extension", type=values.Value("EXT", values.extension), help="png, jpg, webp, ...: in place of png."
+    "--format",
+    "extension",
+    type=values.Value("EXT", values.extension),
+    help="Extension of the output format: jpg, webp, ... Default: png.",
 )
 @strip_option
 @batch_options
@@ -81,7 +86,7 @@ def decode(
       compass decode - -o - < photo.cmps > photo.png
       compass decode https://example.org/photo.cmps --layer 1   fetches only what layer 1 needs
     \b
-    Many files; what is up to date is skipped:
+    Many files; outputs that are up to date are skipped:
       compass decode *.cmps --layer 1 --format webp --out-dir web -j 4
       compass decode archive/ --out-dir out
       find archive -name '*.cmps' -print0 | compass decode --files-from - --out-dir out
@@ -89,8 +94,8 @@ def decode(
     On a Ray cluster:
       compass decode archive/ --out-dir /shared/out --engine ray
 
-    In a batch, an output of the layer's size is left alone, or made anew if the file is newer; another picture of that
-    name is an error unless --force is given, which makes everything anew.
+    In a batch, an output of the layer's size is kept, unless the file is newer. Another picture of that name is an
+    error. --force makes everything anew.
     """
     if every and layer is not None:
         raise click.UsageError("--all and --layer exclude each other")

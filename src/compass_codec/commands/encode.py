@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from compass_codec import DEFAULT_QUALITY
 from compass_codec.commands import values
 from compass_codec.commands.common import (
     File,
@@ -40,21 +41,23 @@ from compass_codec.weights import DEFAULT
 )
 @click.option("--widths", type=values.Value("W,...", values.widths), help="Width of each layer, as in srcset.")
 @click.option("--upscale", is_flag=True, help="With --sizes or --widths, enlarge smaller pictures.")
-@click.option("-o", "--output", type=File(), help="Default: IMAGE with .cmps.")
+@click.option("-o", "--output", type=File(), help="Output file. Default: IMAGE with the extension .cmps.")
 @click.option(
     "-q",
     "--quality",
     type=values.Value("Q[,Q...]", values.qualities),
-    help="1 (small) to 100 (good), for all layers or for each. Default: 60.",
+    help=f"1 (small) to 100 (good), one for all layers or one for each. Default: {DEFAULT_QUALITY:g}.",
 )
+@click.option("--target-bpp", type=values.Value("BPP", values.positive), help="Maximum bits per pixel of the picture.")
 @click.option(
-    "--target-bpp", type=values.Value("BPP", values.positive), help="Most bits for each pixel of the picture."
+    "--target-size",
+    type=values.Value("BYTES", values.byte_count),
+    help="Maximum bytes of the file: 90000, 90kB, 88KiB.",
 )
-@click.option("--target-size", type=values.Value("BYTES", values.byte_count), help="Most bytes: 90000, 90kB, 88KiB.")
 @click.option(
     "--target-psnr",
     type=values.Value("DB", values.positive),
-    help="Least PSNR of what shows of the largest layer; at most 0.1 dB more, or a note says why.",
+    help="Minimum PSNR of the largest layer, weighted by alpha; at most 0.1 dB more, or a note says why.",
 )
 @click.option(
     "--target-ms-ssim", type=values.Value("0..1", values.share), help="The same by MS-SSIM, with pytorch-msssim."
@@ -79,21 +82,23 @@ from compass_codec.weights import DEFAULT
 @click.option(
     "--time-budget",
     type=values.Value("SECONDS", values.positive),
-    help="Stop the search for a picture about so long after it began.",
+    help="Stop the search of each picture about this long after it began.",
 )
 @click.option(
     "--layer-weights",
     type=values.Value("W0,W1,...", values.layer_weights),
-    help="What the search counts rate and distortion of each layer. Default: 1 for all.",
+    help="Relative weight of each layer's cost in the search. Default: 1 for all.",
 )
-@click.option("--verify", is_flag=True, help="Decode what was written and compare it with the encoder's pictures.")
+@click.option(
+    "--verify", is_flag=True, help="Decode the written file and compare it with the encoder's reconstruction."
+)
 @strip_option
 @batch_options
 @force_option
 @device_option
 @precision_option
 @weights_option
-@click.option("--model", help=f"Profile of weights (compass models lists them); default: {DEFAULT}.")
+@click.option("--model", help=f"Profile or identity of a set of weights, see compass models. Default: {DEFAULT}.")
 @json_option
 @quiet_option
 def encode(
@@ -130,7 +135,7 @@ def encode(
     """Encode each of IMAGES once, as layers of growing size in one file.
 
     With --scales the last layer is the picture itself. With --sizes or --widths, layers larger than the picture
-    become its size. A target in place of --quality is met by encoding a few times.
+    become its size. With a target instead of --quality, each picture is encoded a few times to meet it.
 
     \b
     One picture:
@@ -149,15 +154,15 @@ def encode(
       compass encode photo.jpg --scales 1,2,4 --target-butteraugli 1
       compass encode photo.jpg --scales 1,2,4 --model paper --effort 5
     \b
-    Many pictures; what is up to date is skipped:
+    Many pictures; outputs that are up to date are skipped:
       compass encode *.jpg photos/ --scales 1,2,4 --out-dir out -j 4
       find photos -name '*.png' -print0 | compass encode --files-from - --scales 1,2 --out-dir out
     \b
     On a Ray cluster:
       compass encode photos/ --scales 1,2,4 --out-dir /shared/out --engine ray
 
-    In a batch, an output made with the same sizes, quality and weights is left alone, or made anew if the picture is
-    newer; one made otherwise is an error unless --force is given, which makes everything anew.
+    In a batch, an output with the same sizes, quality and weights is kept, unless the picture is newer. An output
+    made with other options is an error. --force makes everything anew.
     """
     if sum(given is not None for given in (scales, sizes, widths)) != 1:
         raise click.UsageError("one of --scales, --sizes and --widths must be given")
@@ -188,7 +193,7 @@ def encode(
         sizes=sizes or (),
         widths=widths or (),
         upscale=upscale,
-        qualities=quality or (60.0,),
+        qualities=quality or (DEFAULT_QUALITY,),
         target=targets[0] if targets else None,
         effort=effort,
         time_budget=time_budget,

@@ -15,15 +15,15 @@ from compass_codec.jobs.paths import STDIO
 
 @click.command()
 @click.argument("file", type=Source())
-@click.option("-l", "--layer", type=click.IntRange(0), required=True, help="The largest layer to keep.")
-@click.option("-o", "--output", type=File(), help="Default: FILE with .layerK.cmps.")
+@click.option("-l", "--layer", type=click.IntRange(0), required=True, help="Highest layer to keep.")
+@click.option("-o", "--output", type=File(), help="Output file. Default: FILE with .layerK.cmps.")
 @strip_option
 @force_option
 @quiet_option
 def extract(file: Path | str, layer: int, output: Path | None, strip: bool, force: bool, quiet: bool) -> None:
-    """Make a smaller file of FILE's layers up to --layer, as they are: nothing is decoded.
+    """Copy FILE's layers up to --layer into a smaller file, without decoding them.
 
-    FILE may be an address on the web, of which only the bytes that are needed are fetched.
+    FILE may be an address on the web; only the bytes needed are fetched.
 
     \b
     compass extract photo.cmps --layer 1            to photo.layer1.cmps

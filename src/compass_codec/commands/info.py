@@ -8,18 +8,18 @@ from pathlib import Path
 import click
 
 from compass_codec import container
-from compass_codec.commands.common import STDIO, Source, blame, table
-from compass_codec.jobs.paths import standard
+from compass_codec.commands.common import Source, blame, table
+from compass_codec.jobs.paths import STDIO, standard
 from compass_codec.weights import profile_of
 
 
 @click.command()
 @click.argument("file", type=Source())
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(file: Path | str, as_json: bool) -> None:
     """Show what FILE holds: sizes, scale factors, quality, alpha and metadata, and the bytes that each layer needs.
 
-    Of an address on the web only the header is fetched.
+    FILE may be an address on the web; only the header is fetched.
     """
     with blame(file):
         if isinstance(file, str):
@@ -81,8 +81,8 @@ def info(file: Path | str, as_json: bool) -> None:
 
 
 def fetch(url: str) -> tuple[container.Header, int | None, list[str]]:
-    """The header of a file on a web server, the file's size if that is known, and what can be told of its parts without
-    fetching them."""
+    """The header of a file on a web server, the file's size if that is known, and the state of each layer and section
+    as far as it shows without fetching them."""
     from compass_codec.remote import Remote
 
     with Remote(url) as remote:

@@ -12,7 +12,7 @@ from compass_codec.weights import sets
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def models(as_json: bool) -> None:
     """List the sets of weights: those installed, then those in the folders that COMPASS_MODELS names."""
     found = []

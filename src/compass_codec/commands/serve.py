@@ -17,22 +17,40 @@ MIB = 2**20
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
-@click.option("--cache", type=click.IntRange(0), default=256, show_default=True, help="MiB of decoded layers to keep.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 for any free one.",
+)
+@click.option(
+    "--cache", type=click.IntRange(0), default=256, show_default=True, help="MiB of decoded layers to keep in memory."
+)
 @click.option(
     "--max-pixels",
     type=click.IntRange(1),
     default=16_000_000,
     show_default=True,
-    help="Refuse sizes that need a layer of more pixels.",
-)
-@click.option("--decodes", type=click.IntRange(1), default=1, show_default=True, help="How many decode at a time.")
-@click.option(
-    "--queue", type=click.IntRange(1), default=16, show_default=True, help="How many more may wait; then 503."
+    help="Refuse requests that need a layer of more pixels.",
 )
 @click.option(
-    "--max-age", type=click.IntRange(0), default=3600, show_default=True, help="Seconds for which clients may keep one."
+    "--decodes", type=click.IntRange(1), default=1, show_default=True, help="Layers decoded at the same time."
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Layers that may wait to be decoded; further requests get 503.",
+)
+@click.option(
+    "--max-age",
+    type=click.IntRange(0),
+    default=3600,
+    show_default=True,
+    help="Seconds that clients may cache an answer.",
 )
 @device_option
 @precision_option
@@ -59,6 +77,7 @@ def serve(
     /photo.png?w=640    from the smallest layer that is 640 wide or more
     /photo?w=640        in the type that the client likes best
     /photo.cmps         the file without EXIF and XMP, with Range requests
+    /app/               a page that shows every picture, decoded in the browser
     """
     if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
         raise click.ClickException("serve needs Starlette and uvicorn: pip install 'compass_codec[serve]'")
@@ -74,7 +93,7 @@ def serve(
         raise click.ClickException(f"{host}:{port}: {e.strerror or e}") from e
     with listening, blame(folder):
         loaded = codec.shared(device, weights, precision)
-        app = make_app(folder, loaded, Settings(cache * MIB, max_pixels, decodes, queue, max_age))
+        app = make_app(folder, loaded, Settings(cache * MIB, max_pixels, decodes, queue, max_age, weights))
         if not quiet:
             log = logging.getLogger("uvicorn.access")
             log.setLevel(logging.INFO)

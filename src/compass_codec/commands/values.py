@@ -1,4 +1,4 @@
-"""Values of options: what a person types, checked and turned into numbers."""
+"""Values of options: text from the command line, checked and turned into numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "
 
 
 class Value(click.ParamType):  # type: ignore[type-arg]  # older click has it without an argument
-    """What a function makes of the text; its ValueError says what is wrong."""
+    """A click type of a function from text to value, whose ValueError gives the reason."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name, self.parse = name, parse

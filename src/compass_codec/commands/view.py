@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 @click.option(
     "--source",
     type=File(),
-    help="The picture that was encoded: shown beside, and PSNR is measured against it.",
+    help="Original picture, to show beside the layers and to measure PSNR against.",
 )
-@click.option("-o", "--output", type=File(), help="Default: FILE with .html.")
+@click.option("-o", "--output", type=File(), help="Output file. Default: FILE with the extension .html.")
 @force_option
 @device_option
 @precision_option
@@ -54,7 +54,7 @@ def view(
     max_pixels: int,
     quiet: bool,
 ) -> None:
-    """Write an HTML page that shows the layers of FILE side by side, for a browser; it needs no network.
+    """Write an HTML page that shows the layers of FILE side by side. The page needs no network.
 
     \b
     compass view photo.cmps                       to photo.html

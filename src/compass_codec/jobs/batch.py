@@ -1,4 +1,4 @@
-"""Many files: which they are, and processes that share the work."""
+"""Batches: finding the files, and processes that share the work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from compass_codec.jobs.report import Report, reason
 UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 NAMED_KINDS = 5  # of what a walk left out
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-DIED = "the process that worked on it died, perhaps for want of memory; fewer of them (-j) need less"
+DIED = "its process died, possibly out of memory; try a smaller -j"
 PATIENCE = 10  # seconds that a worker has to clean up once its parent is gone
 # Processes that share a GPU: while one codes symbols on its core, a tenth of a second for 1920 x 1080, the networks of
 # the others run. Each may take so many bytes of the GPU's memory. Both are estimates, not measured on a GPU.
@@ -49,7 +49,7 @@ def picture_suffixes() -> frozenset[str]:
 
 
 def missing(suffix: str) -> str:
-    """In brackets, what has to be installed to read pictures of this extension; empty if nothing helps."""
+    """In brackets, the package that reads pictures of this extension; empty if there is none."""
     from compass_codec.pictures import HEIC_SUFFIXES, NEEDS_HEIF
 
     return f" ({NEEDS_HEIF})" if suffix in HEIC_SUFFIXES else ""
@@ -57,14 +57,14 @@ def missing(suffix: str) -> str:
 
 @dataclass
 class Found:
-    """What is to be done: jobs, reports of what failed already, and how many names were left out for which reason."""
+    """A batch: its jobs, reports of those that failed already, and the number of names left out for each reason."""
 
     jobs: list[Job] = field(default_factory=list)
     failed: list[Report] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
     def note(self) -> str:
-        """What was left out, in words; empty if nothing was."""
+        """The names left out, in words; empty if there are none."""
         kinds = self.left_out.most_common()
         words = [f"{count} {kind}" for kind, count in kinds[:NAMED_KINDS]]
         if others := sum(count for _, count in kinds[NAMED_KINDS:]):
@@ -204,7 +204,7 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
 
 
 def attempt(do: Callable[[Job], Report], job: Job) -> Report:
-    """What ``do`` reports of a job; whatever it raises is the failure of this job."""
+    """The report of ``do`` for a job; any error is the failure of this job."""
     started = time.perf_counter()
     try:
         return do(job)
@@ -240,7 +240,7 @@ class Lane:
 
 
 def _leave_interrupts_to_the_main_thread() -> None:
-    """What such a thread starts inherits that Ctrl-C is blocked: the main process alone decides when they stop."""
+    """Block Ctrl-C in this thread and in the processes that it starts: the main process decides when they stop."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 

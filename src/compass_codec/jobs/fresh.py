@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from compass_codec import container
 from compass_codec.errors import CompassError
 from compass_codec.jobs.job import EncodeOptions
-from compass_codec.jobs.paths import HEADER_READ, is_stream
+from compass_codec.jobs.paths import is_stream
 from compass_codec.jobs.plan import plan_layers
 from compass_codec.jobs.targets import HIGHEST, LOWEST, SIZE_WINDOW
 
@@ -20,15 +20,14 @@ ORIENTATION, ROTATED = 0x0112, {5, 6, 7, 8}  # the EXIF tag, and its values that
 
 
 def encoded_alike(source: Path, target: Path, options: EncodeOptions) -> bool:
-    """Is ``target`` what ``options`` make of a picture of this size, as far as its header tells?
-
-    Which PSNR was aimed at, it does not tell.
+    """Whether ``target`` has the header that ``options`` give a picture of this size. A header does not show the target
+    of PSNR.
     """
     if is_stream(source):
         return False
     try:
         with target.open("rb") as file:
-            header = container.read_header(file.read(HEADER_READ), container.MAX_SIDE**2)
+            header = container.read_header(file.read(container.MAX_HEADER), container.MAX_SIDE**2)
     except CompassError:
         return False
     return any(_made_alike(header, target, size, options) for size in _picture_sizes(source))

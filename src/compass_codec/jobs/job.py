@@ -1,4 +1,4 @@
-"""What is asked for: options, and one file to encode or decode."""
+"""Jobs: the options, and one file to encode or decode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What both directions need. ``batch`` makes missing folders, leaves alone what is up to date, and computes with
+    """Options of both directions. ``batch`` makes missing folders, leaves alone what is up to date, and computes with
     one thread; ``strip`` drops ICC profile, EXIF and XMP; ``weights`` and ``model`` are those of weights.choose."""
 
     force: bool = False
@@ -55,8 +55,8 @@ class EncodeOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeOptions(Options):
-    """What to decode: one layer (None: the highest that is whole) or, with ``every``, all of them. ``numbered`` puts
-    .layerK before the extension of the target."""
+    """Options of decoding: one layer (None: the highest that is whole) or, with ``every``, all of them. ``numbered``
+    puts .layerK before the extension of the target."""
 
     layer: int | None = None
     every: bool = False

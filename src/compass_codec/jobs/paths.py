@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from compass_codec.pictures import Source
 
 STDIO = Path("-")
-HEADER_READ = 4096  # more than any header
 
 
 def mode_of(path: Path) -> int:
@@ -40,7 +39,7 @@ def beside(source: Path, ending: str) -> Path:
     """Where the output of a file lies unless a place for it is named: beside it, under its name with another ending.
     Raises OptionError for a pipe or device, whose name is no file's, and IsADirectoryError."""
     if is_stream(source):
-        raise OptionError("is a pipe or device; -o says where its output goes")
+        raise OptionError("is a pipe or device; name its output with -o")
     if source.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a directory", str(source))
     return source.with_suffix(ending)
@@ -122,7 +121,7 @@ def read_parts(
     OSError."""
     with nullcontext(standard("input")) if path == STDIO else path.open("rb") as opened:
         file = io.BytesIO(opened.read()) if is_stream(path) else opened
-        start = file.read(HEADER_READ)
+        start = file.read(container.MAX_HEADER)
         header = container.read_header(start, max_pixels)
         last = container.pick(header, file.seek(0, io.SEEK_END), layer)
         file.seek(0)

@@ -1,4 +1,4 @@
-"""What became of a job, for people and for programs."""
+"""The result of a job, for people and for programs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a job. ``state`` is "encoded", "decoded", "up to date" or "failed"; ``outputs`` were written, and
+    """The result of a job. ``state`` is "encoded", "decoded", "up to date" or "failed"; ``outputs`` were written, and
     ``size`` is their bytes; ``encodes`` counts those of the search for a target; ``error`` is one line."""
 
     source: Path

@@ -29,7 +29,7 @@ CLEAR = "\r\x1b[K"  # of a terminal's line
 
 
 def run(job: Job) -> Report:
-    """Do the work; whatever is raised over this file becomes a report of failure. Raises only what stops the whole
+    """Do the work; any error with this file becomes a report of failure. Raises only what stops the whole
     process: KeyboardInterrupt, SystemExit, and BrokenPipeError of standard output."""
     started = time.perf_counter()
     try:

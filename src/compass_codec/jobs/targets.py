@@ -16,14 +16,14 @@ START = 50.0
 SIZE_WINDOW = 0.02  # a file may be this much smaller than asked for
 # How much better than asked for a picture may be, on the axis of a metric.
 WINDOWS = {"psnr": 0.1, "ms-ssim": 0.1, "butteraugli": 0.05, "ssimulacra2": 0.5}
-# What one step of quality brings, measured on photographs; only the second encode depends on it.
+# The gain of one step of quality, measured on photographs; only the second encode depends on it.
 LOG_BYTES_SLOPE = 0.018
 SLOPES = {"psnr": 0.075, "ms-ssim": 0.11, "butteraugli": 0.023, "ssimulacra2": 0.7}
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to aim at: bytes of the whole file ("size"), bits of the whole file for each pixel of the top layer
+    """A target: bytes of the whole file ("size"), bits of the whole file for each pixel of the top layer
     ("bpp"), or the value of the top layer by one of metrics.METRICS, such as dB ("psnr")."""
 
     kind: str
@@ -63,8 +63,8 @@ def search(
 ) -> Found[T]:
     """The best quality for ``target``: the largest file that is not above it, the worst picture that is not worse.
 
-    ``encode`` makes anything of a quality, of which ``measure`` says bytes and the value by the target's metric;
-    ``pixels`` are those of the top layer. Takes what is within 2 % or WINDOWS (0.1 dB), or the nearest step of 0.01
+    ``encode`` encodes at a quality, and ``measure`` gives bytes and the value by the target's metric of its result;
+    ``pixels`` are those of the top layer. A result within 2 % or WINDOWS (0.1 dB) is taken, or the nearest step of 0.01
     where one step changes more than that.
     """
     of_size = target.of_size

@@ -65,24 +65,30 @@ def _crop(text: str) -> Crop:
 @click.command()
 @click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of PNG pictures, such as Kodak.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the results.")
-@click.option("--tables", type=Names(TABLES), default=TABLES, help="Default: two,three,single,ablation.")
+@click.option(
+    "--tables", type=Names(TABLES), default=TABLES, help="Tables to measure. Default: two,three,single,ablation."
+)
 @click.option(
     "--two",
     type=Numbers(),
     default="1.2,2,2.8",
     show_default=True,
-    help="Columns of the table of two layers: the scale of the last. The paper has 1.2,1.6,2,2.4,2.8.",
+    help="Scale of the last of two layers, one for each column. The paper has 1.2,1.6,2,2.4,2.8.",
 )
 @click.option(
     "--three",
     type=Numbers(),
     default="2.4,3.2,4",
     show_default=True,
-    help="The same for three layers, 1x, 2x and this. The paper has 2.4,2.8,3.2,3.6,4.",
+    help="Scale of the last of three layers, above 1x and 2x. The paper has 2.4,2.8,3.2,3.6,4.",
 )
-@click.option("--ablation", type=float, default=3.2, show_default=True, help="Scale of the last of its three layers.")
-@click.option("--qualities", type=Numbers(), default="1,30,60,100", show_default=True, help="Of COMPASS.")
-@click.option("--peers", type=Names(list(PEERS)), default=tuple(PEERS), help=f"Default: {','.join(PEERS)}.")
+@click.option(
+    "--ablation", type=float, default=3.2, show_default=True, help="Scale of the last of three layers in the ablation."
+)
+@click.option("--qualities", type=Numbers(), default="1,30,60,100", show_default=True, help="Qualities of COMPASS.")
+@click.option(
+    "--peers", type=Names(list(PEERS)), default=tuple(PEERS), help=f"Other codecs. Default: {','.join(PEERS)}."
+)
 @click.option(
     "--curves",
     type=click.Path(path_type=Path),
@@ -97,10 +103,14 @@ def _crop(text: str) -> Crop:
     help="Shown on the page: a picture, and the middle of the crop in parts of its width and height; may be given "
     "several times. Default: the middles of the first pictures.",
 )
-@click.option("--quick", is_flag=True, help=f"Only {QUICK} of the pictures.")
+@click.option("--quick", is_flag=True, help=f"Use only {QUICK} of the pictures.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Processes of one thread each; default: one for each core.")
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="For COMPASS."
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where COMPASS computes.",
 )
 @click.option("--weights", type=click.Path(path_type=Path), help="Folder of weights; default: the installed ones.")
 @click.option(

@@ -108,13 +108,28 @@ def gains(plain: Found, found: Found) -> list[float]:
 
 
 @click.command()
-@click.option("--images", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
-@click.option("--quick", type=click.IntRange(1), help="So many of the pictures, evenly chosen; default: all.")
 @click.option(
-    "--side", type=click.IntRange(16), default=128, show_default=True, help="Side of the middle that is used."
+    "--images", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True, help="Folder of pictures."
 )
-@click.option("--layers", type=click.Choice(["1", "3"]), multiple=True, default=("1", "3"), show_default=True)
-@click.option("--effort", type=click.IntRange(1, 9), default=9, show_default=True, help="The highest that is measured.")
+@click.option("--quick", type=click.IntRange(1), help="Only this many of the pictures, evenly chosen. Default: all.")
+@click.option(
+    "--side",
+    type=click.IntRange(16),
+    default=128,
+    show_default=True,
+    help="Side of the middle of each picture that is used.",
+)
+@click.option(
+    "--layers",
+    type=click.Choice(["1", "3"]),
+    multiple=True,
+    default=("1", "3"),
+    show_default=True,
+    help="Number of layers; can be given twice.",
+)
+@click.option(
+    "--effort", type=click.IntRange(1, 9), default=9, show_default=True, help="Highest effort that is measured."
+)
 def main(images: Path, quick: int | None, side: int, layers: tuple[str, ...], effort: int) -> None:
     """Print a table of BD-rate against effort 0 at qualities 1, 30, 60 and 100, of each layer from the smallest to the
     largest with the bits of the file up to it; of time; and of memory."""

@@ -23,8 +23,16 @@ PEERS = (PUBLISHED, "jpeg", "webp", "jpeg2000")
 
 @click.command()
 @click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of PNG pictures, such as Kodak.")
-@click.option("--scales", type=Numbers(), default=(1.0, 2.0, 4.0), show_default=True)
-@click.option("--qualities", type=Numbers(), default=(1.0, 30.0, 60.0, 100.0), show_default=True)
+@click.option(
+    "--scales", type=Numbers(), default=(1.0, 2.0, 4.0), show_default=True, help="Scale factors of the layers."
+)
+@click.option(
+    "--qualities",
+    type=Numbers(),
+    default=(1.0, 30.0, 60.0, 100.0),
+    show_default=True,
+    help="Qualities of the points of the curves.",
+)
 @click.option("--quick", type=click.IntRange(0), default=0, help="Only this many pictures.")
 @click.option("--curves", type=click.Path(path_type=Path), help="JSON of published single-layer curves.")
 @click.option("--weights", type=click.Path(path_type=Path), help="Folder of weights; default: the installed ones.")
@@ -38,7 +46,7 @@ def main(
     weights: Path | None,
     report: Path | None,
 ) -> None:
-    """Print what a layered file costs and gives, next to a separate file for each of its sizes."""
+    """Print bits and PSNR of a layered file, next to a separate file for each of its sizes."""
     from PIL import Image
 
     from compass_codec import container

@@ -79,10 +79,17 @@ class Files:
 @click.command()
 @click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of PNG pictures, such as Kodak.")
 @click.option("--quick", type=click.IntRange(0), default=0, help="Only this many pictures.")
-@click.option("--side", type=click.IntRange(16), help="Only the middle of each, so many pixels high and wide.")
-@click.option("--scales", type=values.Value("F,F,...", values.scales), default="1,2,2,2", show_default=True)
+@click.option("--side", type=click.IntRange(16), help="Use only the middle of each picture, of this side in pixels.")
 @click.option(
-    "-q", "--quality", type=values.Value("Q,Q,...", values.qualities), default="30,30,50,70", show_default=True
+    "--scales", type=values.Value("F,F,...", values.scales), default="1,2,2,2", show_default=True, help="Scale factors."
+)
+@click.option(
+    "-q",
+    "--quality",
+    type=values.Value("Q,Q,...", values.qualities),
+    default="30,30,50,70",
+    show_default=True,
+    help="Quality of each layer.",
 )
 @click.option("--weights", type=click.Path(path_type=Path), help="Folder of weights; default: the installed ones.")
 def main(

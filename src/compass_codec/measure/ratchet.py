@@ -106,13 +106,17 @@ class Incomparable(click.ClickException):
 @click.argument("new", type=click.Path(path_type=Path))
 @click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of PNG pictures, such as Kodak.")
 @click.option("--quick", type=click.IntRange(0), default=0, help="Only this many pictures.")
-@click.option("--qualities", type=Numbers(), default=QUALITIES, show_default=True)
-@click.option("--scales", type=Numbers(), multiple=True, help="Measure these layers too, to inform, not to decide.")
-@click.option("--simulcast", is_flag=True, help="Also against a separate file for each layer, with the new weights.")
+@click.option("--qualities", type=Numbers(), default=QUALITIES, show_default=True, help="Qualities of the curves.")
+@click.option(
+    "--scales", type=Numbers(), multiple=True, help="Scale factors of further layers to measure; they do not decide."
+)
+@click.option("--simulcast", is_flag=True, help="Compare with a separate file for each layer, too.")
 @click.option("--curves", type=click.Path(path_type=Path), help="JSON of published curves; unused with --quick.")
-@click.option("--key", default=PUBLISHED, show_default=True, help="Which of them.")
-@click.option("--cache", type=click.Path(path_type=Path), help="JSON of encodes made before; this code's, unchanged.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--key", default=PUBLISHED, show_default=True, help="Name of a curve in --curves.")
+@click.option("--cache", type=click.Path(path_type=Path), help="JSON file of earlier encodes by the same code.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
+)
 @click.option("--json", "report", type=click.Path(path_type=Path), help="Write everything to this file.")
 def main(
     old: Path,

@@ -193,11 +193,13 @@ SECTIONS = ("Three layers of 768 x 512", "Starting", "Pictures of any height", "
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True, help="Folder of the page."
+)
 @click.option("--large", is_flag=True, help="Measure large pictures instead, which takes about an hour.")
 def main(out: Path, large: bool) -> None:
-    """Measure speed and memory and write performance.md to the folder OUT. What is measured with
-    --large stays in the page when the rest is measured anew, and the reverse."""
+    """Measure speed and memory, and write performance.md to the folder OUT. A run keeps the sections of the page that
+    it does not measure: those of --large, or all others."""
     out.mkdir(parents=True, exist_ok=True)
     page = out / "performance.md"
     if large:

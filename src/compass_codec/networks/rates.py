@@ -1,11 +1,20 @@
-"""Rates that vary: where a Lagrangian multiplier lies among those that have gains, and the gains there."""
+"""Rates that vary: what a layer costs at a Lagrangian multiplier, and the gains for it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Amount = TypeVar("Amount", float, Tensor)
+
+
+def cost(rate: Amount, distortion: Amount, lam: Amount) -> Amount:
+    """The cost of a layer, R + lambda * 255^2 * MSE: bits per pixel and the mean squared error of samples in 0..1, or
+    both times the pixels of the layer."""
+    return rate + lam * 255**2 * distortion
 
 
 def level_of(lam: Tensor | float, lambdas: Sequence[float]) -> Tensor:

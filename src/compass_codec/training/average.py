@@ -1,7 +1,7 @@
-"""The mean of two sets of weights that came one from the other.
+"""The mean of two sets of weights, of which one was trained further from the other.
 
-``python -m compass_codec.training.average OLD NEW --part base`` puts that of a part into NEW. Where runs of one
-schedule after another end scatters around what they look for, and the mean of two ends can lie nearer to it
+``python -m compass_codec.training.average OLD NEW --part base`` writes that of a part into NEW. The ends of successive
+runs scatter around an optimum, and the mean of two ends can be nearer to it
 (Izmailov et al. 2018, "Averaging weights leads to wider optima and better generalization").
 """
 
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from compass_codec.backbones.mean_scale import PARTS
 from compass_codec.files import write_file
-from compass_codec.training.export import remember
+from compass_codec.training.export import describe, remember
 from compass_codec.training.tensors import read_tensors
+from compass_codec.weights import read_set
 
 
 def average(old: dict[str, Tensor], new: dict[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -31,12 +32,13 @@ def average(old: dict[str, Tensor], new: dict[str, Tensor], share: float) -> dic
 @click.command()
 @click.argument("old", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("new", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, required=True)
-@click.option("--share", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Of OLD in the mean.")
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, required=True, help="Part to average.")
+@click.option("--share", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Weight of OLD in the mean.")
 def main(old: Path, new: Path, parts: tuple[str, ...], share: float) -> None:
-    """Average parts of the weights in the folder NEW with those in the folder OLD. Count the tables of codecs again
-    after it."""
+    """Average parts of the set in the folder NEW with those in the folder OLD, and write them to NEW. Count the tables
+    of codecs again afterwards."""
     try:
+        read_set(new)
         means = {}
         for part in dict.fromkeys(parts):
             before, file = old / f"{part}.safetensors", new / f"{part}.safetensors"
@@ -47,6 +49,7 @@ def main(old: Path, new: Path, parts: tuple[str, ...], share: float) -> None:
                 raise ValueError(f"{before}: {error}") from error
         for file, tensors in means.items():
             write_file(file, save(tensors))
+        describe(new)
         remember(new, {"stage": "average", "parts": list(dict.fromkeys(parts)), "share_of_old": share})
     except (ValueError, OSError) as error:
         raise click.ClickException(" ".join(str(error).split())) from error

@@ -147,20 +147,36 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     "--resume",
     type=click.Path(path_type=Path, file_okay=False),
     required=True,
-    help="Folder of the checkpoint and the log; a run found there goes on.",
+    help="Folder of the checkpoint and the log; a run found there is resumed.",
 )
 @click.option(
     "--weights",
     type=click.Path(path_type=Path),
-    help="What to start from: folder or file; default: the installed set of the paper, for lean the linear start.",
+    help="Folder or file to start from. Default: the installed set paper; for lean stages, a linear transform.",
 )
 @click.option(
     "--moments",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Checkpoint of another run that a new one takes the optimiser's moments from.",
+    help="Checkpoint of another run whose optimiser moments a new run takes over.",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Where the weights go; default: RESUME/weights."
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the exported weights. Default: RESUME/weights.",
+)
+@click.option(
+    "--batch",
+    type=Integers(),
+    default="16",
+    show_default=True,
+    help="Crops per step and process; several values take equal shares of the schedule.",
+)
+@click.option(
+    "--side",
+    type=Integers(),
+    default="128,256",
+    show_default=True,
+    help="Side of crops in pixels; several values take equal shares of the schedule.",
 )
 @click.option(
     "--tune",
@@ -169,18 +185,22 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     show_default=True,
     help="What the distortion of lean stages follows: the squared error, or what people see.",
 )
-@click.option("--batch", type=Integers(), default="16", show_default=True, help="Crops a step in each process.")
-@click.option("--side", type=Integers(), default="128,256", show_default=True, help="Of a crop, over the schedule.")
 @click.option(
     "--lr", type=click.FloatRange(0, min_open=True), default=3e-4, show_default=True, help="Highest learning rate."
 )
-@click.option("--hyper-lr", type=click.FloatRange(0), default=2.0, show_default=True, help="Relative to --lr.")
+@click.option(
+    "--hyper-lr",
+    type=click.FloatRange(0),
+    default=2.0,
+    show_default=True,
+    help="Learning rate of the hyper networks, relative to --lr.",
+)
 @click.option(
     "--optimiser",
     type=click.Choice(["adam", "adamw", "muon"]),
     default="adam",
     show_default=True,
-    help="muon is for matrices of convolutions, with Adam for the rest.",
+    help="Optimiser; muon takes the matrices of convolutions and Adam the rest.",
 )
 @click.option(
     "--ema",
@@ -194,18 +214,20 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     type=click.Choice(["auto", "bf16", "fp32"]),
     default="auto",
     show_default=True,
-    help="Of the networks; auto: bf16 where the hardware multiplies it.",
+    help="Number format of the networks; auto is bf16 where the hardware multiplies it.",
 )
 @click.option(
     "--compile",
     is_flag=True,
-    help="Compile first, for minutes; steps of base codecs then take 0.7 of the time or less.",
+    help="Compile the networks of base codecs first, which takes minutes; steps then take 0.7 of the time or less.",
 )
-@click.option("--liff", type=click.Choice(["small", "paper"]), help="Size of LIFF; default: that of its weights.")
+@click.option("--liff", type=click.Choice(["small", "paper"]), help="Size of LIFF. Default: that of the weights.")
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to train."
 )
-@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of crops, rates and factors.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=1, show_default=True, help="Seed of crops, rates and scale factors."
+)
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def train(
     stage: str,
@@ -221,8 +243,8 @@ def train(
 ) -> None:
     """Train STAGE on pictures for the time given, and export its weights.
 
-    Stops at any moment (Ctrl-C, SIGTERM) and goes on when the same command is given again. A schedule counts the
-    minutes or steps of all sittings together.
+    Ctrl-C or SIGTERM stops a run at any moment, and the same command resumes it. The schedule counts the minutes or
+    steps of all these runs together.
 
     \b
     compass train base --data photos.tar --minutes 20 --resume runs/a

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,11 @@ from compass_codec.backbones.mean_scale import PARTS
 from compass_codec.entropy import frequencies, gaussian_tables
 from compass_codec.files import write_file
 from compass_codec.networks.liff import LIFF, SIZES
-from compass_codec.training import exact, lean
 from compass_codec.training.density import FactorizedDensity
-from compass_codec.training.lean import LeanStage, RatedLean
+from compass_codec.training.lean import RatedLean
 from compass_codec.training.stages import RatedCodec, Stage
 from compass_codec.training.tensors import below, fill_module, read_tensors
-from compass_codec.weights import CARD, FORMAT, read_set
+from compass_codec.weights import CARD, part_of, read_set, write_card
 
 BACKBONE = "mean_scale"
 REACH = 32  # hyper-latent symbols -REACH..REACH have a frequency of their own; beyond them, an escape
@@ -59,26 +59,27 @@ def export(stage: Stage, folder: Path, card_entry: dict[str, Any] | None = None)
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for part in stage.writes if isinstance(stage, LeanStage) else stage.trains:
-        path = folder / f"{part}.safetensors"
-        tensors = tensors_of(getattr(stage, part))
-        if isinstance(stage, LeanStage) and part != "liff":
-            tensors |= exact.of_part(stage, part)
-        write_file(path, save(tensors))
+    parts = stage.writes or stage.trains
+    for part in parts:
+        path = part_of(folder, part)
+        write_file(path, save(tensors_of(getattr(stage, part)) | stage.integers(part)))
         written.append(path)
-    lean.describe(stage, folder) if isinstance(stage, LeanStage) else describe(folder)
+    describe(folder, stage.backbone, stage.card_fields(), parts)
     if card_entry is not None:
         remember(folder, card_entry)
     return written
 
 
-def describe(folder: Path) -> None:
-    """Write ``folder``/model.json unless there is one. Raises WeightsError for a broken one."""
+def describe(
+    folder: Path, backbone: str = BACKBONE, fields: dict[str, Any] | None = None, parts: Sequence[str] = PARTS
+) -> None:
+    """Bring ``folder``/model.json up to date with those of its parts and of ``parts`` that are there, and set
+    ``fields``. A new one names ``backbone``. Raises WeightsError for a broken one."""
     if (folder / CARD).exists():
-        read_set(folder)
-        return
-    spec = {"profile": "new", "backbone": BACKBONE, "purpose": "made by compass train", "parts": PARTS}
-    write_file(folder / CARD, (json.dumps(spec | {"format": FORMAT}, indent=1) + "\n").encode())
+        spec = read_set(folder).spec
+    else:
+        spec = {"profile": "new", "backbone": backbone, "purpose": "made by compass train", "parts": {}}
+    write_card(folder, spec | (fields or {}) | {"parts": dict.fromkeys([*spec["parts"], *PARTS, *parts])})
 
 
 def device_name(device: torch.device) -> str:

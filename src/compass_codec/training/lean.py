@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compass_codec.files import write_file
 from compass_codec.networks.lean import LAMBDAS, UNSHUFFLE, LeanCodec
 from compass_codec.networks.lean_liff import LeanLIFF
-from compass_codec.training import visual
+from compass_codec.training import exact, visual
 from compass_codec.training.data import Pictures
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.stages import (
@@ -33,7 +31,7 @@ from compass_codec.training.stages import (
 )
 from compass_codec.training.start import HAAR, LAMBDA_0, MIX, STEP
 from compass_codec.training.tensors import below, fill_module, read_tensors
-from compass_codec.weights import CARD, FORMAT, read_set
+from compass_codec.weights import CARD, read_set
 
 BACKBONE = "lean"
 PARTS = ("base", "residual", "liff")
@@ -82,8 +80,8 @@ class RatedLean(nn.Module):
 class LeanStage(Stage):
     """The base codec without its context model, whose networks then cost a step nothing."""
 
+    backbone = BACKBONE
     trains: tuple[str, ...] = ("base",)
-    writes: tuple[str, ...] = ("base",)  # parts that are exported
     layered = False
     lambdas = LAMBDAS
     with_context = False
@@ -94,6 +92,15 @@ class LeanStage(Stage):
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.base = RatedLean()  # type: ignore[assignment]
+
+    def card_fields(self) -> dict[str, Any]:
+        """The dimensions of the networks that are exported, and the profile of a tune."""
+        networks = {part: getattr(self, part) for part in self.writes or self.trains}
+        dimensions = {part: getattr(network, "codec", network).dimensions for part, network in networks.items()}
+        return dimensions | ({"profile": self.tune, "purpose": PURPOSE[self.tune]} if self.tune in PURPOSE else {})
+
+    def integers(self, part: str) -> dict[str, Tensor]:
+        return exact.of_part(self, part) if part != "liff" else {}
 
     def freeze(self) -> None:
         self.requires_grad_(True)
@@ -379,20 +386,3 @@ def _more_levels(gains: Tensor, of_latent: bool) -> Tensor:
     step = gains[-1] - gains[-2] if of_latent else torch.zeros_like(gains[-1])
     more = [gains[-1] + (k + 1) * step for k in range(len(LAMBDAS) - len(gains))]
     return torch.cat([gains, torch.stack(more)]) if more else gains
-
-
-def describe(stage: LeanStage, folder: Path) -> None:
-    """Bring ``folder``/model.json up to date with the parts that are there, and with the dimensions of those that
-    ``stage`` writes."""
-    if (folder / CARD).exists():
-        spec = dict(read_set(folder).spec)
-    else:
-        spec = {"profile": "new", "backbone": BACKBONE, "purpose": "made by compass train", "format": FORMAT}
-    new = spec | {"parts": [part for part in PARTS if (folder / f"{part}.safetensors").exists()]}
-    for part in stage.writes:
-        network = getattr(stage, part)
-        new[part] = getattr(network, "codec", network).dimensions
-    if stage.tune in PURPOSE:
-        new |= {"profile": stage.tune, "purpose": PURPOSE[stage.tune]}
-    if new != spec:
-        write_file(folder / CARD, (json.dumps(new, indent=1) + "\n").encode())

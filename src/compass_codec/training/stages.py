@@ -1,4 +1,4 @@
-"""What each training stage minimises.
+"""The training stages and their losses.
 
 Every stage is a module whose ``forward`` takes crops and per-sample levels and gives one loss and its parts, so
 that one trainer drives them all. Rates are in bits per pixel of the layer they code, on noisy latents;
@@ -10,18 +10,21 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compass_codec.backbones.symbols import BEYOND, MOST_BEYOND
+from compass_codec.entropy import SCALE_RANGE
+from compass_codec.networks import rates
 from compass_codec.networks.liff import LIFF, SIZES, bicubic
 from compass_codec.networks.mean_scale import LAMBDAS, ImageCodec, lower_bound
 from compass_codec.networks.rates import level_of
 from compass_codec.training.data import resize
 from compass_codec.training.density import FactorizedDensity
+from compass_codec.training.start import LAMBDA_0
 
-SCALE_MIN = 0.11  # smallest standard deviation that has a probability table
 REPEAT = 1 / 6  # of the steps between layers that repeat the size, for a better quality of it
 
 
@@ -32,7 +35,7 @@ def round_ste(x: Tensor) -> Tensor:
 
 def gaussian_bits(y: Tensor, scales: Tensor, means: Tensor) -> Tensor:
     """-log2 of the mass that N(means, scales^2) gives the unit interval around y (Balle et al. 2018)."""
-    scales = lower_bound(scales, SCALE_MIN)
+    scales = lower_bound(scales, SCALE_RANGE[0])
     v = (y - means).abs()
     root = math.sqrt(0.5)
     mass = 0.5 * (torch.erfc((v - 0.5) / scales * root) - torch.erfc((v + 0.5) / scales * root))
@@ -40,8 +43,8 @@ def gaussian_bits(y: Tensor, scales: Tensor, means: Tensor) -> Tensor:
 
 
 def encoded(y: Tensor, scales: Tensor) -> Tensor:
-    """The symbols the encoder makes of y, less its means: what costs more bits must be nearer (symbols.thresholds, here
-    with the bits of the normal distribution)."""
+    """The encoder's symbols of y, less its means: rate-aware rounding (symbols.thresholds), here with the bits of the
+    normal distribution."""
     below, zero = y.abs().floor(), torch.zeros_like(y)
     more = gaussian_bits(below + 1, scales, zero) - gaussian_bits(below, scales, zero)
     least = 0.5 + (BEYOND * more).clamp(0, MOST_BEYOND)
@@ -94,12 +97,17 @@ def squared(x: Tensor, rec: Tensor) -> Tensor:
 def cost(
     x: Tensor, rec: Tensor, bits: Tensor, lam: Tensor, distortion: Callable[[Tensor, Tensor], Tensor] = squared
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """R + lambda 255^2 MSE per pixel of this layer, evened out over lambda so that no rate dominates; or with another
-    distortion in the place of the MSE."""
+    """The mean over crops [B, 3, H, W] of the cost per pixel of each, times its ``share``; bits per pixel and PSNR.
+    ``distortion`` stands for the mean squared error."""
     bpp = bits / (x.shape[-1] * x.shape[-2])
-    loss = (bpp + lam * 255**2 * distortion(x, rec)) / (lam / 0.013).sqrt()
+    loss = rates.cost(bpp, distortion(x, rec), lam) * share(lam)
     psnr = -10 * rec.detach().clamp(0, 1).sub(x).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
     return loss.mean(), {"bpp": bpp.mean().detach(), "psnr": psnr.mean()}
+
+
+def share(lam: Tensor) -> Tensor:
+    """What the cost at ``lam`` counts in a loss, so that no rate dominates."""
+    return (lam / LAMBDA_0).rsqrt()
 
 
 def to_8bit(x: Tensor) -> Tensor:
@@ -110,7 +118,9 @@ def to_8bit(x: Tensor) -> Tensor:
 class Stage(nn.Module):
     """Base, residual codec and LIFF together; a subclass says which of them it trains and how."""
 
+    backbone = "mean_scale"  # whose weights they are
     trains: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()  # parts that are exported; empty: those that it trains
     layered = True  # whether a crop is reduced to lower layers
     lambdas: tuple[float, ...] = LAMBDAS  # that have gains of their own
 
@@ -121,6 +131,14 @@ class Stage(nn.Module):
     def varied(self, x: Tensor, lam: Tensor) -> Tensor:
         """Crops [B, 3, H, W] in 0..1 as a step trains on them, for lambda [B]; outside of what --compile fuses."""
         return x
+
+    def card_fields(self) -> dict[str, Any]:
+        """Fields of model.json that an export sets."""
+        return {}
+
+    def integers(self, part: str) -> dict[str, Tensor]:
+        """The integer twin of the codec ``part``, for its file of weights; empty if it has none."""
+        return {}
 
     def freeze(self) -> None:
         for name, child in self.named_children():
@@ -225,11 +243,8 @@ class LiffStage(Stage):
         below = self.below(x, lam, level, factors)
         below[::4] = shrink(x, factors[0])[::4]
         prediction = self.liff(below, (x.shape[-2], x.shape[-1])).float()
-        # a low rate's larger error must not drown a high rate's smaller one: weigh as the joint cost does
-        mse = (x - prediction).square().mean((1, 2, 3))
-        loss = (lam.sqrt() * 255**2 * mse).mean()
-        psnr = -10 * mse.detach().clamp(min=1e-10).log10().mean()
-        return loss, {"bpp": torch.zeros_like(psnr), "psnr": psnr}
+        loss, parts = cost(x, prediction, torch.zeros_like(lam), lam)
+        return loss / math.sqrt(LAMBDA_0), parts
 
 
 class ResidualStage(Stage):
@@ -298,7 +313,7 @@ class HyperStage(Stage):
             prediction = self.predict(self.below(x, lam, level, factors), (x.shape[-2], x.shape[-1]))
             codecs = self.base.codec, self.residual.codec
             latents = [c.analysis(part, level) for c, part in zip(codecs, (x - 0.5, x - prediction), strict=True)]
-        shares = (lam / 0.013).rsqrt()  # as in cost()
+        shares = share(lam)
         if self.training:
             if self.kept and self.kept[0][0].shape != latents[0].shape[1:]:
                 self.kept.clear()  # crops are now of another size

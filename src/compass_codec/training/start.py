@@ -16,7 +16,7 @@ MIX = MIX / MIX.norm(dim=1, keepdim=True)
 HAAR = 0.5 * torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]).reshape(4, 2, 2)
 
 STEP = 7.0  # scale of y: a quantisation step of 1 then suits LAMBDA_0
-LAMBDA_0 = 0.013
+LAMBDA_0 = 0.013  # whose cost counts once in a loss
 GAMMA = 0.002  # GDN's diagonal: nearly linear over the range of the block transform
 NOISE = 0.005  # standard deviation of the weights that the transform leaves free
 

@@ -23,7 +23,7 @@ from compass_codec.errors import CompassError
 from compass_codec.files import write_file
 from compass_codec.networks.arrays import to_bytes
 from compass_codec.training.data import Pictures, resize
-from compass_codec.training.export import device_name, remember
+from compass_codec.training.export import describe, device_name, remember
 from compass_codec.training.tensors import read_tensors
 
 PRIOR = 20.0  # symbols that the ideal table counts for, next to those that were seen
@@ -118,12 +118,16 @@ def rewrite(file: Path, tables: dict[str, NDArray[np.int32]]) -> None:
 
 @click.command()
 @click.argument("weights", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), multiple=True, required=True)
-@click.option("--crops", type=click.IntRange(1), default=300, show_default=True)
-@click.option("--side", type=click.IntRange(64), default=256, show_default=True)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--data", type=click.Path(path_type=Path), multiple=True, required=True, help="Tar file or folder of pictures."
+)
+@click.option("--crops", type=click.IntRange(1), default=300, show_default=True, help="Number of crops to encode.")
+@click.option("--side", type=click.IntRange(64), default=256, show_default=True, help="Side of crops in pixels.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
+)
 def main(weights: Path, data: tuple[Path, ...], crops: int, side: int, device: str) -> None:
-    """Fit the probability tables in the folder WEIGHTS to pictures."""
+    """Fit the probability tables of the set in the folder WEIGHTS to pictures."""
     start = time.monotonic()
     try:
         pictures = Pictures(list(data), choose_device(device))
@@ -132,6 +136,7 @@ def main(weights: Path, data: tuple[Path, ...], crops: int, side: int, device: s
             for part, found in zip(("base", "residual"), counts, strict=True):
                 tables = found.frequencies()
                 rewrite(weights / f"{part}.safetensors", tables)
+                describe(weights)
                 if share == 1:
                     click.echo(f"{part}: {found.check(tables)}")
         minutes = round((time.monotonic() - start) / 60, 1)

@@ -1,0 +1,49 @@
+"""The decoder for browsers: JavaScript, a WebAssembly module, and the weights that decoding needs.
+
+kernels.wasm is made of kernels.ts by ``make wasm``. Nothing of Python runs in the browser.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from compass_codec.errors import WeightsError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from compass_codec.weights import ModelSet
+
+SCRIPTS = ("compass.js", "container.js", "kernels.wasm", "lean.js", "png.js", "sw.js")
+# What of a codec a decoder needs; of LIFF it needs all.
+DECODER = ("s16.", "s8.", "from_y.", "up.", "out.", "p8.", "log_inv_gain", "exact.", "tables.")
+
+
+def script(name: str) -> bytes:
+    """One of SCRIPTS."""
+    return (resources.files("compass_codec.web") / name).read_bytes()
+
+
+def weights_name(identity: str) -> str:
+    """Where sw.js looks for the weights of a set."""
+    return f"weights/{identity}.safetensors"
+
+
+def weights_of(found: ModelSet) -> bytes:
+    """What decoding needs of a set, as one safetensors file: tensors are named part.name. Raises WeightsError for a set
+    of another backbone than lean, and for files that cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load, save
+
+    if found.backbone != "lean":
+        raise WeightsError(f"{found.folder}: browsers decode with the backbone lean, not with {found.backbone}")
+    tensors: dict[str, NDArray[Any]] = {}
+    for path in found.parts:
+        try:
+            part = load(path.read_bytes())
+        except (OSError, SafetensorError) as e:
+            raise WeightsError(f"{path}: cannot read the weights ({e})") from e
+        kept = {name: value for name, value in part.items() if path.stem == "liff" or name.startswith(DECODER)}
+        tensors |= {f"{path.stem}.{name}": value for name, value in kept.items()}
+    return save(tensors)

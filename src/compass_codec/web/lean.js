@@ -1,0 +1,634 @@
+// The decoder of the backbone "lean": bytes of a layer to its pixels, as docs/format.md says. What leads to symbols is
+// integers in float32, so that they are those of the encoder; the rest is float32.
+//
+// Arrays live in WebAssembly's memory, channels last, and are named by their address. What a layer needs is put behind
+// the weights and given up when it is done.
+
+import { CompassError } from "./container.js";
+
+const ACTIVATION = 511, EXACT = 2 ** 24, LEVELS = 64, SKIPPED = 3, STEPS = 4, SYMBOL_LIMIT = 2 ** 20;
+const FINE = 16, MEAN_UNIT = 64, MEAN_LIMIT = 2 ** 15 - 1, CELL = 16, UNSHUFFLE = 8, EPSILON = 1e-6;
+const PHASES = [[0, 0], [1, 1], [0, 1], [1, 0]];
+const LAMBDAS = [0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18];
+const half = (n) => (n + 1) >> 1;
+const silu = (x) => x / (1 + Math.exp(-x));
+
+/** The kernels, and the memory that they work in: `take` places an array, `mark` and `release` give up what came after. */
+export class Kernels {
+  static async load(wasm) {
+    const memory = new WebAssembly.Memory({ initial: 1, maximum: 65536 });
+    const { instance } = await WebAssembly.instantiate(wasm, { env: { memory, abort: () => {} } });
+    return new Kernels(memory, instance.exports);
+  }
+  constructor(memory, run) {
+    this.memory = memory;
+    this.run = run;
+    this.top = (run.base.value + 15) & ~15;
+    this.view();
+  }
+  view() {
+    this.f32 = new Float32Array(this.memory.buffer);
+    this.i32 = new Int32Array(this.memory.buffer);
+    this.u8 = new Uint8Array(this.memory.buffer);
+  }
+  /** The address of so many numbers of 4 bytes. */
+  take(count) {
+    const at = this.top;
+    this.top = Math.ceil((at + 4 * count) / 16) * 16;
+    const lacking = this.top - this.memory.buffer.byteLength;
+    if (lacking > 0) {
+      try {
+        this.memory.grow(Math.ceil(Math.max(lacking, this.memory.buffer.byteLength / 4) / 65536));
+      } catch {
+        throw new CompassError("the picture takes more memory than there is");
+      }
+      this.view();
+    }
+    return at;
+  }
+  put(numbers) {
+    const at = this.take(numbers.length);
+    (numbers instanceof Float32Array ? this.f32 : this.i32).set(numbers, at / 4);
+    return at;
+  }
+  zeros(count) {
+    const at = this.take(count);
+    this.f32.fill(0, at / 4, at / 4 + count);
+    return at;
+  }
+  mark() {
+    return this.top;
+  }
+  release(top) {
+    this.top = top;
+  }
+  /** Weights [m, k], row by row, and a bias [m] (or none), as `multiply` takes them. Columns are filled up to 8. */
+  matrix(weight, bias, m, k) {
+    const columns = Math.ceil(m / 8) * 8, panels = new Float32Array(columns * k), shifts = new Float32Array(columns);
+    for (let j = 0; j < m; j++)
+      for (let x = 0; x < k; x++) panels[((j >> 3) * k + x) * 8 + (j & 7)] = weight[j * k + x];
+    if (bias) shifts.set(bias);
+    return { panels: this.put(panels), bias: this.put(shifts), m: columns, k };
+  }
+  /** x [n, k] times a matrix, [n, m]: a new array, or what is added to `onto`. */
+  multiply(x, n, matrix, onto) {
+    const out = onto ?? this.take(n * matrix.m);
+    this.run.multiply(x, matrix.panels, matrix.bias, out, n, matrix.k, matrix.m, onto !== undefined);
+    return out;
+  }
+}
+
+/** Tensors of a safetensors file, as Float32Array or Int32Array, each made once it is asked for. */
+export class Tensors {
+  constructor(buffer, prefix = "", header, start) {
+    const view = new DataView(buffer);
+    this.start = start ?? 8 + Number(view.getBigUint64(0, true));
+    this.header = header ?? JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, this.start - 8)));
+    this.buffer = buffer;
+    this.prefix = prefix;
+  }
+  part(name) {
+    return new Tensors(this.buffer, `${this.prefix}${name}.`, this.header, this.start);
+  }
+  shape(name) {
+    return this.entry(name).shape;
+  }
+  has(name) {
+    return `${this.prefix}${name}` in this.header;
+  }
+  entry(name) {
+    const entry = this.header[this.prefix + name];
+    if (!entry) throw new CompassError(`the weights have no ${this.prefix}${name}`);
+    return entry;
+  }
+  get(name) {
+    const { dtype, data_offsets: [from, to] } = this.entry(name);
+    const bytes = this.buffer.slice(this.start + from, this.start + to);
+    if (dtype === "F32") return new Float32Array(bytes);
+    if (dtype === "I32") return new Int32Array(bytes);
+    if (dtype === "I8") return Float32Array.from(new Int8Array(bytes));
+    if (dtype === "F16") {
+      const halves = new Uint16Array(bytes), out = new Float32Array(halves.length);
+      for (let k = 0; k < out.length; k++) out[k] = HALVES[halves[k]];
+      return out;
+    }
+    throw new CompassError(`weights of type ${dtype}`);
+  }
+}
+
+/** All finite numbers of 16 bits. */
+const HALVES = new Float32Array(2 ** 16).map((_, bits) => {
+  const exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  return (bits & 0x8000 ? -1 : 1) * (exponent ? (1024 + fraction) * 2 ** (exponent - 25) : fraction * 2 ** -24);
+});
+
+/** Depthwise weights [c, 1, 3, 3] as [3, 3, c]. */
+function taps(weight, c) {
+  const out = new Float32Array(9 * c);
+  for (let i = 0; i < c; i++) for (let k = 0; k < 9; k++) out[k * c + i] = weight[i * 9 + k];
+  return out;
+}
+
+/** Gains of a table [levels, c] of logarithms at a real level. */
+function gains(table, level) {
+  const c = table.length / LAMBDAS.length, i = Math.min(Math.floor(level), LAMBDAS.length - 2), t = level - i;
+  return Float32Array.from({ length: c }, (_, k) => Math.exp((1 - t) * table[i * c + k] + t * table[(i + 1) * c + k]));
+}
+
+function levelOf(quality) {
+  const t = (quality - 1) / 99, x = Math.log(LAMBDAS[0]) + 1.417 * t + 3.188 * t * t;
+  const knots = LAMBDAS.map(Math.log);
+  const i = knots.slice(1, -1).filter((knot) => knot < x).length;
+  return i + (x - knots[i]) / (knots[i + 1] - knots[i]);
+}
+
+/** A 1x1 or depthwise convolution of integers: floor((sum + bias) scale), kept between two bounds. */
+class IntegerConv {
+  constructor(kernels, tensors, name, low = -EXACT, high = EXACT) {
+    const weight = tensors.get(`${name}.weight`), [m, k] = tensors.shape(`${name}.weight`);
+    const bias = Float32Array.from(tensors.get(`${name}.bias`));
+    Object.assign(this, { kernels, m, low, high, scale: kernels.put(tensors.get(`${name}.scale`)) });
+    if (tensors.shape(`${name}.weight`)[3] === 3) this.taps = kernels.put(taps(weight, m)), (this.bias = kernels.put(bias));
+    else this.matrix = kernels.matrix(weight, bias, m, k);
+  }
+  /** x [n, k] to [n, m], or [rows, columns, m] to the same. */
+  apply(x, n, columns) {
+    const { kernels, m } = this;
+    let out;
+    if (this.matrix) out = kernels.multiply(x, n, this.matrix);
+    else kernels.run.depthwise(x, this.taps, this.bias, (out = kernels.take(n * m)), n / columns, columns, m);
+    kernels.run.requantise(out, this.scale, n, m, this.low, this.high);
+    return out;
+  }
+}
+
+class IntegerBlock {
+  constructor(kernels, tensors, name) {
+    this.kernels = kernels;
+    this.dw = new IntegerConv(kernels, tensors, `${name}.dw`, -ACTIVATION, ACTIVATION);
+    this.p1 = new IntegerConv(kernels, tensors, `${name}.p1`, 0, ACTIVATION);
+    this.p2 = new IntegerConv(kernels, tensors, `${name}.p2`);
+  }
+  /** Adds to x [n, c], in place. */
+  apply(x, n, columns) {
+    const mark = this.kernels.mark();
+    const more = this.p2.apply(this.p1.apply(this.dw.apply(x, n, columns), n), n);
+    this.kernels.run.add(x, more, n * this.p2.m, -ACTIVATION, ACTIVATION);
+    this.kernels.release(mark);
+  }
+}
+
+/** Symbols of a layer: the integers of its hyper-decoder and context model, and the range decoder. */
+class Entropy {
+  constructor(kernels, tensors) {
+    this.kernels = kernels;
+    const conv = (name, low, high) => new IntegerConv(kernels, tensors.part("exact"), name, low, high);
+    const block = (name) => new IntegerBlock(kernels, tensors.part("exact"), name);
+    const later = [0, 1, 2];
+    this.up = [0, 1].map((k) => conv(`up.${k}`, 0, ACTIVATION));
+    this.blocks = [0, 1].map((k) => block(`block.${k}`));
+    this.first = conv("first");
+    this.into = later.map((k) => conv(`into.${k}`, 0, ACTIVATION));
+    this.context = later.map((k) => block(`context.${k}`));
+    this.more = later.map((k) => conv(`more.${k}`));
+    this.known = tensors.part("exact").get("known");
+    this.m = this.known.length;
+    this.h = this.blocks[1].p2.m;
+    const z = tensors.get("tables.z"), [channels, size] = tensors.shape("tables.z");
+    this.z = Array.from({ length: channels }, (_, k) => this.table(z.subarray(k * size, (k + 1) * size)));
+    const y = tensors.get("tables.y");
+    let at = 0;
+    this.y = [...tensors.get("tables.y_lengths")].map((length) => this.table(y.subarray(at, (at += length))));
+  }
+  /** Frequencies of -w..w and the escape to what `symbols` takes. */
+  table(frequencies) {
+    const cumulative = new Int32Array(frequencies.length + 1);
+    frequencies.forEach((f, k) => (cumulative[k + 1] = cumulative[k] + f));
+    return { at: this.kernels.put(cumulative), size: frequencies.length, width: (frequencies.length >> 1) - 1 };
+  }
+
+  /** Begin with a layer's bytes. */
+  begin(data) {
+    let at = 0;
+    const varint = () => {
+      let value = 0, shift = 0, byte;
+      do {
+        byte = data[at++];
+        if (byte === undefined || shift > 28) throw new CompassError("a layer's symbols make no sense");
+        value += (byte & 127) * 2 ** shift;
+        shift += 7;
+      } while (byte > 127);
+      if (value > 2 * SYMBOL_LIMIT) throw new CompassError("a layer's symbols make no sense");
+      return value % 2 ? -(value + 1) / 2 : value / 2;
+    };
+    const count = varint();
+    if (count < 0 || count > data.length) throw new CompassError("a layer's symbols make no sense");
+    this.escapes = Array.from({ length: count }, varint).reverse();
+    const words = data.subarray(at), padded = Math.ceil(words.length / 4), place = this.kernels.take(padded + 1);
+    this.kernels.i32.fill(0, place / 4, place / 4 + padded + 1);
+    this.kernels.u8.set(words, place);
+    this.kernels.run.begin(place, 4 * padded);
+  }
+  /** Calls `put(i, symbol)` with the next n symbols of a table. */
+  symbols(table, n, put) {
+    const { kernels } = this, mark = kernels.mark(), out = kernels.take(n);
+    if (!kernels.run.symbols(table.at, table.size, out, n)) throw new CompassError("a layer's symbols make no sense");
+    for (let i = 0; i < n; i++) {
+      const symbol = kernels.i32[out / 4 + i] - table.width;
+      put(i, symbol > table.width ? (this.escapes.pop() ?? 0) : symbol);
+    }
+    kernels.release(mark);
+  }
+
+  /** A layer's bytes to the quantised latent [h, w, M]. `seen` is called with the symbols of z too, for tests. */
+  read(data, h, w, seen) {
+    const { kernels, m } = this, rows = Math.ceil(h / 4), columns = Math.ceil(w / 4), n = this.z.length;
+    if (data.length < Math.floor(this.least(rows * columns) / 8) - 8)
+      throw new CompassError(`a layer of ${data.length} bytes is too short for its size`);
+    const y = kernels.zeros(h * w * m), mark = kernels.mark();
+    this.begin(data);
+    const z = kernels.take(rows * columns * n), known = new Int32Array(n * rows * columns);
+    this.z.forEach((table, c) => {
+      this.symbols(table, rows * columns, (i, symbol) => {
+        known[c * rows * columns + i] = symbol;
+        kernels.f32[z / 4 + i * n + c] = Math.max(-ACTIVATION, Math.min(ACTIVATION, symbol));
+      });
+    });
+    seen?.(known);
+    this.walk(this.features(z, rows, columns, h, w), y, h, w);
+    kernels.release(mark);
+    return y;
+  }
+  /** Bits of the likeliest symbols of z. */
+  least(places) {
+    return places * this.z.reduce((sum, { at, size }) => {
+      const cumulative = this.kernels.i32.subarray(at / 4, at / 4 + size + 1);
+      let most = 1;
+      for (let k = 0; k < size; k++) most = Math.max(most, cumulative[k + 1] - cumulative[k]);
+      return sum + 24 - Math.log2(most);
+    }, 0);
+  }
+
+  features(x, rows, columns, h, w) {
+    for (const [k, [height, width]] of [[half(h), half(w)], [h, w]].entries()) {
+      const wide = this.up[k].apply(x, rows * columns);
+      x = shuffled(this.kernels, wide, columns, 2, this.h, height, width);
+      [rows, columns] = [height, width];
+      this.blocks[k].apply(x, rows * columns, columns);
+    }
+    return x;
+  }
+
+  walk(features, y, h, w) {
+    const { kernels, m } = this, quarter = m / STEPS;
+    const first = this.first.apply(features, h * w);
+    for (let step = 0; step < STEPS; step++) {
+      const mark = kernels.mark(), hidden = step ? this.hidden(step, features, y, h, w) : 0;
+      const index = new Uint8Array(h * w * quarter), means = new Float32Array(h * w * quarter);
+      const where = new Uint32Array(h * w * quarter), counts = new Uint32Array(LEVELS + 1);
+      let n = 0;
+      PHASES.forEach(([row, column], phase) => {
+        const rows = Math.ceil((h - row) / 2), columns = Math.ceil((w - column) / 2);
+        if (rows < 1 || columns < 1) return;
+        const channel = ((phase - step) & 3) * quarter;
+        const more = step ? this.moreAt(step, phase, hidden, w, row, column, rows, columns) : 0;
+        const values = kernels.f32;
+        for (let c = 0; c < quarter; c++)
+          for (let i = 0; i < rows; i++)
+            for (let j = 0; j < columns; j++, n++) {
+              const place = (2 * i + row) * w + 2 * j + column;
+              let scale = values[first / 4 + place * 2 * m + channel + c];
+              let mean = values[first / 4 + place * 2 * m + m + channel + c];
+              if (step) {
+                const at = more / 4 + (i * columns + j) * 2 * quarter + c;
+                scale += values[at];
+                mean += values[at + quarter];
+              }
+              index[n] = Math.max(0, Math.min(LEVELS - 1, Math.floor(scale / FINE)));
+              means[n] = Math.max(-MEAN_LIMIT, Math.min(MEAN_LIMIT, mean)) / MEAN_UNIT;
+              where[n] = place * m + channel + c;
+              counts[index[n] + 1]++;
+            }
+      });
+      for (let k = 0; k < LEVELS; k++) counts[k + 1] += counts[k];
+      const order = new Uint32Array(n), ends = counts.slice(0, LEVELS);
+      for (let k = 0; k < n; k++) order[ends[index[k]]++] = k;
+      for (let k = 0; k < n; k++) kernels.f32[y / 4 + where[k]] = means[k];
+      for (let level = SKIPPED; level < LEVELS; level++) {
+        const from = counts[level], count = counts[level + 1] - from;
+        if (!count) continue;
+        this.symbols(this.y[level], count, (i, symbol) => {
+          kernels.f32[y / 4 + where[order[from + i]]] += symbol;
+        });
+      }
+      kernels.release(mark);
+    }
+  }
+
+  /** What a later step knows: [h, w, G], from what is known of y, and features. */
+  hidden(step, features, y, h, w) {
+    const { kernels, m, h: wide } = this, quarter = m / STEPS, places = h * w;
+    const hidden = kernels.take(places * this.into[step - 1].m), mark = kernels.mark();
+    const x = kernels.take(places * (m + wide)), values = kernels.f32;
+    for (let place = 0; place < places; place++) {
+      const i = Math.floor(place / w), phase = PHASES.findIndex(([r, c]) => r === (i & 1) && c === ((place - i * w) & 1));
+      const to = x / 4 + place * (m + wide), from = y / 4 + place * m;
+      for (let group = 0; group < STEPS; group++) {
+        const seen = ((phase - group) & 3) < step;
+        for (let c = group * quarter; c < (group + 1) * quarter; c++) {
+          const v = seen ? Math.floor(Math.fround(Math.fround(values[from + c] * this.known[c]) + 0.5)) : 0;
+          values[to + c] = Math.max(-ACTIVATION, Math.min(ACTIVATION, v));
+        }
+      }
+      values.copyWithin(to + m, features / 4 + place * wide, features / 4 + (place + 1) * wide);
+    }
+    const out = this.into[step - 1].apply(x, places), size = places * this.into[step - 1].m;
+    kernels.f32.copyWithin(hidden / 4, out / 4, out / 4 + size);
+    kernels.release(mark);
+    this.context[step - 1].apply(hidden, places, w);
+    return hidden;
+  }
+
+  /** What is added to scales and means of a phase, [rows, columns, 2 M / 4]. */
+  moreAt(step, phase, hidden, w, row, column, rows, columns) {
+    const { kernels } = this, conv = this.more[step - 1], { matrix } = conv, g = matrix.k, m = conv.m / STEPS;
+    const x = kernels.take(rows * columns * g);
+    for (let i = 0; i < rows; i++)
+      for (let j = 0; j < columns; j++) {
+        const from = hidden / 4 + ((2 * i + row) * w + 2 * j + column) * g;
+        kernels.f32.copyWithin(x / 4 + (i * columns + j) * g, from, from + g);
+      }
+    const part = { panels: matrix.panels + 4 * phase * m * g, bias: matrix.bias + 4 * phase * m, m, k: g };
+    const out = kernels.multiply(x, rows * columns, part);
+    kernels.run.requantise(out, conv.scale + 4 * phase * m, rows * columns, m, -EXACT, EXACT);
+    return out;
+  }
+}
+
+/** x [n, C factor^2], rows of `columns` places, to [height, width, C]: each place becomes a square of factor x factor. */
+function shuffled(kernels, x, columns, factor, c, height, width) {
+  const out = kernels.take(height * width * c), values = kernels.f32, square = factor * factor;
+  for (let i = 0; i < height; i++)
+    for (let j = 0; j < width; j++) {
+      const sub = (i % factor) * factor + (j % factor);
+      const from = x / 4 + (Math.floor(i / factor) * columns + Math.floor(j / factor)) * c * square + sub;
+      const to = out / 4 + (i * width + j) * c;
+      for (let k = 0; k < c; k++) values[to + k] = values[from + k * square];
+    }
+  return out;
+}
+
+/** The synthesis and the symbols of a base or enhancement codec. */
+class LayerDecoder {
+  constructor(kernels, tensors) {
+    Object.assign(this, { kernels, tensors, entropy: new Entropy(kernels, tensors) });
+    this.conditional = tensors.has("p8.weight");
+    this.raw = new Map();
+    this.blocks = ["s16", "s8"].map((name) => {
+      let n = 0;
+      while (tensors.has(`${name}.${n}.norm`)) n++;
+      return Array.from({ length: n }, (_, k) => `${name}.${k}`);
+    });
+  }
+  get(name) {
+    if (!this.raw.has(name)) this.raw.set(name, this.tensors.get(name));
+    return this.raw.get(name);
+  }
+  linear(name) {
+    const [m, k] = this.tensors.shape(`${name}.weight`);
+    return this.kernels.matrix(this.get(`${name}.weight`), this.get(`${name}.bias`), m, k);
+  }
+  /** Adds a block's part to x [rows, columns, c], in place. */
+  block(name, level, x, rows, columns) {
+    const { kernels } = this, { run } = kernels, norm = this.get(`${name}.norm`), c = norm.length, n = rows * columns;
+    const mark = kernels.mark(), scale = gains(this.get(`${name}.log_gain`), level);
+    const first = this.get(`${name}.p1.weight`).map((w, k) => w * norm[k % c]);
+    const last = this.get(`${name}.p2.weight`).map((w, k) => w * scale[k % c]);
+    const p1 = kernels.matrix(first, this.get(`${name}.p1.bias`), 2 * c, c);
+    const p2 = kernels.matrix(last, this.get(`${name}.p2.bias`), c, c);
+    const dw = kernels.put(taps(this.get(`${name}.dw.weight`), c)), bias = kernels.put(this.get(`${name}.dw.bias`));
+    const h = kernels.take(n * c);
+    run.depthwise(x, dw, bias, h, rows, columns, c);
+    run.normalise(h, n, c, EPSILON);
+    const piece = 1024, wide = kernels.take(Math.min(n, piece) * 2 * c);
+    for (let at = 0; at < n; at += piece) {
+      const count = Math.min(piece, n - at), part = h + 4 * at * c;
+      run.multiply(part, p1.panels, p1.bias, wide, count, c, 2 * c, false);
+      run.gate(wide, part, count, c);
+      kernels.multiply(part, count, p2, x + 4 * at * c);
+    }
+    kernels.release(mark);
+  }
+
+  /** Bytes of a layer to RGB, 3 bytes a pixel. `prediction` is RGB in 0..1, float32, or none for the base layer. */
+  decode(data, height, width, quality, prediction, seen) {
+    const { kernels } = this, mark = kernels.mark(), level = levelOf(quality);
+    const h = Math.ceil(height / CELL), w = Math.ceil(width / CELL);
+    const rows = Math.ceil(height / UNSHUFFLE), columns = Math.ceil(width / UNSHUFFLE);
+    const y = this.entropy.read(data, h, w, seen && ((z) => seen("z", z)));
+    seen?.("y", kernels.f32.slice(y / 4, y / 4 + h * w * this.entropy.m));
+    const inverse = gains(this.get("log_inv_gain"), level), m = inverse.length;
+    for (let at = y / 4, end = at + h * w * m, f = kernels.f32; at < end; at += m)
+      for (let k = 0; k < m; k++) f[at + k] *= inverse[k];
+    const x16 = kernels.multiply(y, h * w, this.linear("from_y"));
+    for (const name of this.blocks[0]) this.block(name, level, x16, h, w);
+    const x = this.doubled(x16, h, w, rows, columns);
+    if (this.conditional) kernels.multiply(eighth(kernels, prediction, height, width), rows * columns, this.linear("p8"), x);
+    for (const name of this.blocks[1]) this.block(name, level, x, rows, columns);
+    const out = kernels.multiply(x, rows * columns, this.linear("out"));
+    const pixels = new Uint8ClampedArray(height * width * 3), values = kernels.f32; // which rounds and clamps
+    for (let i = 0, k = 0; i < height; i++)
+      for (let j = 0; j < width; j++) {
+        const at = out / 4 + ((i >> 3) * columns + (j >> 3)) * 192 + (i & 7) * 8 + (j & 7);
+        for (let c = 0; c < 3; c++, k++) pixels[k] = 255 * Math.fround(values[at + 64 * c] + (prediction ? prediction[k] : 0.5));
+      }
+    kernels.release(mark);
+    return pixels;
+  }
+  /** The transposed convolution 2x2 of stride 2, cropped. */
+  doubled(x, h, w, rows, columns) {
+    const { kernels } = this, [k, c] = this.tensors.shape("up.weight"), weight = this.get("up.weight");
+    const turned = new Float32Array(4 * c * k), bias = this.get("up.bias"), shifts = new Float32Array(4 * c);
+    for (let i = 0; i < k; i++)
+      for (let j = 0; j < 4 * c; j++) turned[j * k + i] = weight[i * 4 * c + j]; // j: channel, then place
+    for (let j = 0; j < 4 * c; j++) shifts[j] = bias[j >> 2];
+    const wide = kernels.multiply(x, h * w, kernels.matrix(turned, shifts, 4 * c, k));
+    return shuffled(kernels, wide, w, 2, c, rows, columns);
+  }
+}
+
+/** RGB in 0..1, less 1/2, as 192 channels at 1/8 of the size; the last row and column are repeated. */
+function eighth(kernels, rgb, height, width) {
+  const rows = Math.ceil(height / UNSHUFFLE), columns = Math.ceil(width / UNSHUFFLE);
+  const out = kernels.take(rows * columns * 192), values = kernels.f32;
+  for (let i = 0; i < rows * UNSHUFFLE; i++) {
+    const line = Math.min(i, height - 1) * width;
+    for (let j = 0; j < columns * UNSHUFFLE; j++) {
+      const from = 3 * (line + Math.min(j, width - 1)), to = out / 4 + ((i >> 3) * columns + (j >> 3)) * 192 + (i & 7) * 8 + (j & 7);
+      for (let c = 0; c < 3; c++) values[to + 64 * c] = rgb[from + c] - 0.5;
+    }
+  }
+  return out;
+}
+
+/** LIFF: predicts a layer from the one below it. */
+class LIFF {
+  constructor(kernels, tensors) {
+    Object.assign(this, { kernels, tensors });
+    const embed = tensors.get("embed.weight"), [channels] = tensors.shape("embed.weight");
+    const ordered = new Float32Array(channels * 108); // in: 12 channels, 3 x 3; now 3 x 3, then channels
+    for (let j = 0; j < channels; j++)
+      for (let colour = 0; colour < 3; colour++) {
+        const own = embed.subarray(j * 108 + colour * 36, j * 108 + (colour + 1) * 36);
+        const mean = own.reduce((a, b) => a + b) / 36;
+        own.forEach((v, k) => (ordered[j * 108 + (k % 9) * 12 + colour * 4 + Math.floor(k / 9)] = v - mean));
+      }
+    this.c = channels;
+    this.embed = kernels.matrix(ordered, null, channels, 108);
+    this.zeros = kernels.zeros(channels);
+    this.blocks = [];
+    for (let k = 0; tensors.has(`blocks.${k}.dw.weight`); k++) {
+      const part = tensors.part(`blocks.${k}`), matrix = (name) => {
+        const [m, n] = part.shape(`${name}.weight`);
+        return kernels.matrix(part.get(`${name}.weight`), null, m, n);
+      };
+      this.blocks.push({ dw: kernels.put(taps(part.get("dw.weight"), channels)), p1: matrix("p1"), p2: matrix("p2") });
+    }
+    const [m] = tensors.shape("out.weight");
+    this.taps = m / 12;
+    this.out = kernels.matrix(tensors.get("out.weight"), null, m, channels);
+    const side = Math.floor(Math.sqrt(this.taps - 1)) + 1, all = Array.from({ length: this.taps }, (_, k) => k);
+    this.rows = along(tensors.part("rows_phi"), all.map((k) => Math.floor(k / side)));
+    this.columns = along(tensors.part("columns_phi"), all.map((k) => k % side));
+  }
+
+  /** RGB of the layer below, 3 bytes a pixel, [h, w], to float32 RGB in about 0..1, [height, width]. */
+  predict(low, h, w, height, width) {
+    const { kernels } = this, mark = kernels.mark(), out = bicubic(low, h, w, height, width);
+    const features = this.features(low, h, w), stride = this.out.m, n = this.taps, wide = half(w);
+    const [row, dy] = nearest(h, height), [column, dx] = nearest(w, width), cells = [(2 * h) / height, (2 * w) / width];
+    const a = Float32Array.from(dy.flatMap((d) => this.rows(d, cells[0], cells[1])));
+    const b = Float32Array.from(dx.flatMap((d) => this.columns(d, cells[1], cells[0])));
+    const line = new Float32Array(w * 3 * n), f = kernels.f32;
+    for (let y = 0, to = 0; y < height; y++) {
+      for (let x = 0; x < w; x++) {
+        let from = features / 4 + ((row[y] >> 1) * wide + (x >> 1)) * stride + ((row[y] & 1) * 2 + (x & 1)) * 3 * n;
+        for (let c = 0, at = x * 3 * n; c < 3; c++) for (let k = 0; k < n; k++) line[at++] = f[from++] * a[y * n + k];
+      }
+      for (let x = 0; x < width; x++)
+        for (let c = 0, at = column[x] * 3 * n; c < 3; c++) {
+          let sum = 0;
+          for (let k = 0; k < n; k++) sum += line[at++] * b[x * n + k];
+          out[to++] += sum;
+        }
+    }
+    kernels.release(mark);
+    return out;
+  }
+
+  /** Features at half of the lower layer's size. */
+  features(low, h, w) {
+    const { kernels, c } = this, { run } = kernels, rows = half(h), columns = half(w), n = rows * columns;
+    const seen = kernels.take(n * 108), values = kernels.f32;
+    for (let i = 0, at = seen / 4; i < rows; i++)
+      for (let j = 0; j < columns; j++)
+        for (let di = -1; di < 2; di++)
+          for (let dj = -1; dj < 2; dj++) {
+            const top = 2 * Math.max(0, Math.min(rows - 1, i + di)), left = 2 * Math.max(0, Math.min(columns - 1, j + dj));
+            for (let colour = 0; colour < 3; colour++)
+              for (let k = 0; k < 4; k++) {
+                const y = Math.min(h - 1, top + (k >> 1)), x = Math.min(w - 1, left + (k & 1));
+                values[at++] = low[(y * w + x) * 3 + colour] / 255 - 0.5;
+              }
+          }
+    const x = kernels.multiply(seen, n, this.embed), mark = kernels.mark();
+    for (const block of this.blocks) {
+      const h = kernels.take(n * c);
+      run.depthwise(x, block.dw, this.zeros, h, rows, columns, c);
+      const wide = kernels.multiply(h, n, block.p1);
+      run.relu(wide, n * block.p1.m);
+      kernels.multiply(wide, n, block.p2, x);
+      kernels.release(mark);
+    }
+    return kernels.multiply(x, n, this.out);
+  }
+}
+
+/** The function of the place along an axis: cosines of these orders, and what a small network adds. */
+function along(tensors, orders) {
+  const layers = ["first", "second", "last"].map((name) => {
+    const weight = tensors.get(`${name}.weight`), bias = tensors.get(`${name}.bias`);
+    return (x) => Array.from(bias, (v, j) => x.reduce((sum, value, k) => sum + value * weight[j * x.length + k], v));
+  });
+  return (offset, cell, across) => {
+    const added = layers[2](layers[1](layers[0]([offset, cell, across]).map(silu)).map(silu));
+    return orders.map((order, k) => Math.cos(0.5 * Math.PI * order * (offset + 1)) + added[k]);
+  };
+}
+
+/** Of each of `high` samples: the nearest of `low` samples, and the offset from it, -1..1 within it. */
+function nearest(low, high) {
+  const all = Array.from({ length: high }, (_, i) => i), at = all.map((i) => Math.floor(((2 * i + 1) * low) / (2 * high)));
+  return [at, all.map((i) => ((2 * i + 1) * low - (2 * at[i] + 1) * high) / high)];
+}
+
+/** Bicubic interpolation: Keys' kernel with a = -0.75, edges repeated. */
+function bicubic(low, h, w, height, width) {
+  const [across, down] = [cubicTaps(w, width), cubicTaps(h, height)], out = new Float32Array(height * width * 3);
+  const lines = new Map(); // rows of the lower layer, widened
+  const line = (y) => {
+    if (!lines.has(y)) {
+      const wide = new Float32Array(width * 3);
+      for (let x = 0; x < width; x++)
+        for (let c = 0; c < 3; c++)
+          for (let k = 0; k < 4; k++) wide[3 * x + c] += (across.weight[4 * x + k] * low[(y * w + across.source[4 * x + k]) * 3 + c]) / 255;
+      lines.set(y, wide);
+    }
+    return lines.get(y);
+  };
+  for (let y = 0; y < height; y++) {
+    const first = down.source[4 * y];
+    for (const old of lines.keys()) if (old < first) lines.delete(old);
+    const near = [0, 1, 2, 3].map((k) => line(down.source[4 * y + k])), [a, b, c, d] = down.weight.subarray(4 * y, 4 * y + 4);
+    for (let x = 0; x < 3 * width; x++)
+      out[y * 3 * width + x] = a * near[0][x] + b * near[1][x] + c * near[2][x] + d * near[3][x];
+  }
+  return out;
+}
+
+function cubicTaps(low, high) {
+  const source = new Int32Array(4 * high), weight = new Float64Array(4 * high);
+  for (let i = 0; i < high; i++) {
+    const position = ((i + 0.5) * low) / high - 0.5, base = Math.floor(position);
+    for (let k = 0; k < 4; k++) {
+      const at = base + k - 1, t = Math.abs(position - at);
+      source[4 * i + k] = Math.max(0, Math.min(low - 1, at));
+      weight[4 * i + k] = t <= 1 ? (1.25 * t - 2.25) * t * t + 1 : -0.75 * (((t - 5) * t + 8) * t - 4);
+    }
+  }
+  return { source, weight };
+}
+
+/** A set of weights, ready to decode: `decode` gives the layers of a file in turn. */
+export class Decoder {
+  /** `wasm` are the bytes of kernels.wasm, `weights` those of the set's safetensors file for browsers. */
+  static async load(wasm, weights) {
+    return new Decoder(await Kernels.load(wasm), new Tensors(weights));
+  }
+  constructor(kernels, tensors) {
+    [this.base, this.residual] = ["base", "residual"].map((part) => new LayerDecoder(kernels, tensors.part(part)));
+    this.liff = new LIFF(kernels, tensors.part("liff"));
+  }
+  /** A layer's bytes to {width, height, rgb}; `below` is what this gave for the layer below. */
+  layer(data, { width, height, quality }, below, seen) {
+    if (data[0] === 1) return { width, height, rgb: oneColour(data, width * height) };
+    if (!below) return { width, height, rgb: this.base.decode(data, height, width, quality, null, seen) };
+    const prediction = this.liff.predict(below.rgb, below.height, below.width, height, width);
+    return { width, height, rgb: this.residual.decode(data, height, width, quality, prediction, seen) };
+  }
+}
+
+function oneColour(data, pixels) {
+  if (data.length !== 4) throw new CompassError(`a layer of one colour has 4 bytes, not ${data.length}`);
+  return new Uint8ClampedArray(3 * pixels).map((_, k) => data[1 + (k % 3)]);
+}

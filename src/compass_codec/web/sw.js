@@ -1,0 +1,131 @@
+// The service worker: answers photo.cmps?w=640 and photo.cmps?layer=1 with a PNG. It fetches the bytes that the layer
+// needs and no others, keeps them, and decodes here, away from the page.
+
+import { CompassError, HEADER_READ, layerFor, payload, readHeader } from "./container.js";
+import { Decoder } from "./lean.js";
+import { png } from "./png.js";
+
+const CACHE = "compass-weights", FILES = 16; // whose bytes and pixels are kept
+const files = new Map(), decoders = new Map();
+
+self.addEventListener("install", () => self.skipWaiting());
+self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
+self.addEventListener("fetch", (event) => {
+  const url = new URL(event.request.url), { searchParams } = url;
+  const ours = url.origin === location.origin && url.pathname.toLowerCase().endsWith(".cmps");
+  if (event.request.method === "GET" && ours && (searchParams.has("w") || searchParams.has("layer")))
+    event.respondWith(answer(url, searchParams));
+});
+
+async function answer(url, wanted) {
+  const address = url.origin + url.pathname;
+  try {
+    const file = files.get(address) ?? new File(address);
+    files.delete(address); // and to the end: the one used last
+    files.set(address, file);
+    for (const old of [...files.keys()].slice(0, -FILES)) files.delete(old);
+    const { body, layer } = await file.picture(wanted);
+    return new Response(body, { headers: { "content-type": "image/png", "x-compass-layer": layer } });
+  } catch (error) {
+    const known = error instanceof CompassError;
+    console.error(`${url.pathname}: ${error.message}`);
+    return new Response(`${error.message}\n`, { status: known ? 422 : 502, headers: { "content-type": "text/plain" } });
+  }
+}
+
+class File {
+  constructor(address) {
+    Object.assign(this, { address, data: new Uint8Array(0), whole: false, etag: null, layers: [] });
+    this.last = Promise.resolve();
+  }
+
+  /** The picture that `wanted` (w or layer) asks for: one at a time, as each builds on what the others fetched. */
+  picture(wanted) {
+    const next = this.last.catch(() => {}).then(() => this.decoded(wanted));
+    this.last = next;
+    return next;
+  }
+
+  async decoded(wanted) {
+    const header = await this.header();
+    const layer = wanted.has("layer") ? Number(wanted.get("layer")) : layerFor(header, Number(wanted.get("w")));
+    if (!header.layers[layer]) throw new CompassError(`no layer ${wanted.get("layer")}; the file has ${header.layers.length}`);
+    const entry = header.layers[layer];
+    await this.fetched(entry.end);
+    const decoder = await decoderOf(header.model);
+    for (let k = this.layers.length; k <= layer; k++) {
+      this.layers[k] = decoder.layer(payload(header.layers[k], this.data, `layer ${k}`), header.layers[k], this.layers[k - 1]);
+      await new Promise((resolve) => setTimeout(resolve)); // other requests in between
+    }
+    const section = (name, of) => {
+      const found = header.sections.find((s) => s.name === name && s.layer === of);
+      return found ? payload(found, this.data, name) : null;
+    };
+    const coded = section("alpha", layer), alpha = coded && (await alphaOf(coded, entry));
+    return { layer, body: await png(entry.width, entry.height, this.layers[layer].rgb, alpha, section("icc", 0)) };
+  }
+
+  async header() {
+    for (let end = HEADER_READ; ; end *= 8) {
+      await this.fetched(end);
+      try {
+        return readHeader(this.data);
+      } catch (error) {
+        if (error.name !== "TruncatedError" || this.whole) throw error;
+      }
+    }
+  }
+
+  /** Have the first `end` bytes of the file, or all of it. */
+  async fetched(end) {
+    const have = this.data.length;
+    if (have >= end || this.whole) return;
+    const headers = { range: `bytes=${have}-${end - 1}` };
+    if (this.etag) headers["if-range"] = this.etag;
+    const response = await fetch(this.address, { headers });
+    if (response.status === 416) return void (this.whole = true);
+    if (!response.ok) throw new CompassError(`HTTP status ${response.status}`);
+    const part = new Uint8Array(await response.arrayBuffer());
+    if (response.status === 206) {
+      const all = new Uint8Array(have + part.length);
+      all.set(this.data);
+      all.set(part, have);
+      this.data = all;
+      this.whole = part.length < end - have;
+    } else Object.assign(this, { data: part, whole: true, layers: [] }); // a server without ranges, or another file now
+    this.etag = response.headers.get("etag");
+  }
+}
+
+/** The decoder of a set, by its identity. Its weights are fetched once and kept in Cache Storage. */
+function decoderOf(identity) {
+  if (!decoders.has(identity)) {
+    const loading = load(identity);
+    decoders.set(identity, loading);
+    loading.catch(() => decoders.delete(identity));
+  }
+  return decoders.get(identity);
+}
+
+async function load(identity) {
+  const address = new URL(`weights/${identity}.safetensors`, import.meta.url), cache = await caches.open(CACHE);
+  let found = await cache.match(address);
+  if (!found) {
+    found = await fetch(address);
+    if (!found.ok) throw new CompassError(`weights ${identity}: HTTP status ${found.status}`);
+    await cache.put(address, found.clone());
+  }
+  const kernels = await fetch(new URL("kernels.wasm", import.meta.url));
+  return Decoder.load(await kernels.arrayBuffer(), await found.arrayBuffer());
+}
+
+/** The alpha of a layer, 1 byte a pixel, from a lossless WebP or a PNG. */
+async function alphaOf(coded, { width, height }) {
+  const type = coded[0] === 0x89 ? "image/png" : "image/webp";
+  const picture = await createImageBitmap(new Blob([coded], { type }), { colorSpaceConversion: "none" });
+  if (picture.width !== width || picture.height !== height) throw new CompassError("alpha of another size than its layer");
+  const context = new OffscreenCanvas(width, height).getContext("2d");
+  context.drawImage(picture, 0, 0);
+  const { data } = context.getImageData(0, 0, width, height);
+  return Uint8Array.from({ length: width * height }, (_, k) => data[4 * k + 1]);
+}

@@ -1,0 +1,212 @@
+"""The decoder for browsers, in headless Chromium, against golden files and the decoder in Python."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import browser, complaints
+from conftest import GOLDEN, compass, crop
+from PIL import Image
+from selenium.webdriver.support.ui import WebDriverWait
+
+from compass_codec import container, web, weights
+from compass_codec.errors import WeightsError
+
+LEAN = GOLDEN.parent / "lean"
+FILES = json.loads((LEAN / "golden.json").read_text())["symbols"]
+
+# Decodes the golden files in the page: of each layer the SHA-256 of its symbols, as golden.json has it, and its pixels.
+DECODE = """
+const done = arguments[arguments.length - 1], name = arguments[0], weights = arguments[1];
+(async () => {
+  const { readHeader, payload } = await import("./container.js"), { Decoder } = await import("./lean.js");
+  const bytes = async (address) => (await fetch(address)).arrayBuffer();
+  const decoder = await Decoder.load(await bytes("kernels.wasm"), await bytes(weights));
+  const data = new Uint8Array(await bytes(name)), header = readHeader(data), found = [];
+  let below = null;
+  for (const [k, entry] of header.layers.entries()) {
+    const symbols = {}, places = Math.ceil(entry.height / 16) * Math.ceil(entry.width / 16);
+    below = decoder.layer(payload(entry, data, `layer ${k}`), entry, below, (what, values) => (symbols[what] = values));
+    const m = symbols.y.length / places, all = new Int32Array(symbols.z.length + symbols.y.length);
+    all.set(symbols.z);
+    symbols.y.forEach((v, i) => (all[symbols.z.length + (i % m) * places + Math.floor(i / m)] = 64 * v));
+    const hash = [...new Uint8Array(await crypto.subtle.digest("SHA-256", all))];
+    const pixels = Array.from(below.rgb, (v) => String.fromCharCode(v)).join("");
+    found.push({ hash: hash.map((b) => b.toString(16).padStart(2, "0")).join(""), pixels: btoa(pixels) });
+  }
+  done(found);
+})().catch((error) => done(String(error.stack)));
+"""
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Files with ranges; remembers what was sent of each."""
+
+    sent: list[tuple[str, int, int]]
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not path.is_file() or not wanted:
+            if path.is_file():
+                self.sent.append((path.name, 0, path.stat().st_size))
+            super().do_GET()
+            return
+        data, first = path.read_bytes(), int(wanted[1])
+        part = data[first : int(wanted[2]) + 1]
+        self.sent.append((path.name, first, len(part)))
+        self.send_response(206 if part else 416)
+        self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+        self.wfile.write(part)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Iterator[tuple[Path, str, list[tuple[str, int, int]]]]:
+    """A folder with the assets and an empty page, its address, and what was sent."""
+    folder = tmp_path_factory.mktemp("site")
+    result = compass("web-assets", folder, "--model", "lean")
+    assert result.code == 0, result.err
+    (folder / "empty.html").write_text("<!doctype html><title>empty</title>")
+    handler = type("Counting", (Handler,), {"sent": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}", handler.sent
+    server.shutdown()
+
+
+def weights_address() -> str:
+    return web.weights_name(weights.choose(None, "lean").identity)
+
+
+def test_golden_files_in_a_browser(site, tmp_path):
+    folder, address, _ = site
+    with browser(tmp_path / "profile") as driver:
+        driver.set_script_timeout(300)
+        driver.get(f"{address}/empty.html")
+        for name, hashes in FILES.items():
+            shutil.copy(LEAN / f"{name}.cmps", folder)
+            found = driver.execute_async_script(DECODE, f"{name}.cmps", weights_address())
+            assert isinstance(found, list), found
+            assert [layer["hash"] for layer in found] == hashes, name
+            for k, layer in enumerate(found):
+                golden = np.asarray(Image.open(LEAN / f"{name}.layer{k}.png").convert("RGB")).astype(int)
+                pixels = np.frombuffer(base64.b64decode(layer["pixels"]), np.uint8).reshape(golden.shape)
+                difference = np.abs(pixels - golden)
+                assert difference.max() <= 1 and (difference == 0).mean() >= 0.995, (name, k)
+
+
+PAGE = """<!doctype html><title>pictures</title><body>
+<img id="grown" data-cmps="photo.cmps" style="display: block; width: 100px">
+<img id="damaged" data-cmps="damaged.cmps" style="display: block; width: 100px">
+<script type="module" src="compass.js"></script>"""
+
+
+def shown(driver, condition: str) -> None:
+    WebDriverWait(driver, 200).until(lambda d: d.execute_script(f"return {condition}"))
+
+
+def pixels_of(driver, name: str) -> np.ndarray:
+    """What the browser has of a picture."""
+    driver.set_script_timeout(60)
+    done = driver.execute_async_script(
+        "const done = arguments[1]; fetch(arguments[0]).then(r => r.arrayBuffer())"
+        ".then(b => done(btoa(String.fromCharCode(...new Uint8Array(b)))), e => done(String(e)))",
+        name,
+    )
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(done))))
+
+
+def test_pictures_of_a_page(site, tmp_path, codec):
+    folder, address, sent = site
+    image = crop(160, 120)
+    alpha = Image.linear_gradient("L").resize(image.size)
+    image.putalpha(alpha)
+    data = codec.encode(image, [1, 2, 4], 60).data
+    (folder / "photo.cmps").write_bytes(data)
+    header = container.read_header(data)
+    broken = bytearray(data)
+    broken[header.layers[1].start + 20] ^= 1
+    (folder / "damaged.cmps").write_bytes(broken)
+    (folder / "page.html").write_text(PAGE)
+    with browser(tmp_path / "profile") as driver:
+        driver.get(f"{address}/page.html")
+        # two layers of three are wide enough for 100 pixels: 40, 80, 160
+        shown(driver, "document.getElementById('grown').naturalWidth == 160")
+        shown(driver, "document.getElementById('damaged').naturalWidth == 40")
+        total = sum(length for name, _, length in sent if name == "photo.cmps")
+        assert total == max(512, header.layers[2].end)
+        spans = sorted((first, length) for name, first, length in sent if name == "photo.cmps")
+        assert all(a[0] + a[1] == b[0] for a, b in pairwise(spans)), spans  # nothing twice
+        for k in range(3):
+            mine = pixels_of(driver, f"photo.cmps?layer={k}").astype(int)
+            difference = np.abs(mine - np.asarray(codec.decode(data, k)))
+            assert mine.shape[2] == 4 and difference.max() <= 1 and (difference == 0).mean() > 0.995
+        assert pixels_of(driver, "photo.cmps?w=41").shape == (60, 80, 4)
+        assert pixels_of(driver, "photo.cmps?w=9999").shape == (120, 160, 4)
+        said = "\n".join(complaints(driver))
+        assert "layer 1 is damaged" in said or "422" in said
+        before = len(sent)
+        driver.get(f"{address}/page.html")
+        shown(driver, "document.getElementById('grown').naturalWidth == 160")
+        assert not [name for name, *_ in sent[before:] if name.endswith(".safetensors")], "weights are kept"
+
+
+def test_a_small_layer_takes_its_own_bytes_alone(site, tmp_path, codec):
+    folder, address, sent = site
+    data = codec.encode(crop(320, 240), [1, 4], 80).data
+    (folder / "two.cmps").write_bytes(data)
+    (folder / "page.html").write_text(PAGE)
+    with browser(tmp_path / "profile") as driver:
+        driver.get(f"{address}/page.html")
+        shown(driver, "!!navigator.serviceWorker.controller")
+        assert pixels_of(driver, "two.cmps?w=80").shape == (60, 80, 3)
+        end = container.read_header(data).layers[0].end
+        assert sum(length for name, _, length in sent if name == "two.cmps") == max(512, end) < len(data)
+
+
+def test_only_lean_has_weights_for_browsers(tmp_path):
+    with pytest.raises(WeightsError, match="mean_scale"):
+        web.weights_of(weights.choose(None, "paper"))
+    result = compass("web-assets", tmp_path / "out", "--model", "paper")
+    assert result.code == 1 and len(result.err.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_weights_for_browsers_are_small():
+    assert len(web.weights_of(weights.choose(None, "lean"))) < 8 * 2**20
+
+
+def test_the_module_is_made_of_its_source(tmp_path):
+    npx = shutil.which("npx")
+    if npx is None:
+        pytest.skip("npx is not installed")
+    source = Path(web.__file__).parent
+    recipe = (Path(__file__).parents[1] / "Makefile").read_text().partition("\nwasm:")[2].partition("\n\n")[0]
+    command = recipe.partition("&& ")[2].replace("\\\n", " ").split()
+    made = tmp_path / "kernels.wasm"
+    command = [
+        str(source / word) if word == "kernels.ts" else str(made) if word == "kernels.wasm" else word
+        for word in command
+    ]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    if result.returncode:
+        pytest.skip(f"AssemblyScript cannot be had: {result.stderr.splitlines()[-1:]}")
+    assert made.read_bytes() == web.script("kernels.wasm")
