@@ -373,7 +373,7 @@ class TestRunner:
         code += "for found in weights.sets(): codec.shared('cpu', model=found.profile)\nprint(*sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         found = {name.split(".")[1] for name in done.stdout.split() if name.startswith("compass_codec.")}
-        assert found - {"errors", "models"} == {pattern.split("/")[0] for pattern in runner.CODEC}
+        assert found - {"errors", "files", "models"} == {pattern.split("/")[0] for pattern in runner.CODEC}
 
 
 def test_cost_of_a_peer(tmp_path):
