@@ -8,7 +8,7 @@ RUN ?= runs/new
 DATA ?= $(wildcard ../shared/data/train-*.tar)
 CURVES ?= ../shared/anchors/kodak_single_layer_rd.json
 
-.PHONY: demo test check format install kodak tables speed effort layers weights-check train train-paper fuzz golden wasm clean
+.PHONY: demo test check format install kodak tables speed effort layers quality weights-check train train-paper fuzz golden wasm clean
 
 demo: install  ## encode a photograph in three sizes, decode all three, print the table
 	@mkdir -p out
@@ -48,6 +48,10 @@ speed: install  ## where time and memory go: docs/performance.md (LARGE=--large:
 
 effort: install  ## what --effort brings and costs
 	OMP_NUM_THREADS=1 $(BIN)/python -m compass_codec.measure.effort --images $(KODAK) --quick 6 --effort 3
+
+quality: install  ## what the numbers of the quality scale mean, next to other formats; writes docs/quality.md
+	$(BIN)/python -W ignore -m compass_codec.measure.quality --images $(KODAK) > out/quality.md
+	cp out/quality.md docs/
 
 layers: install  ## what several qualities of one size cost
 	OMP_NUM_THREADS=1 $(BIN)/python -m compass_codec.measure.layers --images $(KODAK) --quick 6 --side 256

@@ -19,15 +19,15 @@ from conftest import KODAK, compass, crop
 from PIL import Image
 
 from compass_codec import container
-from compass_codec.measure import cost, methods, peers, report, runner
+from compass_codec.measure import bench, cost, methods, page, peers, report, runner
 from compass_codec.measure.bd_rate import bd_psnr
 from compass_codec.measure.page import _nearest
 from compass_codec.measure.peers import PEERS, Gap
-from compass_codec.measure.protocol import BICUBIC, FULL, OURS, PADDED, Curve, layers_of
+from compass_codec.measure.protocol import BICUBIC, FULL, OURS, PADDED, Curve, layers_of, other_set
 from compass_codec.measure.runner import Cache, Runner
-from compass_codec.measure.tables import TESTED, Column, Points, Published, Results, compare
+from compass_codec.measure.tables import TESTED, Column, Points, Published, Results, compare, single_column
 from compass_codec.measure.task import Original, Settings, Task
-from compass_codec.metrics import psnr
+from compass_codec.metrics import METRICS, Metric, psnr
 
 # peers, and the first file of their weights
 COMPRESSAI = {
@@ -39,11 +39,11 @@ RATE = [0.12, 0.3, 0.66, 1.23]
 PSNR = [27.7, 31.1, 34.9, 38.8]
 
 
-def points(rate: np.ndarray, psnr: np.ndarray, scales=(4.0,)) -> Points:
-    """``rate`` in bpp and ``psnr``, [settings, pictures], of a single layer of 1000 pixels."""
+def points(rate: np.ndarray, psnr: np.ndarray, scales=(4.0,), **more: np.ndarray) -> Points:
+    """``rate`` in bpp, ``psnr`` and ``more`` metrics, [settings, pictures], of a single layer of 1000 pixels."""
     pixels = np.full((rate.shape[1], 1), 1000.0)
-    bits, nothing = rate[:, :, None] * pixels, np.full((*rate.shape, 1), np.nan)
-    return Points(tuple(range(len(rate))), scales, bits, psnr[:, :, None], nothing, pixels)
+    values = {"psnr": psnr[:, :, None], **{name: value[:, :, None] for name, value in more.items()}}
+    return Points(tuple(range(len(rate))), scales, rate[:, :, None] * pixels, values, pixels)
 
 
 class TestFigures:
@@ -62,7 +62,7 @@ class TestFigures:
         tested = points(np.exp(log_rate) * [0.9, 0.7], np.array(PSNR)[:, None] + np.zeros(2))
         found = compare(tested, anchor)
         assert found.bd_rate == pytest.approx(-20) and found.interval == pytest.approx((-30, -10))
-        assert (found.low, found.high) == (PSNR[0], PSNR[-1]) and found.bd_rate_ms_ssim is None
+        assert (found.low, found.high) == (PSNR[0], PSNR[-1]) and found.by == {}
         assert compare(tested, anchor.curve()).interval is None
 
     def test_what_has_no_psnr_in_common_is_a_gap(self):
@@ -76,22 +76,50 @@ class TestFigures:
         Image.new("RGB", (64, 32)).save(tmp_path / "a.png")
         source = Original.of(tmp_path / "a.png")
         records = {
-            Task(source, OURS, (s,), q): {"layers": [{"bytes": int(10 * s), "psnr": 30 + s + q, "ms_ssim": None}]}
+            Task(source, OURS, (s,), q): {"layers": [{"bytes": int(10 * s), "psnr": 30 + s + q, "ms-ssim": None}]}
             for s in (1.0, 2.0, 4.0)
             for q in (1, 2)
         }
         found = Results([source], (1, 2), records).simulcast(OURS, (1.0, 2.0, 4.0))
-        assert found.bits[0, 0].tolist() == [80, 240, 560] and found.psnr[1, 0].tolist() == [33, 34, 36]
+        assert found.bits[0, 0].tolist() == [80, 240, 560] and found.values["psnr"][1, 0].tolist() == [33, 34, 36]
         assert found.own_bits()[0].tolist() == [80, 160, 320]
         assert found.curve().bpp == [560 / (64 * 32)] * 2
 
-    def test_ms_ssim(self):
-        picture = np.asarray(crop(200, 170))
-        noise = np.random.default_rng(0).normal(0, 25, picture.shape)
-        noisy = (picture + noise).clip(0, 255).astype(np.uint8)
-        assert runner.ms_ssim(picture, picture) == pytest.approx(1)
-        assert 0.5 < (runner.ms_ssim(picture, noisy) or 0) < 0.99
-        assert runner.ms_ssim(picture[:160], noisy[:160]) is None
+    def test_lower_is_better_of_butteraugli(self):
+        """Twice the bits for the same distances is 100 %, whichever way the metric goes; and fewer bits for a shorter
+        distance are fewer."""
+        rate, psnr = np.array(RATE)[:, None], np.array(PSNR)[:, None]
+        distance, similar = np.array([3.1, 1.6, 0.9, 0.4])[:, None], np.array([0.9, 0.95, 0.98, 0.993])[:, None]
+        anchor = points(rate, psnr, **{"butteraugli": distance, "ms-ssim": similar})
+        tested = points(2 * rate, psnr, **{"butteraugli": distance, "ms-ssim": similar})
+        found = compare(tested, anchor).by
+        assert [found[name].percent for name in ("butteraugli", "ms-ssim")] == pytest.approx([100, 100])
+        assert (found["butteraugli"].low, found["butteraugli"].high) == pytest.approx((3.1, 0.4))
+        assert (found["ms-ssim"].low, found["ms-ssim"].high) == pytest.approx((0.9, 0.993))
+        better = points(rate, psnr, **{"butteraugli": 0.8 * distance, "ms-ssim": similar})
+        found = compare(better, anchor).by
+        assert found["butteraugli"].percent < -10 and found["ms-ssim"].percent == pytest.approx(0)
+        assert found["butteraugli"].low == pytest.approx(0.8 * 3.1), "from worse to better"
+
+    def test_a_metric_without_its_program_is_left_out_and_said(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        found, missing = bench._available(("psnr", "ssimulacra2"))
+        assert found == ("psnr",) and "no ssimulacra2 on the PATH" in missing["SSIMULACRA 2"]
+        assert "libjxl" in capsys.readouterr().err
+
+
+def test_crops_are_where_they_are_asked_for(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (640, 480)).save(tmp_path / name)
+    results = Results([Original.of(tmp_path / name) for name in ("a.png", "b.png")], (1, 2, 3, 4), {})
+    names = [("b.png", (0.5, 0.5)), ("b.png", (1.0, 0.0)), ("a.png", None)]
+    found = page.shown(results, (FULL,), names)
+    assert [(source.path.name, *box) for source, box in found] == [
+        ("b.png", 216, 136, 208, 208),
+        ("b.png", 432, 0, 208, 208),
+        ("a.png", 216, 136, 208, 208),
+    ]
+    assert [source.path.name for source, _ in page.shown(results, (FULL,))] == ["a.png", "b.png"]
 
 
 class TestCurves:
@@ -317,13 +345,35 @@ class TestRunner:
         found.run(jobs, lambda seconds: None)
         assert "killed" in found.records[jobs[0]]["gap"]
 
+    def test_a_run_measures_what_it_is_asked_for(self, source, tmp_path, monkeypatch):
+        monkeypatch.setitem(METRICS, "butteraugli", Metric("B", lambda a, b: float(a.size), lambda value: -value))
+        settings = Settings(tmp_path / "measured.jsonl", metrics=("psnr", "butteraugli"))
+        job = Task(source, "webp", (FULL,), 50)
+        (layer,) = runner.measure(job, settings)["layers"]
+        assert layer.keys() == {"bytes", "psnr", "butteraugli"} and layer["butteraugli"] == 64 * 48 * 3
+        assert runner.identity("webp", settings) != runner.identity("webp", Settings(settings.cache))
+
+    def test_another_set_of_weights_is_a_row_of_its_own(self, source, tmp_path):
+        """Its crops on the page are at the bytes asked for."""
+        method, settings = other_set("lean"), Settings(tmp_path / "measured.jsonl")
+        assert runner.identity(method, settings) == runner.identity(OURS, settings), "what it would be by default"
+        job = Task(source, method, (FULL,), box=(0, 0, 8, 8), target=400)
+        found = runner.measure(job, settings)
+        assert 0.9 * 400 < found["bytes"] <= 400 and found["crop"].startswith("data:image/webp")
+        record = {"layers": [{"bytes": 9, "psnr": 30.0}]}
+        results = Results([source], (1, 2, 3, 4), {})
+        every = [*results.jobs(OURS, (FULL,)), *results.jobs(method, (FULL,))]
+        results.records = {each: {"layers": [record["layers"][0] | {"psnr": 30 + each.setting}]} for each in every}
+        column = single_column(results, [], Published(), ["lean"])
+        assert list(column.rows) == [TESTED, "COMPASS with lean"] and column.against["COMPASS with lean"].bd_rate == 0
+
     def test_the_modules_that_decide_the_bytes(self):
         """A new module of the codec must be named in runner.CODEC, or old measurements would stay valid."""
         code = "import sys; from compass_codec import codec, weights\n"
         code += "for found in weights.sets(): codec.shared('cpu', model=found.profile)\nprint(*sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         found = {name.split(".")[1] for name in done.stdout.split() if name.startswith("compass_codec.")}
-        assert found - {"errors", "models"} == {pattern.split("/")[0] for pattern in runner.CODEC}
+        assert found - {"errors", "files", "models"} == {pattern.split("/")[0] for pattern in runner.CODEC}
 
 
 def test_cost_of_a_peer(tmp_path):
@@ -401,6 +451,8 @@ class TestCommand:
             (["--tables", "four"], "'four'; there are two, three, single, ablation"),
             (["--qualities", "1,50,100"], "at least 4 qualities"),
             (["--peers", "gif"], "'gif'"),
+            (["--crop", "a.png:1.5,0"], "X and Y go from 0 to 1"),
+            (["--crop", "a.png:left"], "not NAME:X,Y"),
             (["--three", "1.5"], "must not get smaller"),
         ],
     )

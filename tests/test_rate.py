@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from conftest import compass, crop
 from PIL import Image
 
 from compass_codec import container, metrics
+from compass_codec.codec import Codec
 from compass_codec.jobs.targets import Target, search
 
 PIXELS = 100_000
@@ -40,6 +43,20 @@ def between(curve: Curve, kind: str) -> Target:
     return Target(kind, (least + curve.share * (most - least)) * (8 / PIXELS if kind == "bpp" else 1))
 
 
+def test_a_metric_that_falls_with_quality():
+    """The distance is never above the target, and at most 3.5 % below it."""
+    for seed in range(100):
+        rng = random.Random(seed)
+        most, halving = rng.uniform(2, 8), rng.uniform(20, 60)
+
+        def curve(quality: float, most: float = most, halving: float = halving) -> tuple[int, float]:
+            return 1000, most * 2 ** (-quality / halving)
+
+        target = rng.uniform(curve(100)[1], curve(1)[1])
+        found = search(Target("butteraugli", target), PIXELS, curve, lambda made: made)
+        assert found.reached and target * 2**-0.05 <= found.value <= target and found.encodes <= 6
+
+
 @pytest.mark.parametrize("kind", ["size", "bpp", "psnr"])
 def test_few_encodes_and_never_on_the_wrong_side(kind):
     counts = []
@@ -47,9 +64,9 @@ def test_few_encodes_and_never_on_the_wrong_side(kind):
         curve = Curve(seed)
         target = between(curve, kind)
         found = search(target, PIXELS, curve, lambda made: made)
-        assert found.reached and (found.bytes, found.psnr) == curve(found.quality)
+        assert found.reached and (found.bytes, found.value) == curve(found.quality)
         if kind == "psnr":
-            assert target.value <= found.psnr <= target.value + 0.1
+            assert target.value <= found.value <= target.value + 0.1
         else:
             most = target.most_bytes(PIXELS)
             assert found.bytes <= most
@@ -75,7 +92,7 @@ def test_out_of_reach_gives_the_end_of_the_scale(kind, value, quality):
 
 def test_equal_pictures_have_infinite_psnr():
     found = search(Target("psnr", 40), PIXELS, lambda q: (100, 20 + q / 4 if q < 40 else math.inf), lambda made: made)
-    assert (found.quality, found.psnr) == (40, math.inf)
+    assert (found.quality, found.value) == (40, math.inf)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +137,53 @@ def test_a_target_of_psnr_is_met_by_what_shows(tmp_path, codec):
     assert 33 <= found <= 33.1 or "lies between two steps" in report["notes"][-1]
 
 
+def test_a_target_of_a_program_is_met(tmp_path, monkeypatch):
+    """A stub tells a quarter of the mean difference."""
+    script = f"""#!{sys.executable}
+import sys
+a, b = (open(f, "rb").read()[-96 * 64 * 3:] for f in sys.argv[1:])
+print(9); print("3-norm:", sum(abs(x - y) for x, y in zip(a, b)) / len(a) / 4)
+"""
+    (tmp_path / "butteraugli_main").write_text(script)
+    (tmp_path / "butteraugli_main").chmod(0o755)
+    monkeypatch.setenv("PATH", os.fspath(tmp_path))
+    crop(96, 64).save(tmp_path / "in.png")
+    args = ["encode", tmp_path / "in.png", "-s", "1,2", "--target-butteraugli", "0.9", "--device", "cpu"]
+    result = compass(*args)
+    assert result.code == 0 and not result.err, result.err
+    decoded = Codec.load("cpu").decode((tmp_path / "in.cmps").read_bytes())
+    distance = np.abs(np.asarray(crop(96, 64)).astype(int) - np.asarray(decoded)).mean() / 4
+    assert 0.9 * 2**-0.05 <= distance <= 0.9
+    result = compass(*args[:-4], "--target-butteraugli", "0.0001", "--force")
+    assert "Butteraugli 3-norm 0.0001 is out of reach; quality 100 gives" in result.err
+    assert result.err.rstrip().split(", ")[-1].startswith("Butteraugli 3-norm 0.")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"), [("--target-butteraugli", "no butteraugli_main"), ("--target-ssimulacra2", "no ssimulacra2")]
+)
+def test_a_program_that_is_not_here_is_named_before_the_work(tmp_path, monkeypatch, option, words):
+    monkeypatch.setenv("PATH", os.fspath(tmp_path))
+    crop(20, 16).save(tmp_path / "in.png")
+    result = compass("encode", tmp_path / "in.png", "-s", "1", option, "2")
+    assert result.code == 1 and f"in.png: there is {words} on the PATH" in result.err
+    assert result.err.count("\n") == 1 and not (tmp_path / "in.cmps").exists()
+
+
+def test_ms_ssim_of_a_small_picture_is_refused(tmp_path):
+    crop(20, 16).save(tmp_path / "in.png")
+    result = compass("encode", tmp_path / "in.png", "-s", "1", "--target-ms-ssim", "0.9")
+    assert result.code == 1 and "20 x 16 pixels are too few for MS-SSIM" in result.err
+
+
+def test_what_does_not_show_does_not_count():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 256, (2, 170, 170, 3), np.uint8)
+    alpha = np.zeros((170, 170), np.uint8)
+    assert metrics.METRICS["ms-ssim"].of(a, b, alpha) == pytest.approx(1)
+    assert metrics.METRICS["ms-ssim"].of(a, b, alpha + 255) == metrics.METRICS["ms-ssim"].of(a, b) < 0.5
+
+
 def test_a_note_says_that_a_target_lies_between_two_steps(tmp_path, monkeypatch):
     found = dataclasses.replace(search(Target("psnr", 1), 1, lambda q: q, lambda q: (1, 2.0)), reached=True, near=False)
     crop(20, 16).save(tmp_path / "in.png")
@@ -138,6 +202,8 @@ def test_a_note_says_that_a_target_lies_between_two_steps(tmp_path, monkeypatch)
         ["--target-bpp", "0"],
         ["--target-bpp", "nan"],
         ["--target-psnr", "1,2"],
+        ["--target-ms-ssim", "1"],
+        ["--target-psnr", "30", "--target-butteraugli", "1"],
         ["--target-size", "20 parsecs"],
         ["--target-size", "0.5"],
         ["--target-size", "9kB", "-q", "50"],

@@ -56,3 +56,7 @@ class OptionError(CompassError):
 
 class RemoteError(CompassError):
     """A file on a web server that cannot be fetched."""
+
+
+class MeasureError(CompassError):
+    """A measure of pictures that cannot be taken: what it needs is not here, or failed."""

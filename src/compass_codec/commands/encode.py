@@ -61,6 +61,19 @@ from compass_codec.weights import DEFAULT
     help="Minimum PSNR of the largest layer, weighted by alpha; at most 0.1 dB more, or a note says why.",
 )
 @click.option(
+    "--target-ms-ssim", type=values.Value("0..1", values.share), help="The same by MS-SSIM, with pytorch-msssim."
+)
+@click.option(
+    "--target-butteraugli",
+    type=values.Value("DISTANCE", values.positive),
+    help="The same by Butteraugli's 3-norm, with libjxl's program butteraugli_main; 1 and less hardly shows.",
+)
+@click.option(
+    "--target-ssimulacra2",
+    type=values.Value("SCORE", values.positive),
+    help="The same by SSIMULACRA 2, with libjxl's program ssimulacra2.",
+)
+@click.option(
     "--effort",
     type=click.IntRange(0, 9),
     default=0,
@@ -100,6 +113,9 @@ def encode(
     target_bpp: float | None,
     target_size: float | None,
     target_psnr: float | None,
+    target_ms_ssim: float | None,
+    target_butteraugli: float | None,
+    target_ssimulacra2: float | None,
     effort: int,
     time_budget: float | None,
     layer_weights: tuple[float, ...] | None,
@@ -136,6 +152,7 @@ def encode(
       compass encode photo.jpg --scales 1,2,4 -q 50,60,70
       compass encode photo.jpg --scales 1,2,4 --target-size 200kB
       compass encode photo.jpg --scales 1,2,4 --target-psnr 34
+      compass encode photo.jpg --scales 1,2,4 --target-butteraugli 1
       compass encode photo.jpg --scales 1,2,4 --effort 3
     \b
     Many pictures; outputs that are up to date are skipped:
@@ -152,11 +169,11 @@ def encode(
         raise click.UsageError("one of --scales, --sizes and --widths must be given")
     if upscale and scales:
         raise click.UsageError("--upscale goes with --sizes or --widths")
-    targets = [Target("bpp", target_bpp)] if target_bpp else []
-    targets += [Target("size", target_size)] if target_size else []
-    targets += [Target("psnr", target_psnr)] if target_psnr else []
+    aims = {"bpp": target_bpp, "size": target_size, "psnr": target_psnr, "ms-ssim": target_ms_ssim}
+    aims |= {"butteraugli": target_butteraugli, "ssimulacra2": target_ssimulacra2}
+    targets = [Target(kind, value) for kind, value in aims.items() if value]
     if len(targets) + (quality is not None) > 1:
-        raise click.UsageError("--quality, --target-bpp, --target-size and --target-psnr exclude each other")
+        raise click.UsageError(f"--quality and --target-{', --target-'.join(aims)} exclude each other")
     count = len(scales or sizes or widths or ())
     if quality and len(quality) not in (1, count):
         raise click.UsageError(f"--quality: {len(quality)} values for {count} layers")

@@ -99,6 +99,14 @@ def positive(text: str) -> float:
     return found[0]
 
 
+def share(text: str) -> float:
+    """One number between 0 and 1."""
+    found = positive(text)
+    if found >= 1:
+        raise ValueError("not between 0 and 1")
+    return found
+
+
 def layer_weights(text: str) -> tuple[float, ...]:
     """One finite number above 0 for each layer."""
     found = _numbers(text)

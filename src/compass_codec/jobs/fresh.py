@@ -55,7 +55,7 @@ def _made_alike(header: container.Header, target: Path, size: tuple[int, int], o
     quality = entries[0].quality
     if any(e.quality != quality for e in entries):
         return False
-    if options.target.kind == "psnr":
+    if not options.target.of_size:
         return True
     length, most = header.end, options.target.most_bytes(entries[-1].width * entries[-1].height)
     return quality == LOWEST if length > most else length >= (1 - SIZE_WINDOW) * most or quality == HIGHEST

@@ -56,6 +56,9 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
         check_target(target, source, options)
     from compass_codec import colour, metrics, pictures
 
+    by = "psnr" if options.target is None or options.target.of_size else options.target.kind
+    metric = metrics.METRICS[by]
+    metric.identity()  # or what is missing is said before the work
     picture = read_picture(source)
     if options.strip and picture.icc:
         picture = replace(picture, image=colour.to_srgb(picture.image, picture.icc, picture.notes, "--strip"))
@@ -75,19 +78,19 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
         )
         return result.data, result.layers
 
-    def measured(seen: Sequence[NDArray[np.uint8]]) -> list[float]:
-        """PSNR of each layer, weighted by alpha."""
-        shows: list[NDArray[np.uint8] | None] = [*alphas] or [None] * len(layers)
-        return [metrics.psnr(*layer) for layer in zip(layers, seen, shows, strict=True)]
+    shows: list[NDArray[np.uint8] | None] = [*alphas] or [None] * len(layers)
 
     if options.target is None:
         data, reconstructed = attempt(plan.qualities)
     else:
         pixels = layers[-1].shape[0] * layers[-1].shape[1]
-        found = search(options.target, pixels, attempt, lambda e: (len(e[0]), measured(e[1])[-1]))
+        found = search(
+            options.target, pixels, attempt, lambda e: (len(e[0]), metric.of(layers[-1], e[1][-1], shows[-1]))
+        )
         (data, reconstructed), encodes = found.result, found.encodes
         if not (found.reached and found.near):
-            gives = f"{len(data)} bytes, {8 * len(data) / pixels:.3f} bpp, {found.psnr:.2f} dB"
+            told = metric.text(found.value) if metric.unit else f"{metric.title} {metric.text(found.value)}"
+            gives = f"{len(data)} bytes, {8 * len(data) / pixels:.3f} bpp, {told}"
             why = "lies between two steps of quality" if found.reached else "is out of reach"
             notes.append(f"{options.target} {why}; quality {found.quality:g} gives {gives}")
     if options.progress:
@@ -96,7 +99,8 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
     if options.verify:
         _verify(loaded, data if is_stream(target) else target.read_bytes(), reconstructed, sections, target)
     header = container.read_header(data)
-    reports = tuple(_layer_report(header, k, value) for k, value in enumerate(measured(reconstructed)))
+    decibels = [metrics.psnr(*layer) for layer in zip(layers, reconstructed, shows, strict=True)]
+    reports = tuple(_layer_report(header, k, value) for k, value in enumerate(decibels))
     return Report(source, "encoded", (target,), reports, len(data), encodes, notes=tuple(notes))
 
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compass_codec.errors import told
+from compass_codec.commands import values
+from compass_codec.errors import MeasureError, told
 from compass_codec.measure.bd_rate import FEWEST
 from compass_codec.measure.peers import J2K, PEERS, Gap
-from compass_codec.measure.protocol import FULL, LEVELS, OURS, Numbers, Scales, pictures_in
+from compass_codec.measure.protocol import FULL, LEVELS, OURS, Numbers, Scales, other_set, pictures_in
+from compass_codec.metrics import METRICS
 
 if TYPE_CHECKING:
     from compass_codec.measure.report import Report
@@ -41,6 +43,23 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # older click has it wi
             if name not in self.known:
                 self.fail(f"{name!r}; there are {', '.join(self.known)}", param, ctx)
         return names
+
+
+Crop = tuple[str, tuple[float, float] | None]
+
+
+def _crop(text: str) -> Crop:
+    """NAME or NAME:X,Y, a picture and the middle of a crop in parts of its sides. Raises ValueError."""
+    name, colon, middle = text.rpartition(":") if ":" in text else (text, "", "")
+    if not colon:
+        return name, None
+    try:
+        x, y = map(float, middle.split(","))
+    except ValueError:
+        raise ValueError("not NAME:X,Y") from None
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise ValueError("X and Y go from 0 to 1")
+    return name, (x, y)
 
 
 @click.command()
@@ -76,6 +95,14 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # older click has it wi
     multiple=True,
     help="JSON of published rate-distortion curves; may be given several times.",
 )
+@click.option(
+    "--crop",
+    "crops",
+    type=values.Value("NAME[:X,Y]", _crop),
+    multiple=True,
+    help="Shown on the page: a picture, and the middle of the crop in parts of its width and height; may be given "
+    "several times. Default: the middles of the first pictures.",
+)
 @click.option("--quick", is_flag=True, help=f"Use only {QUICK} of the pictures.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Processes of one thread each; default: one for each core.")
 @click.option(
@@ -86,6 +113,19 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # older click has it wi
     help="Where COMPASS computes.",
 )
 @click.option("--weights", type=click.Path(path_type=Path), help="Folder of weights; default: the installed ones.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="Profile of weights (compass models lists them). Given several times, each after the first is one more row.",
+)
+@click.option(
+    "--metrics",
+    type=Names(list(METRICS)),
+    default=("psnr", "ms-ssim"),
+    help=f"Of {','.join(METRICS)}; default: psnr,ms-ssim. PSNR is always measured. The last three need libjxl's "
+    "programs butteraugli_main and ssimulacra2.",
+)
 def bench(
     images: Path,
     out: Path,
@@ -96,22 +136,27 @@ def bench(
     qualities: tuple[float, ...],
     peers: tuple[str, ...],
     curves: tuple[Path, ...],
+    crops: tuple[Crop, ...],
     quick: bool,
     jobs: int | None,
     device: str,
     weights: Path | None,
+    models: tuple[str, ...],
+    metrics: tuple[str, ...],
 ) -> None:
     """Measure COMPASS and other codecs on pictures; write tables, plots and a page to look at.
 
     \b
     compass bench --images kodak --out out/bench --quick
     compass bench --images kodak --out out/bench --tables three --three 2.4,2.8,3.2,3.6,4
+    compass bench --images kodak --out out/bench --tables single --metrics psnr,ms-ssim,butteraugli
 
     What was measured is kept in the folder, so that a run that was stopped goes on where it was.
     """
     from compass_codec.measure.runner import Runner, cores
     from compass_codec.measure.tables import ABLATED, Published, Results
     from compass_codec.measure.task import Original, Settings
+    from compass_codec.weights import choose
 
     if len(qualities) < FEWEST:
         raise click.UsageError(f"a rate-distortion curve needs at least {FEWEST} qualities")
@@ -125,11 +170,17 @@ def bench(
             published.read(file)
         pictures = pictures_in(images, QUICK if quick else 0)
         sources = [Original.of(path) for path in pictures]
+        first = choose(weights, models[0]).folder if models else weights
+        for model in models[1:]:
+            choose(model=model)
+        if unknown := {name for name, _ in crops} - {path.name for path in pictures}:
+            raise ValueError(f"--crop {min(unknown)}: not among the pictures that are measured")
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as e:
         missing = "" if images.is_dir() else f"; {WHERE}"
         raise click.ClickException(f"{told(e)}{missing}") from e
-    settings = Settings(out / "measured.jsonl", weights, device)
+    measured, missing_metrics = _available(metrics)
+    settings = Settings(out / "measured.jsonl", first, device, measured)
     runner = Runner(settings, jobs or cores())
     results = Results(sources, qualities, runner.records)
     wanted: dict[str, list[Scales]] = {
@@ -137,22 +188,36 @@ def bench(
         "three": [(1.0, MIDDLE, s) for s in three] if "three" in tables else [],
     }
     layered = wanted["two"] + wanted["three"]
-    work = [job for scales in layered for method in _layered_methods(peers) for job in results.jobs(method, scales)]
+    sets = [other_set(model) for model in models[1:]]
+    layered_methods = [OURS, *sets, *([LEVELS] if J2K in peers else [])]
+    work = [job for scales in layered for method in layered_methods for job in results.jobs(method, scales)]
     singles = {s for scales in layered for s in scales} | ({FULL} if "single" in tables else set())
     work += [job for s in sorted(singles) for method in (OURS, *peers) for job in results.jobs(method, (s,))]
+    if "single" in tables:
+        work += [job for method in sets for job in results.jobs(method, (FULL,))]
     if "ablation" in tables:
         work += [job for m in (OURS, *ABLATED.values()) for job in results.jobs(m, (1.0, MIDDLE, ablation))]
     _run(runner, work, "measuring")
-    report = _analyse(results, wanted, tables, (1.0, MIDDLE, ablation), peers, published)
+    report = _analyse(results, wanted, tables, (1.0, MIDDLE, ablation), peers, published, models[1:])
     report.facts |= _facts(runner, results, peers, curves)
+    report.facts |= {"metrics": list(measured), "metric_gaps": missing_metrics, "models": list(models)}
     shown = layered[-1] if layered else (FULL,)
-    _write_page(runner, results, shown, peers, out)
+    _write_page(runner, results, shown, [*sets, *peers], out, crops)
     _measure_cost(report, results, settings, out)
     _write(report, out)
 
 
-def _layered_methods(peers: Sequence[str]) -> list[str]:
-    return [OURS, *([LEVELS] if J2K in peers else [])]
+def _available(metrics: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """PSNR and those of ``metrics`` that can be measured here, in the order of METRICS; why others cannot, by title."""
+    found, missing = [], {}
+    for name in [name for name in METRICS if name == "psnr" or name in metrics]:
+        try:
+            METRICS[name].identity()
+            found.append(name)
+        except MeasureError as e:
+            missing[METRICS[name].title] = str(e)
+            click.echo(f"note: without {METRICS[name].title}: {e}", err=True)
+    return tuple(found), missing
 
 
 def _run(runner: Runner, work: Sequence[Task], label: str) -> None:
@@ -178,17 +243,19 @@ def _analyse(
     ablated: Scales,
     peers: Sequence[str],
     published: Published,
+    models: Sequence[str] = (),
 ) -> Report:
     from compass_codec.measure.report import Report
     from compass_codec.measure.tables import ablation_column, layered_column, single_column
 
     report = Report({})
     columns: dict[str, list[Column]] = {
-        name: [layered_column(results, scales, peers, published) for scales in found] for name, found in wanted.items()
+        name: [layered_column(results, scales, peers, published, models) for scales in found]
+        for name, found in wanted.items()
     }
     report.two, report.three = columns["two"], columns["three"]
     if "single" in tables:
-        report.single = single_column(results, peers, published)
+        report.single = single_column(results, peers, published, models)
     if "ablation" in tables:
         report.ablation = ablation_column(results, ablated)
     return report
@@ -221,14 +288,18 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _write_page(runner: Runner, results: Results, scales: Scales, peers: Sequence[str], out: Path) -> None:
+def _write_page(
+    runner: Runner, results: Results, scales: Scales, peers: Sequence[str], out: Path, crops: Sequence[Crop]
+) -> None:
     from compass_codec.files import write_file
+    from compass_codec.measure import page
     from compass_codec.measure.page import html, our_jobs, peer_jobs
 
-    ours = our_jobs(results, scales)
+    chosen = page.shown(results, scales, crops)
+    ours = our_jobs(results, scales, chosen)
     _run(runner, ours, "the page, ours")
     _run(runner, peer_jobs(ours, results, peers), "the page, others")
-    write_file(out / "compare.html", html(results, scales, peers).encode())
+    write_file(out / "compare.html", html(results, scales, peers, chosen).encode())
 
 
 def _measure_cost(report: Report, results: Results, settings: Any, out: Path) -> None:
@@ -264,8 +335,10 @@ def _write(report: Report, out: Path) -> None:
     columns = report.columns()
     written = ["results.json", "results.md", "compare.html"]
     if columns:
-        rate_distortion(columns, out / "rd.png")
-        written.append("rd.png")
+        for metric in report.facts["metrics"]:
+            name = "rd.png" if metric == "psnr" else f"rd-{metric}.png"
+            rate_distortion(columns, out / name, metric)
+            written.append(name)
     layered = [column for column in [*report.two, *report.three] if column.rows]
     if layered:
         bits_of_layers(layered[-1], out / "bits.png")

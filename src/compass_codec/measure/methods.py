@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from compass_codec import container
 from compass_codec.codec import Codec
 from compass_codec.measure.peers import PEERS, resolutions
-from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales
+from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales, kind_of, model_of
 
 Coded = list[tuple[int, NDArray[np.uint8]]]
 Size = tuple[int, int]  # height, width
@@ -97,7 +97,7 @@ KINDS: dict[str, type[Measured]] = {
 @cache
 def codec(method: str, weights: Path | None, device: str) -> Measured:
     """The codec or one of its ablations, loaded once in a process."""
-    return KINDS[method].load(device, weights, engine="torch")
+    return KINDS[kind_of(method)].load(device, weights, model=model_of(method), engine="torch")
 
 
 def code(
@@ -105,7 +105,7 @@ def code(
 ) -> Coded:
     """Code ``layers`` (uint8 [height, width, 3], smallest first): for each, the bytes that it and all below it need,
     and what it decodes to. Formats that hold one size take a file for each. Raises Gap for what cannot be done."""
-    if method in KINDS:
+    if kind_of(method) in KINDS:
         return codec(method, weights, device).code(layers, scales, setting)
     if method == LEVELS:
         return resolutions(layers, setting)

@@ -7,18 +7,22 @@ import bisect
 import io
 import json
 from collections.abc import Sequence
+from functools import partial
 from importlib import resources
 from typing import TYPE_CHECKING
 
 from compass_codec.measure.peers import PEERS, Gap
-from compass_codec.measure.protocol import OURS, Scales, layers_of, sizes_of, title
-from compass_codec.measure.tables import TESTED, Results
+from compass_codec.measure.protocol import OURS, Scales, kind_of, layers_of, model_of, sizes_of, title
+from compass_codec.measure.tables import TESTED, Results, set_title
 from compass_codec.measure.task import Original, Record, Settings, Task, load
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+Box = tuple[int, int, int, int]  # left, top, width, height
+Middle = tuple[float, float]  # of a crop, in parts of width and height
+Shown = tuple[Original, Box]
 SIDE = 208  # samples of a crop
 PICTURES = 3  # on the page
 
@@ -27,7 +31,7 @@ def crop(job: Task, layers: Sequence[NDArray[np.uint8]], settings: Settings) -> 
     """In a worker: the crop of the top layer as ``job.method`` gives it, what it cost, and its PSNR (of the whole)."""
     from compass_codec.metrics import psnr
 
-    if job.method == OURS:
+    if kind_of(job.method) == OURS:
         total, decoded = _ours(job, layers, settings)
     else:
         total, decoded = _nearest(job, layers)
@@ -35,14 +39,22 @@ def crop(job: Task, layers: Sequence[NDArray[np.uint8]], settings: Settings) -> 
 
 
 def _ours(job: Task, layers: Sequence[NDArray[np.uint8]], settings: Settings) -> tuple[int, NDArray[np.uint8]]:
-    """Through the file. The tables take the encoder's word for what a decoder sees; here it is checked."""
+    """Through the file, with ``target`` the largest that is not above it. The tables take the encoder's word for what a
+    decoder sees; here it is checked."""
     import numpy as np
 
     from compass_codec import container
     from compass_codec.codec import shared
+    from compass_codec.jobs.targets import Target, search
 
-    ours = shared(settings.device, settings.weights, engine="torch")
-    encoded = ours.encode_layers(layers, [s / job.scales[0] for s in job.scales], job.setting)
+    ours = shared(settings.device, settings.weights, model=model_of(job.method), engine="torch")
+    scales = [s / job.scales[0] for s in job.scales]
+    if job.target:
+        target, pixels = Target("size", job.target), layers[-1].shape[0] * layers[-1].shape[1]
+        encode = partial(ours.encode_layers, layers, scales)
+        encoded = search(target, pixels, encode, lambda e: (len(e.data), 0)).result
+    else:
+        encoded = ours.encode_layers(layers, scales, job.setting)
     header = container.read_header(encoded.data)
     decoded = list(ours.decode_layers(encoded.data, header, len(layers) - 1))
     if not all(np.array_equal(a, b) for a, b in zip(decoded, encoded.layers, strict=True)):
@@ -65,7 +77,7 @@ def _nearest(job: Task, layers: Sequence[NDArray[np.uint8]]) -> tuple[int, NDArr
     return total(best), peer.decode(files[best][-1])
 
 
-def _data_url(picture: NDArray[np.uint8], box: tuple[int, int, int, int] | None) -> str:
+def _data_url(picture: NDArray[np.uint8], box: Box | None) -> str:
     """The box of a picture as a lossless WebP inside a URL."""
     from PIL import Image
 
@@ -76,24 +88,29 @@ def _data_url(picture: NDArray[np.uint8], box: tuple[int, int, int, int] | None)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _box(source: Original, scales: Scales) -> tuple[int, int, int, int]:
-    """The middle of the top layer."""
+def _box(source: Original, scales: Scales, middle: Middle | None) -> Box:
+    """What is shown of the top layer, around ``middle``, or around its own."""
     ((width, height),) = sizes_of(source.size, scales[-1:])
     w, h = min(SIDE, width), min(SIDE, height)
-    return (width - w) // 2, (height - h) // 2, w, h
+    x, y = (round(part * side) for part, side in zip(middle or (0.5, 0.5), (width, height), strict=True))
+    return min(max(0, x - w // 2), width - w), min(max(0, y - h // 2), height - h), w, h
 
 
-def our_jobs(results: Results, scales: Scales) -> list[Task]:
-    """Crops of ours: the first pictures, at every quality."""
-    return [
-        Task(source, OURS, scales, quality, _box(source, scales))
-        for source in results.sources[:PICTURES]
-        for quality in results.qualities
-    ]
+def shown(results: Results, scales: Scales, crops: Sequence[tuple[str, Middle | None]] = ()) -> list[Shown]:
+    """The crops on the page: those named by picture and middle, or else of the first pictures."""
+    sources = {source.path.name: source for source in results.sources}
+    chosen = [(sources[name], middle) for name, middle in crops]
+    chosen = chosen or [(source, None) for source in results.sources[:PICTURES]]
+    return [(source, _box(source, scales, middle)) for source, middle in chosen]
+
+
+def our_jobs(results: Results, scales: Scales, crops: Sequence[Shown]) -> list[Task]:
+    """Ours, at every quality."""
+    return [Task(source, OURS, scales, quality, box) for source, box in crops for quality in results.qualities]
 
 
 def peer_jobs(ours: Sequence[Task], results: Results, peers: Sequence[str]) -> list[Task]:
-    """Crops of the peers at the bytes of ours, which must have been run."""
+    """Crops of the ``peers``, or of our other sets, at the bytes of ours, which must have been run."""
     return [
         Task(job.source, peer, job.scales, box=job.box, target=results.records[job]["bytes"])
         for job in ours
@@ -102,34 +119,42 @@ def peer_jobs(ours: Sequence[Task], results: Results, peers: Sequence[str]) -> l
     ]
 
 
-def html(results: Results, scales: Scales, peers: Sequence[str]) -> str:
+def html(results: Results, scales: Scales, peers: Sequence[str], crops: Sequence[Shown]) -> str:
     """The page, from the records of ``our_jobs`` and ``peer_jobs``."""
-    ours = our_jobs(results, scales)
-    others = {(job.source, job.target, job.method): job for job in peer_jobs(ours, results, peers)}
+    ours = our_jobs(results, scales, crops)
+    others = {(job.source, job.box, job.target, job.method): job for job in peer_jobs(ours, results, peers)}
     pictures = []
-    for source in results.sources[:PICTURES]:
+    for source, box in crops:
         points = []
         ((width, height),) = sizes_of(source.size, scales[-1:])
-        for job in (job for job in ours if job.source == source):
+        for job in (job for job in ours if (job.source, job.box) == (source, box)):
             record = results.records[job]
             tiles = [_tile(TESTED, record, record.get("bytes", 0))]
             for peer in peers:
-                name = f"simulcast {PEERS[peer].title}" if len(scales) > 1 else PEERS[peer].title
-                other = others.get((source, record.get("bytes", 0), peer))
+                name = _name(peer, len(scales) > 1)
+                other = others.get((source, box, record.get("bytes", 0), peer))
                 tiles.append(_tile(name, results.records[other] if other else record, record.get("bytes", 0)))
             rate = f"{8 * record['bytes'] / width / height:.3f} bpp, " if "bytes" in record else ""
             points.append({"label": f"{rate}quality {job.setting:g} of COMPASS", "tiles": tiles})
         (top,) = layers_of(load(source.path), scales[-1:])
-        pictures.append({"name": source.path.name, "original": _data_url(top, _box(source, scales)), "points": points})
+        name = f"{source.path.name}, {box[0]}, {box[1]}"
+        pictures.append({"name": name, "original": _data_url(top, box), "points": points})
     note = (
-        f"The middle of the largest of the layers {title(scales)}. The bytes are those of all the layers together: "
-        "one file for COMPASS, a file for each layer for the others, at the setting that comes nearest. PSNR is "
-        "that of the whole layer. Choose a picture below to set it against COMPASS."
+        f"Crops of the largest layer, with left and top; layers: {title(scales)}. The bytes are those of all the "
+        "layers together: one file for COMPASS, a file for each layer for other codecs, at the setting that comes "
+        "nearest. PSNR is that of the whole layer. Choose a picture below to set it against COMPASS."
     )
     # "<" could end the script; JSON may write it as an escape
     data = json.dumps({"note": note, "pictures": pictures}).replace("<", "\\u003c")
     page = resources.files("compass_codec.measure").joinpath("compare.html").read_text(encoding="utf-8")
     return page.replace("/*DATA*/null", data)
+
+
+def _name(method: str, layered: bool) -> str:
+    """Of a tile."""
+    if model := model_of(method):
+        return set_title(model)
+    return f"simulcast {PEERS[method].title}" if layered else PEERS[method].title
 
 
 def _tile(name: str, record: Record, wanted: int) -> dict[str, str]:

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compass_codec.measure.protocol import FULL, PUBLISHED, Curve, title
 from compass_codec.measure.tables import TESTED, Column
+from compass_codec.metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 3  # panels in a row
 SHOWN = (PUBLISHED, "vtm", "av1", "bpg_444_x265_ycbcr", "paper-elic2022_mse")  # of the published single layers
-PSNR_MARGIN = 1.5  # dB around our own curve; what lies beyond says nothing about it
+MARGIN = 0.12  # of the range of our own curve around it; what lies beyond says nothing about it
 
 
-def _curves(column: Column) -> dict[str, Curve]:
+def _curves(column: Column, metric: str) -> dict[str, Curve]:
+    rows = {name: points.curve(metric=metric) for name, points in column.rows.items()}
+    if metric != "psnr":
+        return {name: curve for name, curve in rows.items() if not any(map(math.isnan, curve.psnr))}
     shown = {f"{name} (published)" for name in SHOWN}
     known = {n: c for n, c in column.curves.items() if len(column.scales) > 1 or n in shown}
-    return {name: points.curve() for name, points in column.rows.items()} | known
+    return rows | known
 
 
-def rate_distortion(columns: Sequence[Column], file: Path) -> None:
-    """A panel for each column: mean accumulated bpp of the final layer against its mean PSNR."""
+def rate_distortion(columns: Sequence[Column], file: Path, metric: str = "psnr") -> None:
+    """A panel for each column: mean accumulated bpp of the final layer against its mean PSNR, or another metric on its
+    axis, marked with its values. Up is better."""
     from matplotlib.figure import Figure
 
     rows = -(-len(columns) // COLUMNS)
@@ -34,21 +40,25 @@ def rate_distortion(columns: Sequence[Column], file: Path) -> None:
     colours: dict[str, str] = {}
     for i, column in enumerate(columns):
         axes = figure.add_subplot(rows, width, i + 1)
-        for name, curve in _curves(column).items():
+        curves = _curves(column, metric)
+        for name, curve in curves.items():
             codec = name.removeprefix("simulcast ")
             colour = colours.setdefault(codec, "black" if name == TESTED else f"C{len(colours) % 10}")
             style = "-" if name == TESTED else "--" if name in column.curves else "-."
             weight = 2.4 if name == TESTED else 1.2
             axes.plot(curve.bpp, curve.psnr, style, color=colour, marker=".", linewidth=weight, label=name)
-        if TESTED in column.rows:
-            ours = column.rows[TESTED].curve()
+        if TESTED in curves:
+            ours = curves[TESTED]
+            margin = MARGIN * (max(ours.psnr) - min(ours.psnr))
             axes.set_xlim(0, 1.6 * max(ours.bpp))
-            axes.set_ylim(min(ours.psnr) - PSNR_MARGIN, max(ours.psnr) + PSNR_MARGIN)
+            axes.set_ylim(min(ours.psnr) - margin, max(ours.psnr) + margin)
         axes.set_title(f"{title(column.scales)}, final layer" if len(column.scales) > 1 else f"single layer, {FULL:g}x")
         axes.set_xlabel("accumulated bits per pixel")
-        axes.set_ylabel("RGB PSNR, dB")
+        axes.set_ylabel(f"{METRICS[metric].title}{f', {unit}' if (unit := METRICS[metric].unit) else ''}")
+        axes.yaxis.set_major_formatter(lambda at, _: f"{METRICS[metric].value(at):.4g}")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6)
+        if curves:
+            axes.legend(fontsize=6)
     _save(figure, file)
 
 

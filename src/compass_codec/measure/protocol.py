@@ -28,6 +28,21 @@ OURS, BICUBIC, PADDED, LEVELS = "compass", "compass-bicubic", "compass-padded", 
 PUBLISHED = "compressai-mbt2018-mean_mse_cuda"
 
 
+def other_set(model: str) -> str:
+    """The method that codes as ours does, with the set of weights ``model`` instead of the run's."""
+    return f"{OURS}:{model}"
+
+
+def kind_of(method: str) -> str:
+    """A method without the name of its set of weights."""
+    return method.partition(":")[0]
+
+
+def model_of(method: str) -> str | None:
+    """The set of weights that a method names."""
+    return method.partition(":")[2] or None
+
+
 def title(scales: Scales) -> str:
     return "single layer" if scales == (FULL,) else ", ".join(f"{s:g}x" for s in scales)
 
@@ -59,7 +74,8 @@ def pictures_in(folder: Path, quick: int) -> list[Path]:
 
 @dataclass
 class Curve:
-    """Mean bits per pixel of the top layer and mean PSNR in dB, a point for each quality."""
+    """Mean bits per pixel of the top layer and mean PSNR in dB, a point for each quality; or, in the place of PSNR,
+    another metric on its axis."""
 
     bpp: list[float] = field(default_factory=list)
     psnr: list[float] = field(default_factory=list)

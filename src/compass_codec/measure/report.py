@@ -11,6 +11,7 @@ from compass_codec.measure.cost import Cost
 from compass_codec.measure.peers import J2K, PEERS
 from compass_codec.measure.protocol import PUBLISHED, rows, title
 from compass_codec.measure.tables import ABLATED, TESTED, Column, Comparison, Points
+from compass_codec.metrics import METRICS
 
 NONE = "–"  # noqa: RUF001, a cell without a figure
 
@@ -76,6 +77,8 @@ class Report:
         if count != 24:
             yield "**Not the 24 Kodak pictures of the paper**: read the figures as a check that everything runs."
         yield "![Rate-distortion curves](rd.png)"
+        for metric in self._others():
+            yield f"![Rate-distortion curves by {METRICS[metric].title}](rd-{metric}.png)"
 
     def _losses(self) -> Iterator[str]:
         yield "## Where COMPASS loses"
@@ -116,17 +119,33 @@ class Report:
             body += [of_paper(theirs, figures) for ours, theirs, figures in printed if ours == name]
         body += [of_paper(theirs, figures) for ours, theirs, figures in printed if ours not in names]
         yield rows(["COMPASS against", *shown], body)
-        yield "The PSNRs in common, BD-PSNR (above zero COMPASS is better), and BD-rate by MS-SSIM in dB:"
+        yield "The PSNRs in common, and BD-PSNR (above zero COMPASS is better):"
         yield rows(["COMPASS against", *shown], [[n, *[_more(c.against.get(n)) for c in columns]] for n in names])
+        for metric in self._others():
+            yield f"BD-rate by {METRICS[metric].title}, over what both reach:"
+            yield rows(
+                ["COMPASS against", *shown], [[n, *[_by(c.against.get(n), metric) for c in columns]] for n in names]
+            )
 
     def _single(self, column: Column) -> Iterator[str]:
         yield "## A single layer at full size"
         yield "The base codec alone, as COMPASS with one layer. Published curves have no pictures, and so no interval."
         body = [
-            [name, _rate(r), f"{r.low:.1f} to {r.high:.1f} dB", _signed(r.bd_psnr, "dB", 2), _signed(r.bd_rate_ms_ssim)]
+            [
+                name,
+                _rate(r),
+                f"{r.low:.1f} to {r.high:.1f} dB",
+                _signed(r.bd_psnr, "dB", 2),
+                *[_by(r, metric) for metric in self._others()],
+            ]
             for name, r in sorted(column.against.items(), key=lambda item: -item[1].bd_rate)
         ]
-        yield rows(["COMPASS against", "BD-rate", "over PSNR", "BD-PSNR", "BD-rate, MS-SSIM"], body)
+        others = [f"BD-rate, {METRICS[metric].title}" for metric in self._others()]
+        yield rows(["COMPASS against", "BD-rate", "over PSNR", "BD-PSNR", *others], body)
+
+    def _others(self) -> list[str]:
+        """The metrics beside PSNR."""
+        return [metric for metric in self.facts["metrics"] if metric != "psnr"]
 
     def _ablation(self, column: Column) -> Iterator[str]:
         yield f"## Without its parts (the paper's table 4), layers {title(column.scales)}"
@@ -142,7 +161,8 @@ class Report:
 
     def _layers(self) -> Iterator[str]:
         yield "## Every layer"
-        yield "Mean bits of each layer alone, accumulated bpp at that layer, PSNR; and MS-SSIM where it is defined."
+        titles = ", ".join(METRICS[metric].title for metric in self.facts["metrics"])
+        yield f"Mean bits of each layer alone, and accumulated bpp at that layer; {titles}, where defined."
         yield "![Bits of each layer](bits.png)"
         for column in [*self.two, *self.three]:
             if TESTED not in column.rows:
@@ -184,7 +204,7 @@ class Report:
     def _gaps(self) -> Iterator[str]:
         where = [(title(c.scales), c.gaps) for c in self.columns()]
         where += [("ablation", self.ablation.gaps)] if self.ablation else []
-        where += [("time and memory", self.cost_gaps)]
+        where += [("time and memory", self.cost_gaps), ("metrics", self.facts["metric_gaps"])]
         names: dict[tuple[str, str], list[str]] = {}
         for place, gaps in where:
             for name, reason in gaps.items():
@@ -207,9 +227,11 @@ class Report:
             "its resolution levels is one file; its reduced resolutions are wavelet low-passes, measured against "
             "the bicubic reductions that everything else codes, which limits their PSNR whatever the bits; they "
             "exist only for halves, quarters and so on. Published curves are of single layers at full size and of "
-            "all 24 Kodak pictures. MS-SSIM needs sides of 161 samples. SSIMULACRA2 is left out: the Python package "
-            "of that name (0.3.0) does not give the reference's scores (grey 128 against 148, 64 x 64 samples: 94.7 "
-            "instead of 56.1)."
+            "all 24 Kodak pictures. MS-SSIM needs sides of 161 samples. BD-rates by MS-SSIM are over its decibels, "
+            "-10 log10(1 - x), those by Butteraugli over the logarithm of its distance, where lower is better. "
+            "Butteraugli and SSIMULACRA 2 are measured by the programs of libjxl, butteraugli_main and ssimulacra2: "
+            "the Python package ssimulacra2 (0.3.0) does not give the reference's scores (grey 128 against 148, "
+            "64 x 64 samples: 94.7 instead of 56.1)."
         )
         if self.facts["published"]:
             yield f"Curves from {', '.join(self.facts['published'])}; {PUBLISHED} is CompressAI's mean-scale model."
@@ -245,7 +267,15 @@ def _signed(value: float | None, unit: str = "%", digits: int = 1) -> str:
 def _more(r: Comparison | None) -> str:
     if r is None:
         return NONE
-    return f"{r.low:.1f} to {r.high:.1f} dB, {_signed(r.bd_psnr, 'dB', 2)}, {_signed(r.bd_rate_ms_ssim)}"
+    return f"{r.low:.1f} to {r.high:.1f} dB, {_signed(r.bd_psnr, 'dB', 2)}"
+
+
+def _by(r: Comparison | None, metric: str) -> str:
+    """BD-rate over another metric, and the values from worse to better that it covers."""
+    if r is None or metric not in r.by:
+        return NONE
+    rate, measure = r.by[metric], METRICS[metric]
+    return f"{rate.percent:+.1f} %, {measure.text(rate.low)} to {measure.text(rate.high)}"
 
 
 def _points(name: str, points: Points) -> Iterator[list[str]]:
@@ -253,11 +283,10 @@ def _points(name: str, points: Points) -> Iterator[list[str]]:
     for i, setting in enumerate(points.settings):
         cells = []
         for k in range(len(points.scales)):
-            bits, bpp, psnr, ms_ssim = (
-                report[x][k][i] for x in ("bits_of_layer", "accumulated_bpp", "psnr", "ms_ssim")
-            )
-            extra = f", {ms_ssim:.4f}" if ms_ssim is not None else ""
-            cells.append(f"{bits:.0f} bit, {bpp:.3f} bpp, {psnr:.2f} dB{extra}")
+            bits, bpp = (report[x][k][i] for x in ("bits_of_layer", "accumulated_bpp"))
+            values = {metric: report[metric][k][i] for metric in points.values}
+            known = [METRICS[metric].text(value) for metric, value in values.items() if value is not None]
+            cells.append(", ".join([f"{bits:.0f} bit", f"{bpp:.3f} bpp", *known]))
         yield [name, f"{setting:g}", *cells]
 
 

@@ -13,23 +13,15 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import compass_codec
 from compass_codec.measure.peers import J2K, PEERS, Gap
-from compass_codec.measure.protocol import (
-    LEVELS,
-    layers_of,
-)
+from compass_codec.measure.protocol import LEVELS, kind_of, layers_of, model_of
 from compass_codec.measure.task import SECONDS, Original, Record, Settings, Task, load
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from compass_codec.metrics import METRICS
 
 # modules that decide what a file holds and decodes to
 CODEC = ("codec", "colour", "container", "entropy", "pictures", "weights", "backbones/*", "networks/*")
-MS_SSIM_SIDE = 161  # five scales of windows of 11 samples need this many
 
 
 def precision(device: str) -> str:
@@ -41,17 +33,18 @@ def precision(device: str) -> str:
 
 def identity(method: str, settings: Settings) -> str:
     """Which code, weights and precision decide what ``method`` gives. Raises Gap when it is not installed."""
-    if method not in SECONDS:
-        return f"{method}: {PEERS[J2K if method == LEVELS else method].identity()}"
+    measured = ", ".join(METRICS[metric].identity() for metric in settings.metrics)
+    if kind_of(method) not in SECONDS:
+        return f"{method}: {PEERS[J2K if method == LEVELS else method].identity()}, {measured}"
     from compass_codec.weights import identity as weights_identity
 
     digest = hashlib.sha256()
     for pattern in CODEC:
         for path in sorted(Path(compass_codec.__file__).parent.glob(f"{pattern}.py")):
             digest.update(path.read_bytes())
-    weights = weights_identity(settings.weights)
+    weights = weights_identity(settings.weights, model_of(method))
     code = f"code {digest.hexdigest()[:12]}, {precision(settings.device)}"
-    return f"{method} {compass_codec.__version__}, weights {weights}, {code}"
+    return f"{kind_of(method)} {compass_codec.__version__}, weights {weights}, {code}, {measured}"
 
 
 class Cache:
@@ -76,21 +69,9 @@ class Cache:
             f.write(line.encode())
 
 
-def ms_ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float | None:
-    """MS-SSIM of two uint8 pictures [height, width, 3]; None when a side is too short for its five scales."""
-    if min(a.shape[:2]) < MS_SSIM_SIDE:
-        return None
-    import torch
-    from pytorch_msssim import ms_ssim as measure
-
-    x, y = (torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() for p in (a, b))
-    return float(measure(x, y, data_range=255))
-
-
 def measure(job: Task, settings: Settings) -> Record:
     """Code the picture of ``job`` and measure every layer. Raises Gap for what cannot be measured."""
     from compass_codec.measure.methods import code
-    from compass_codec.metrics import psnr
 
     layers = layers_of(load(job.source.path), job.scales)
     if job.box:
@@ -102,7 +83,7 @@ def measure(job: Task, settings: Settings) -> Record:
     for layer, (end, decoded) in zip(layers, coded, strict=True):
         if decoded.shape != layer.shape:
             raise Gap(f"decodes to {decoded.shape[1]} x {decoded.shape[0]}")
-        record.append({"bytes": end, "psnr": psnr(layer, decoded), "ms_ssim": ms_ssim(layer, decoded)})
+        record.append({"bytes": end} | {metric: METRICS[metric].measure(layer, decoded) for metric in settings.metrics})
     return {"layers": record}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compass_codec.measure import paper
-from compass_codec.measure.bd_rate import bd_psnr, bd_rate
+from compass_codec.measure.bd_rate import BDRate, bd_psnr
 from compass_codec.measure.peers import J2K, PEERS, Gap
 from compass_codec.measure.protocol import (
     BICUBIC,
@@ -26,9 +26,11 @@ from compass_codec.measure.protocol import (
     PUBLISHED,
     Curve,
     Scales,
+    other_set,
     sizes_of,
 )
 from compass_codec.measure.task import Original, Record, Task
+from compass_codec.metrics import METRICS
 
 RESAMPLES = 200  # of the pictures, for an interval
 KODAK = {f"kodim{i:02d}.png" for i in range(1, 25)}
@@ -36,14 +38,13 @@ KODAK = {f"kodim{i:02d}.png" for i in range(1, 25)}
 
 @dataclass
 class Points:
-    """What one way of coding gave: arrays [settings, pictures, layers]; ``bits`` are accumulated, ``ms_ssim`` is NaN
-    where a layer is too small for it. ``pixels`` is [pictures, layers]."""
+    """What one way of coding gave: arrays [settings, pictures, layers]; ``bits`` are accumulated, ``values`` are those
+    of each metric, NaN where a layer is too small for it. ``pixels`` is [pictures, layers]."""
 
     settings: tuple[float, ...]
     scales: Scales
     bits: NDArray[np.float64]
-    psnr: NDArray[np.float64]
-    ms_ssim: NDArray[np.float64]
+    values: dict[str, NDArray[np.float64]]
     pixels: NDArray[np.float64]
 
     @property
@@ -51,15 +52,11 @@ class Points:
         bpp: NDArray[np.float64] = self.bits / self.pixels
         return bpp
 
-    def curve(self, layer: int = -1, chosen: Sequence[int] | slice = slice(None)) -> Curve:
-        """Means over the ``chosen`` pictures."""
-        bpp, psnr = (x[:, chosen, layer].mean(1) for x in (self.bpp, self.psnr))
-        return Curve(bpp.tolist(), psnr.tolist())
-
-    def ms_ssim_curve(self, layer: int = -1) -> Curve:
-        """MS-SSIM in dB, -10 log10(1 - x), in the place of PSNR."""
-        decibels = -10 * np.log10(np.maximum(1 - self.ms_ssim[:, :, layer], 1e-12))
-        return Curve(self.bpp[:, :, layer].mean(1).tolist(), decibels.mean(1).tolist())
+    def curve(self, layer: int = -1, chosen: Sequence[int] | slice = slice(None), metric: str = "psnr") -> Curve:
+        """Means over the ``chosen`` pictures, of the metric on its axis."""
+        found, axis = self.values[metric][:, chosen, layer], METRICS[metric].axis
+        values = np.array([[axis(value) for value in row] for row in found])
+        return Curve(self.bpp[:, chosen, layer].mean(1).tolist(), values.mean(1).tolist())
 
     def own_bits(self) -> NDArray[np.float64]:
         """Mean bits of each layer alone, [settings, layers]; the header counts to the first."""
@@ -73,8 +70,10 @@ class Points:
             "scales": list(self.scales),
             "bits_of_layer": self.own_bits().T.tolist(),
             "accumulated_bpp": [self.curve(k).bpp for k in count],
-            "psnr": [self.curve(k).psnr for k in count],
-            "ms_ssim": [[None if math.isnan(v) else v for v in self.ms_ssim[:, :, k].mean(1).tolist()] for k in count],
+            **{
+                metric: [[None if math.isnan(v) else v for v in values[:, :, k].mean(1).tolist()] for k in count]
+                for metric, values in self.values.items()
+            },
         }
 
 
@@ -102,33 +101,33 @@ class Results:
                 if "gap" in record:
                     raise Gap(record["gap"])
                 found[-1].append(record["layers"])
-        bits, psnr, ms_ssim = (
-            np.array([[[layer[k] for layer in layers] for layers in row] for row in found], float)
-            for k in ("bytes", "psnr", "ms_ssim")
-        )
+        values = {
+            key: np.array([[[layer[key] for layer in layers] for layers in row] for row in found], float)
+            for key in found[0][0][0]
+        }
         pixels = np.array([[w * h for w, h in sizes_of(s.size, scales)] for s in self.sources], float)
-        return Points(self.settings(method), scales, np.multiply(8, bits), psnr, ms_ssim, pixels)
+        return Points(self.settings(method), scales, np.multiply(8, values.pop("bytes")), values, pixels)
 
     def simulcast(self, method: str, scales: Scales) -> Points:
         """A file for each layer, at the same setting."""
         single = [self.points(method, (s,)) for s in scales]
-        bits, psnr, ms_ssim = (
-            np.concatenate([getattr(p, k) for p in single], axis=2) for k in ("bits", "psnr", "ms_ssim")
-        )
+        bits = np.concatenate([p.bits for p in single], axis=2)
+        values = {key: np.concatenate([p.values[key] for p in single], axis=2) for key in single[0].values}
         pixels = np.concatenate([p.pixels for p in single], axis=1)
-        return Points(single[0].settings, scales, bits.cumsum(2), psnr, ms_ssim, pixels)
+        return Points(single[0].settings, scales, bits.cumsum(2), values, pixels)
 
 
 @dataclass
 class Comparison:
-    """One codec against another at one layer; ``interval`` is the 95 % bootstrap interval over the pictures."""
+    """One codec against another at one layer; ``interval`` is the 95 % bootstrap interval over the pictures, ``by`` has
+    BD-rates over other metrics, with the values, from worse to better, that both reach."""
 
     bd_rate: float
     low: float
     high: float
     bd_psnr: float | None = None
     interval: tuple[float, float] | None = None
-    bd_rate_ms_ssim: float | None = None
+    by: dict[str, BDRate] = field(default_factory=dict)
 
 
 def compare(tested: Points, anchor: Points | Curve, layer: int = -1, resamples: int = RESAMPLES) -> Comparison:
@@ -153,10 +152,12 @@ def compare(tested: Points, anchor: Points | Curve, layer: int = -1, resamples: 
     if percent:
         low, high = np.percentile(percent, [2.5, 97.5])
         found.interval = (float(low), float(high))
-    first, second = anchor.ms_ssim_curve(layer), tested.ms_ssim_curve(layer)
-    if not np.isnan([*first.psnr, *second.psnr]).any():
-        with suppress(ValueError):
-            found.bd_rate_ms_ssim = bd_rate(first.bpp, first.psnr, second.bpp, second.psnr).percent
+    for metric in tested.values:
+        first, second = anchor.curve(layer, metric=metric), tested.curve(layer, metric=metric)
+        if metric != "psnr" and not np.isnan([*first.psnr, *second.psnr]).any():
+            with suppress(ValueError):
+                rate, value = second.against(first), METRICS[metric].value
+                found.by[metric] = BDRate(rate.percent, value(rate.low), value(rate.high))
     return found
 
 
@@ -242,12 +243,21 @@ def _published(found: Curve | None, sources: Sequence[Original]) -> Curve:
     return found
 
 
-def layered_column(results: Results, scales: Scales, peers: Sequence[str], published: Published) -> Column:
+def set_title(model: str) -> str:
+    """The row of COMPASS with another set of weights."""
+    return f"{TESTED} with {model}"
+
+
+def layered_column(
+    results: Results, scales: Scales, peers: Sequence[str], published: Published, models: Sequence[str] = ()
+) -> Column:
     """A column of the paper's tables 2 and 3: COMPASS in layers of ``scales`` against everything else."""
     column = Column(scales)
     column.add(TESTED, partial(results.points, OURS, scales))
     column.add(paper.SIMULCAST, partial(results.simulcast, OURS, scales))
     column.add(paper.SINGLE, partial(results.points, OURS, scales[-1:]))
+    for model in models:
+        column.add(set_title(model), partial(results.points, other_set(model), scales))
     for name, curves in published.layered.items():
         column.add(name, partial(_published, curves.get(scales), results.sources))
     for peer in peers:
@@ -259,10 +269,12 @@ def layered_column(results: Results, scales: Scales, peers: Sequence[str], publi
     return column
 
 
-def single_column(results: Results, peers: Sequence[str], published: Published) -> Column:
+def single_column(results: Results, peers: Sequence[str], published: Published, models: Sequence[str] = ()) -> Column:
     """One layer at full size: our base codec, as COMPASS with one layer, against everything else."""
     column = Column((FULL,))
     column.add(TESTED, partial(results.points, OURS, (FULL,)))
+    for model in models:
+        column.add(set_title(model), partial(results.points, other_set(model), (FULL,)))
     for peer in peers:
         column.add(PEERS[peer].title, partial(results.points, peer, (FULL,)))
     for name, curve in published.single.items():

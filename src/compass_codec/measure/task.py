@@ -9,24 +9,25 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compass_codec.measure.protocol import BICUBIC, OURS, PADDED, Scales, sizes_of
+from compass_codec.measure.protocol import BICUBIC, OURS, PADDED, Scales, kind_of, sizes_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Record = dict[str, Any]
-LAYOUT = 1  # of a record; new measures or another meaning take a new number
+LAYOUT = 2  # of a record; new measures or another meaning take a new number
 # Seconds of one core for a megapixel, for the progress bar alone.
 SECONDS = {OURS: 2.5, PADDED: 3.0, BICUBIC: 2.5}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all jobs of a run share."""
+    """What all jobs of a run share; ``metrics`` are names in metrics.METRICS."""
 
     cache: Path
     weights: Path | None = None
     device: str = "cpu"
+    metrics: tuple[str, ...] = ("psnr", "ms-ssim")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Original:
 @dataclass(frozen=True)
 class Task:
     """One picture coded in one way. With a ``box`` (left, top, width, height in the top layer) the record holds that
-    crop too; and a peer's setting is then the one that comes nearest to ``target`` bytes."""
+    crop too; with ``target``, the setting is then the one that comes nearest to so many bytes."""
 
     source: Original
     method: str
@@ -64,9 +65,9 @@ class Task:
     def seconds(self) -> float:
         """About how long it takes on one core."""
         sizes = [w * h / 1e6 for w, h in sizes_of(self.source.size, self.scales)]
-        layered = SECONDS.get(self.method, 1.0) * sum(sizes[1:])
-        first = sizes[0] * (3.0 if self.method in SECONDS else 1.0)
-        return (layered + first) * (2 if self.method == OURS and self.box else 8 if self.box else 1) + 0.02
+        layered = SECONDS.get(kind_of(self.method), 1.0) * sum(sizes[1:])
+        first = sizes[0] * (3.0 if kind_of(self.method) in SECONDS else 1.0)
+        return (layered + first) * (8 if self.target else 2 if self.box else 1) + 0.02
 
 
 @lru_cache(maxsize=1)

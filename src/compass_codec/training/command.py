@@ -179,6 +179,13 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     help="Side of crops in pixels; several values take equal shares of the schedule.",
 )
 @click.option(
+    "--tune",
+    type=click.Choice(["psnr", "visual"]),
+    default="psnr",
+    show_default=True,
+    help="What the distortion of lean stages follows: the squared error, or what people see.",
+)
+@click.option(
     "--lr", type=click.FloatRange(0, min_open=True), default=3e-4, show_default=True, help="Highest learning rate."
 )
 @click.option(
@@ -250,6 +257,8 @@ def train(
     from compass_codec.training.data import Pictures
     from compass_codec.training.trainer import Plan, Run, make_stage
 
+    if settings["tune"] != "psnr" and stage not in LEAN:
+        raise click.UsageError(f"--tune goes with {', '.join(LEAN)}")
     try:
         with one_line():
             plan = Plan(stage, **settings)
@@ -257,7 +266,7 @@ def train(
             resume.mkdir(parents=True, exist_ok=True)
             pictures = Pictures(list(data), chosen, smallest=max(256, *plan.side))
             torch.manual_seed(plan.seed)
-            networks = make_stage(stage)
+            networks = make_stage(stage, plan.tune)
             start = fill(networks, weights, pictures, plan.seed, liff)
             run = Run(plan, networks, pictures, resume, chosen)
             chief = run.rank == 0

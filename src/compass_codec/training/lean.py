@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compass_codec.networks.lean import LeanCodec
 from compass_codec.networks.lean_liff import LeanLIFF
 from compass_codec.networks.numbers import LAMBDAS, UNSHUFFLE
-from compass_codec.training import exact
+from compass_codec.training import exact, visual
 from compass_codec.training.data import Pictures
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.stages import (
@@ -27,6 +27,7 @@ from compass_codec.training.stages import (
     pyramid,
     round_ste,
     shrink,
+    squared,
     to_8bit,
 )
 from compass_codec.training.start import HAAR, LAMBDA_0, MIX, STEP
@@ -85,6 +86,7 @@ class LeanStage(Stage):
     layered = False
     lambdas = LAMBDAS
     with_context = False
+    tune = "psnr"  # what the distortion follows, and the profile of what is trained to follow something else
 
     crops: Tensor | None = None  # [B, 3, 256, 256] in 0..1, that activations of the exported weights are measured on
 
@@ -93,9 +95,10 @@ class LeanStage(Stage):
         self.base = RatedLean()  # type: ignore[assignment]
 
     def card_fields(self) -> dict[str, Any]:
-        """The dimensions of the networks that are exported."""
+        """The dimensions of the networks that are exported, and the profile of a tune."""
         networks = {part: getattr(self, part) for part in self.writes or self.trains}
-        return {part: getattr(network, "codec", network).dimensions for part, network in networks.items()}
+        dimensions = {part: getattr(network, "codec", network).dimensions for part, network in networks.items()}
+        return dimensions | ({"profile": self.tune, "purpose": PURPOSE[self.tune]} if self.tune in PURPOSE else {})
 
     def integers(self, part: str) -> dict[str, Tensor]:
         return exact.of_part(self, part) if part != "liff" else {}
@@ -108,7 +111,11 @@ class LeanStage(Stage):
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         rec, bits = self.base(x - 0.5, level, self.with_context)
-        return cost(x, rec + 0.5, bits, lam)
+        return cost(x, rec + 0.5, bits, lam, self.distortion)
+
+    def distortion(self, x: Tensor, rec: Tensor) -> Tensor:
+        """Of pictures [B, 3, H, W] in 0..1: [B]."""
+        return TUNES[self.tune](x, rec)
 
     def varied(self, x: Tensor, lam: Tensor) -> Tensor:
         return drawn(grainy(x, lam))
@@ -187,8 +194,8 @@ class LeanLayersStage(LeanStage):
         for target, lam, level in reversed(layers):
             known = self.liff(rec, (target.shape[-2], target.shape[-1]))
             change, bits = self.residual(target - known, level, True, known - 0.5)
-            part, parts = cost(target, known + change, bits, lam)
-            alone, shown = cost(target, known, torch.zeros_like(bits), lam)
+            part, parts = cost(target, known + change, bits, lam, self.distortion)
+            alone, shown = cost(target, known, torch.zeros_like(bits), lam, self.distortion)
             parts["prediction"] = shown["psnr"]
             if self.training:
                 part = part + PREDICTION * alone
@@ -209,6 +216,10 @@ STAGES: dict[str, type[LeanStage]] = {
     "lean-layers": LeanLayersStage,
     "lean-residual": LeanResidualStage,
 }
+
+
+TUNES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": squared, "visual": visual.distortion}
+PURPOSE = {"visual": "what people see: layers of lean, trained for a perceptual distortion"}
 
 
 def grainy(x: Tensor, lam: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -89,11 +89,18 @@ class RatedCodec(nn.Module):
         return centred + change + means, y_bits + z_bits
 
 
-def cost(x: Tensor, rec: Tensor, bits: Tensor, lam: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean over crops [B, 3, H, W] of the cost per pixel of each, times its ``share``; bits per pixel and PSNR."""
+def squared(x: Tensor, rec: Tensor) -> Tensor:
+    """Mean squared error [B] of pictures [B, 3, H, W]."""
+    return (x - rec).square().mean((1, 2, 3))
+
+
+def cost(
+    x: Tensor, rec: Tensor, bits: Tensor, lam: Tensor, distortion: Callable[[Tensor, Tensor], Tensor] = squared
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean over crops [B, 3, H, W] of the cost per pixel of each, times its ``share``; bits per pixel and PSNR.
+    ``distortion`` stands for the mean squared error."""
     bpp = bits / (x.shape[-1] * x.shape[-2])
-    mse = (x - rec).square().mean((1, 2, 3))
-    loss = rates.cost(bpp, mse, lam) * share(lam)
+    loss = rates.cost(bpp, distortion(x, rec), lam) * share(lam)
     psnr = -10 * rec.detach().clamp(0, 1).sub(x).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
     return loss.mean(), {"bpp": bpp.mean().detach(), "psnr": psnr.mean()}
 

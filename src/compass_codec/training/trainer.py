@@ -43,7 +43,8 @@ class Plan:
 
     ``side`` and ``batch`` hold one value or several, each for an equal share of the schedule: small crops first.
     ``hyper_lr`` is the hyper networks' learning rate relative to ``lr``. Every ``every`` seconds a checkpoint.
-    ``compile``: let torch.compile fuse what a step does, which takes minutes for each size of crops.
+    ``compile``: let torch.compile fuse what a step does, which takes minutes for each size of crops. ``tune``: what the
+    distortion of lean stages follows, "psnr" or "visual".
     """
 
     stage: str
@@ -63,6 +64,7 @@ class Plan:
     seed: int = 1
     every: float = 120.0
     log_every: float = 10.0
+    tune: str = "psnr"
 
 
 def learning_rate(plan: Plan, progress: float) -> float:
@@ -336,5 +338,9 @@ class _StopSignal:
             signal.signal(number, handler)
 
 
-def make_stage(name: str) -> Stage:
-    return (STAGES | lean.STAGES)[name]()
+def make_stage(name: str, tune: str = "psnr") -> Stage:
+    """A stage; one of lean with the distortion of ``tune``."""
+    stage = (STAGES | lean.STAGES)[name]()
+    if isinstance(stage, lean.LeanStage):
+        stage.tune = tune
+    return stage
