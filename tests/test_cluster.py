@@ -42,14 +42,14 @@ def test_the_same_bytes_as_here(two_workers, tmp_path, monkeypatch):
     (tmp_path / "photos" / "bad.jpg").write_bytes(b"no picture")
     args = ("encode", "photos", "--scales", "1,2", "--device", "cpu", "--precision", "float32")
     here = compass(*args, "--out-dir", "here", "-j", 1)
-    there = compass(*args, "--out-dir", "there", "--engine", "ray", "-j", 2)
+    there = compass(*args, "--out-dir", "there", "--ray", "-j", 2)
     assert here.code == there.code == 1
     assert there.err.count("\n") == 1 and "bad.jpg: not a picture" in there.err
     for name in ("a", "far/b", "c"):
         assert (tmp_path / "here" / f"{name}.cmps").read_bytes() == (tmp_path / "there" / f"{name}.cmps").read_bytes()
     lines = [sorted(line.split(":")[0] for line in result.out.splitlines()[:-1]) for result in (here, there)]
     assert lines[1] == [line.replace("here", "there") for line in lines[0]]
-    back = compass("decode", "there", "--out-dir", "back", "--layer", 0, "--engine", "ray", "--device", "cpu")
+    back = compass("decode", "there", "--out-dir", "back", "--layer", 0, "--ray", "--device", "cpu")
     assert back.code == 0, back.err
     assert Image.open(tmp_path / "back" / "far" / "b.layer0.png").size == (8, 16)
 
@@ -64,7 +64,7 @@ def test_sets_of_weights_that_only_this_process_knows(two_workers, tmp_path, mon
     (mine / "model.json").write_text(json.dumps(installed.spec | {"profile": "mine"}))
     monkeypatch.setenv("COMPASS_MODELS", "sets")
     crop(9, 8).save("a.png")
-    args = ("--engine", "ray", "-j", 1, "--device", "cpu", "--out-dir", "out")
+    args = ("--ray", "-j", 1, "--device", "cpu", "--out-dir", "out")
     result = compass("encode", "a.png", "--scales", "1", "--model", "mine", *args)
     assert result.code == 0, result.err
     header = container.read_header((tmp_path / "out" / "a.cmps").read_bytes())
@@ -98,7 +98,7 @@ def test_a_worker_that_dies_is_the_failure_of_its_file_alone(two_workers, tmp_pa
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the cluster does not see this module
     for name in ("a", "killed", "b", "odd", "c"):
         crop(9, 8).save(tmp_path / f"{name}.png")
-    args = ("--out-dir", tmp_path / "out", "--engine", "ray", "-j", 2, "--device", "cpu")
+    args = ("--out-dir", tmp_path / "out", "--ray", "-j", 2, "--device", "cpu")
     result = compass("encode", tmp_path, "--scales", "1", *args)
     assert result.code == 1 and len(result.err.splitlines()) == 2, result
     assert (
@@ -115,7 +115,7 @@ def test_what_ends_the_command_ends_its_workers(tmp_path, number):
     (tmp_path / "in").mkdir()
     for k in range(100):
         crop(32, 24).save(tmp_path / "in" / f"{k}.png")
-    args = ["encode", tmp_path / "in", "--scales", "1,2", "--out-dir", tmp_path / "out", "--engine", "ray", "-j", "1"]
+    args = ["encode", tmp_path / "in", "--scales", "1,2", "--out-dir", tmp_path / "out", "--ray", "-j", "1"]
     with subprocess.Popen(
         [sys.executable, "-m", "compass_codec", *args, "--device", "cpu"],
         stdout=subprocess.PIPE,
@@ -139,10 +139,10 @@ def test_what_ends_the_command_ends_its_workers(tmp_path, number):
 
 def test_what_is_wrong_for_all_is_one_line(two_workers, tmp_path):
     crop(8, 8).save(tmp_path / "a.png")
-    args = ("encode", tmp_path / "a.png", "--scales", "1", "--engine", "ray", "--out-dir", tmp_path / "out")
+    args = ("encode", tmp_path / "a.png", "--scales", "1", "--ray", "--out-dir", tmp_path / "out")
     result = compass(*args, "--weights", tmp_path / "none")
     assert result.code == 1 and len(result.err.splitlines()) == 1 and "cannot read the weights" in result.err
-    result = compass("encode", "-", "--scales", "1", "--engine", "ray")
+    result = compass("encode", "-", "--scales", "1", "--ray")
     assert result.code == 1 and "standard input" in result.err
 
 
@@ -156,7 +156,7 @@ def test_without_ray_there_is_one_clear_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     crop(8, 8).save(tmp_path / "a.png")
-    result = compass("encode", tmp_path / "a.png", "--scales", "1", "--engine", "ray")
+    result = compass("encode", tmp_path / "a.png", "--scales", "1", "--ray")
     assert result.code == 1 and len(result.err.splitlines()) == 1 and "compass_codec[ray]" in result.err
 
 

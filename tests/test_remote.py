@@ -316,7 +316,7 @@ def test_decode_from_the_web(tmp_path, monkeypatch, small_file):
         assert compass("decode", server.url, "-o", "x.png", "--quiet").err == ""
         assert (tmp_path / "x.png").read_bytes() == (tmp_path / "local.layer2.png").read_bytes()
         assert "exists" in compass("decode", server.url, "-o", "x.png").err
-        for args in (["local.cmps"], ["--out-dir", tmp_path], ["--engine", "ray"], ["--files-from", "local.cmps"]):
+        for args in (["local.cmps"], ["--out-dir", tmp_path], ["--ray"], ["--files-from", "local.cmps"]):
             result = compass("decode", server.url, *args)
             assert result.code == 2 and "for one file alone" in result.err
     with serving(small_file, "status") as server:

@@ -134,7 +134,7 @@ def select(
 
 def work(
     todo: batch.Found,
-    engine: str,
+    ray: bool,
     workers: int | None,
     as_json: bool,
     quiet: bool,
@@ -144,7 +144,7 @@ def work(
     """Do the jobs and print the result of each; the exit code is 1 if any failed."""
     from compass_codec.jobs import batch, cluster
 
-    run = cluster.run if engine == "ray" else batch.run
+    run = cluster.run if ray else batch.run
     many = not todo.jobs or todo.jobs[0].options.batch
     bar: Any = None
     if many and not quiet and sys.stderr.isatty():
@@ -233,19 +233,9 @@ BATCH = (
         type=click.IntRange(1),
         help="Processes for a batch, with one thread each. Default: one per core; with a GPU at most 8.",
     ),
-    click.option(
-        "--engine",
-        type=click.Choice([*engines.ENGINES, "local", "ray"]),
-        default="auto",
-        show_default=True,
-        help=f"{ENGINE_HELP} ray: run on a Ray cluster, whose machines must see the same files; local: here.",
-    ),
+    click.option("--ray", is_flag=True, help="Run a batch on a Ray cluster, whose machines must see the same files."),
+    engine_option,
 )
-
-
-def computing(engine: str) -> str:
-    """What --engine says of what computes, where it says that or where the work is done."""
-    return engine if engine in engines.ENGINES else "auto"
 
 
 def batch_options(command: Any) -> Any:

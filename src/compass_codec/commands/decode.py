@@ -11,7 +11,6 @@ from compass_codec.commands.common import (
     File,
     Source,
     batch_options,
-    computing,
     device_option,
     force_option,
     json_option,
@@ -68,6 +67,7 @@ def decode(
     out_dir: Path | None,
     files_from: Path | None,
     workers: int | None,
+    ray: bool,
     engine: str,
     force: bool,
     device: str,
@@ -93,7 +93,7 @@ def decode(
       find archive -name '*.cmps' -print0 | compass decode --files-from - --out-dir out
     \b
     On a Ray cluster:
-      compass decode archive/ --out-dir /shared/out --engine ray
+      compass decode archive/ --out-dir /shared/out --ray
 
     In a batch, an output of the layer's size is kept, unless the file is newer. Another picture of that name is an
     error. --force makes everything anew.
@@ -116,7 +116,7 @@ def decode(
         force=force,
         device=device,
         precision=precision,
-        engine=computing(engine),
+        engine=engine,
         weights=weights,
     )
     extension = extension or ".png"
@@ -126,13 +126,13 @@ def decode(
     if len(local) == len(files):
         todo = select(local, files_from, out_dir, output, options, lambda: frozenset({".cmps"}), extension)
     else:
-        if len(files) > 1 or files_from or out_dir or engine == "ray":
+        if len(files) > 1 or files_from or out_dir or ray:
             raise click.UsageError("an address on the web is for one file alone")
         from compass_codec.remote import file_name
 
         name = file_name(str(files[0]))
         todo = Found([Job(name, output or name.with_suffix(extension), options, str(files[0]))])
-    work(todo, engine, workers, as_json, quiet, _lines, _lines)
+    work(todo, ray, workers, as_json, quiet, _lines, _lines)
 
 
 def _lines(report: Report) -> str:

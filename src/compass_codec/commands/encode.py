@@ -13,7 +13,6 @@ from compass_codec.commands import values
 from compass_codec.commands.common import (
     File,
     batch_options,
-    computing,
     device_option,
     force_option,
     json_option,
@@ -124,6 +123,7 @@ def encode(
     out_dir: Path | None,
     files_from: Path | None,
     workers: int | None,
+    ray: bool,
     engine: str,
     force: bool,
     device: str,
@@ -160,7 +160,7 @@ def encode(
       find photos -name '*.png' -print0 | compass encode --files-from - --scales 1,2 --out-dir out
     \b
     On a Ray cluster:
-      compass encode photos/ --scales 1,2,4 --out-dir /shared/out --engine ray
+      compass encode photos/ --scales 1,2,4 --out-dir /shared/out --ray
 
     In a batch, an output with the same sizes, quality and weights is kept, unless the picture is newer. An output
     made with other options is an error. --force makes everything anew.
@@ -204,7 +204,7 @@ def encode(
         force=force,
         device=device,
         precision=precision,
-        engine=computing(engine),
+        engine=engine,
         weights=weights,
         model=model,
     )
@@ -215,7 +215,7 @@ def encode(
         shown = replace(options, progress=True)
         todo.jobs = [job if job.options.batch else replace(job, options=shown) for job in todo.jobs]
     ending = ", verified" if verify else ""
-    work(todo, engine, workers, as_json, quiet, _line, lambda report: _table(report) + ending)
+    work(todo, ray, workers, as_json, quiet, _line, lambda report: _table(report) + ending)
 
 
 def _quality(report: Report) -> str:

@@ -42,9 +42,9 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
         import ray
         import ray.data
     except ImportError as e:
-        raise OptionError(f'--engine ray needs Ray: pip install "compass_codec[ray]" ({e})') from e
+        raise OptionError(f'--ray needs Ray: pip install "compass_codec[ray]" ({e})') from e
     if any(paths.is_stream(path) for job in work for path in (job.source, job.target)):
-        raise OptionError("--engine ray cannot use standard input or output, pipes and devices")
+        raise OptionError("--ray cannot use standard input or output, pipes and devices")
     if not work:
         return
     started = not ray.is_initialized()
