@@ -117,7 +117,7 @@ def test_a_note_says_that_a_target_is_out_of_reach(tmp_path):
     crop(20, 16).save(tmp_path / "in.png")
     result = compass("encode", tmp_path / "in.png", "--scales", "1", "--target-size", "5B")
     assert result.code == 0 and result.err.startswith("note: ")
-    assert "5 bytes is out of reach; quality 1 gives" in result.err and len(result.err.splitlines()) == 1
+    assert "5 bytes is beyond the quality scale; quality 1 gives" in result.err and len(result.err.splitlines()) == 1
 
 
 def test_a_target_of_psnr_is_met_by_what_shows(tmp_path, codec):

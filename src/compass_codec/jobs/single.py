@@ -91,7 +91,7 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
         if not (found.reached and found.near):
             told = metric.text(found.value) if metric.unit else f"{metric.title} {metric.text(found.value)}"
             gives = f"{len(data)} bytes, {8 * len(data) / pixels:.3f} bpp, {told}"
-            why = "lies between two steps of quality" if found.reached else "is out of reach"
+            why = "lies between two steps of quality" if found.reached else "is beyond the quality scale"
             notes.append(f"{options.target} {why}; quality {found.quality:g} gives {gives}")
     if options.progress:
         print(end=CLEAR, file=sys.stderr, flush=True)
