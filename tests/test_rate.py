@@ -155,7 +155,7 @@ print(9); print("3-norm:", sum(abs(x - y) for x, y in zip(a, b)) / len(a) / 4)
     distance = np.abs(np.asarray(crop(96, 64)).astype(int) - np.asarray(decoded)).mean() / 4
     assert 0.9 * 2**-0.05 <= distance <= 0.9
     result = compass(*args[:-4], "--target-butteraugli", "0.0001", "--force")
-    assert "Butteraugli 3-norm 0.0001 is out of reach; quality 100 gives" in result.err
+    assert "Butteraugli 3-norm 0.0001 is beyond the quality scale; quality 100 gives" in result.err
     assert result.err.rstrip().split(", ")[-1].startswith("Butteraugli 3-norm 0.")
 
 
