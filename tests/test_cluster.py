@@ -102,8 +102,7 @@ def test_a_worker_that_dies_is_the_failure_of_its_file_alone(two_workers, tmp_pa
     result = compass("encode", tmp_path, "--scales", "1", *args)
     assert result.code == 1 and len(result.err.splitlines()) == 2, result
     assert (
-        "killed.png: the process that worked on it died" in result.err
-        and "odd.png: unexpected RuntimeError: of a library" in result.err
+        "killed.png: its process died" in result.err and "odd.png: unexpected RuntimeError: of a library" in result.err
     )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.cmps", "b.cmps", "c.cmps"}
 

@@ -188,9 +188,9 @@ def test_precision_may_differ_between_encoder_and_decoder(codec, short, writes, 
 
 @pytest.mark.parametrize("precision", LOST)
 def test_a_search_takes_gradients_in_float32(precision):
-    codec = Codec.load("cpu", precision=precision)
+    codec = Codec.load("cpu", precision=precision, engine="torch")
     search = Search(codec.residual)
-    assert codec.residual.kind == getattr(torch, precision)
+    assert codec.residual.networks.kind == getattr(torch, precision)
     assert {p.dtype for p in search.codec.parameters()} == {torch.float32}
     encoded = codec.encode(crop(40, 30), [1, 2], 60, effort=2)
     assert np.array_equal(codec.decode(encoded.data), encoded.layers[-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import venv
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, crop
 from PIL import Image
-from test_wheel import PIP, ROOT, build_wheel, run
+from test_wheel import ENVIRONMENT, PIP, ROOT, build_wheel, run
 
 MB = 10**6
 pytestmark = pytest.mark.slow
@@ -45,7 +44,7 @@ def work(light, tmp_path_factory) -> Path:
 
 
 def failed(*command: object) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     return done.stderr
 
@@ -97,7 +96,7 @@ def test_the_pillow_plugin(light, work):
 
 def test_serving(light, work):
     command = [light / "compass", "serve", work, "--port", "0"]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         try:
             assert server.stdout is not None

@@ -124,14 +124,14 @@ class TestVerdict:
             return Curve([r * factor for r in RATE], PSNR)
 
         monkeypatch.setattr(Measurement, "curve", curve)
-        monkeypatch.setattr(Codec, "load", lambda device, folder: SimpleNamespace(model="none"))
+        monkeypatch.setattr(Codec, "load", lambda device, folder, engine: SimpleNamespace(model="none"))
         weights = str(choose().folder)
         assert CliRunner().invoke(main, [weights, weights, "--images", str(kodak)]).exit_code == code
 
     @pytest.mark.parametrize("quick", [0, 1])
     def test_published_curve_is_of_all_pictures(self, kodak, monkeypatch, tmp_path, quick):
         monkeypatch.setattr(Measurement, "curve", lambda self, scales: Curve(RATE, PSNR))
-        monkeypatch.setattr(Codec, "load", lambda device, folder: SimpleNamespace(model="none"))
+        monkeypatch.setattr(Codec, "load", lambda device, folder, engine: SimpleNamespace(model="none"))
         curves, weights = tmp_path / "curves.json", str(choose().folder)
         curves.write_text(json.dumps({"curves": {"mine": {"bpp": RATE, "psnr_rgb": PSNR}}}))
         arguments = [weights, weights, "--images", str(kodak), "--curves", str(curves), "--key", "mine"]

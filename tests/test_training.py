@@ -25,6 +25,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from compass_codec.backbones import mean_scale, symbols
 from compass_codec.backbones.mean_scale import PARTS
 from compass_codec.codec import Codec
 from compass_codec.entropy import PRECISION, scale_levels
@@ -572,7 +573,7 @@ class TestTables:
     def test_counted_tables_make_smaller_files_of_the_same_picture(self, folder, tmp_path, monkeypatch):
         """From ideal tables, counting the symbols of the very pictures that are then coded must save bytes."""
         # else the encoder would choose other symbols with other tables
-        monkeypatch.setattr("compass_codec.backbones.symbols.BEYOND", 0)
+        monkeypatch.setattr(mean_scale, "thresholds", lambda tables: symbols.thresholds(tables, 0))
         from compass_codec.entropy import gaussian_tables
         from compass_codec.training.tables import main
 

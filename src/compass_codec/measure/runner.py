@@ -21,7 +21,7 @@ from compass_codec.measure.task import SECONDS, Original, Record, Settings, Task
 from compass_codec.metrics import METRICS
 
 # modules that decide what a file holds and decodes to
-CODEC = ("codec", "colour", "container", "entropy", "pictures", "weights", "backbones/*", "networks/*")
+CODEC = ("codec", "colour", "container", "entropy", "pictures", "weights", "backbones/*", "engines/*", "networks/*")
 
 
 def precision(device: str) -> str:
