@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -219,20 +219,10 @@ def load(found: ModelSet, engine: Engine, precision: str = "float32") -> Weights
     """Load a set with an engine. ``precision``, "float32", "float16" or "bfloat16", is that of what computes the pixels
     of enhancement layers. The base layer stays in float32: it is small, and its errors would be the largest.
     Raises WeightsError if a part is missing, corrupt or does not fit, or this version has no such backbone."""
-    from safetensors import SafetensorError
-
     if found.backbone not in backbones.NAMES:
         known = ", ".join(backbones.NAMES)
         raise WeightsError(f"{found.folder / CARD}: backbone {found.backbone}; this version has {known}")
-    tensors = {}
-    for path, digest in found.parts.items():
-        data = _read(path)
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise WeightsError(f"{path}: not the file that {CARD} names (its SHA-256 differs)")
-        try:
-            tensors[path.stem] = engine.parse(data)
-        except (SafetensorError, ValueError, KeyError) as e:
-            raise WeightsError(f"{path}: these weights cannot be used ({_line(e)})") from e
+    tensors = tensors_of(found, engine.parse)
     try:
         with engine.computing():
             backbone: Backbone = importlib.import_module(backbones.NAMES[found.backbone])
@@ -240,6 +230,23 @@ def load(found: ModelSet, engine: Engine, precision: str = "float32") -> Weights
     except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as e:
         raise WeightsError(f"{found.folder}: these weights cannot be used ({_line(e)})") from e
     return Weights(base, residual, predictor, found.identity, precision)
+
+
+def tensors_of(found: ModelSet, parse: Callable[[bytes], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The tensors of each part. ``parse`` is ``load`` of a module of safetensors. Raises WeightsError if a part is
+    missing or corrupt."""
+    from safetensors import SafetensorError
+
+    tensors = {}
+    for path, digest in found.parts.items():
+        data = _read(path)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise WeightsError(f"{path}: not the file that {CARD} names (its SHA-256 differs)")
+        try:
+            tensors[path.stem] = parse(data)
+        except (SafetensorError, ValueError, KeyError) as e:
+            raise WeightsError(f"{path}: these weights cannot be used ({_line(e)})") from e
+    return tensors
 
 
 def _line(e: Exception) -> str:

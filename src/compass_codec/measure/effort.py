@@ -70,7 +70,7 @@ def measure(task: tuple[list[Path], int | None, int, int]) -> tuple[list[Found],
 
     files, side, count, effort = task
     torch.set_num_threads(1)
-    codec, scales = Codec.load("cpu"), LAYERS[count]
+    codec, scales = Codec.load("cpu", engine="torch"), LAYERS[count]
     found, pixels = [Found() for _ in range(effort + 1)], 0
     for file in files:
         image = Image.open(file).convert("RGB")

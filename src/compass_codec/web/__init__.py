@@ -6,13 +6,11 @@ kernels.wasm is made of kernels.ts by ``make wasm``. Nothing of Python runs in t
 from __future__ import annotations
 
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compass_codec.errors import WeightsError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from compass_codec.weights import ModelSet
 
 SCRIPTS = ("compass.js", "container.js", "kernels.wasm", "lean.js", "png.js", "sw.js")
@@ -33,17 +31,16 @@ def weights_name(identity: str) -> str:
 def weights_of(found: ModelSet) -> bytes:
     """What decoding needs of a set, as one safetensors file: tensors are named part.name. Raises WeightsError for a set
     of another backbone than lean, and for files that cannot be read."""
-    from safetensors import SafetensorError
     from safetensors.numpy import load, save
+
+    from compass_codec.weights import tensors_of
 
     if found.backbone != "lean":
         raise WeightsError(f"{found.folder}: browsers decode with the backbone lean, not with {found.backbone}")
-    tensors: dict[str, NDArray[Any]] = {}
-    for path in found.parts:
-        try:
-            part = load(path.read_bytes())
-        except (OSError, SafetensorError) as e:
-            raise WeightsError(f"{path}: cannot read the weights ({e})") from e
-        kept = {name: value for name, value in part.items() if path.stem == "liff" or name.startswith(DECODER)}
-        tensors |= {f"{path.stem}.{name}": value for name, value in kept.items()}
-    return save(tensors)
+    kept = {
+        f"{part}.{name}": value
+        for part, tensors in tensors_of(found, load).items()
+        for name, value in tensors.items()
+        if part == "liff" or name.startswith(DECODER)
+    }
+    return save(kept)
