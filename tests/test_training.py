@@ -587,11 +587,11 @@ class TestTables:
         describe(tmp_path)
         image = Image.open(folder / "noise1.png").crop((0, 0, 160, 128))  # the portraits are held out
         before = Codec.load("cpu", tmp_path).encode(image, [1, 2], 80)
-        args = [str(tmp_path), "--data", str(folder), "--crops", "64", "--side", "96"]
+        args = [str(tmp_path), "--data", str(folder), "--crops", "24", "--side", "96"]
         result = CliRunner().invoke(main, args, catch_exceptions=False)
         assert result.exit_code == 0, result.output
         entry = json.loads((tmp_path / "history.json").read_text())[-1]
-        assert entry["stage"] == "tables" and entry["crops"] == 64 and {"device", "minutes", "date"} <= entry.keys()
+        assert entry["stage"] == "tables" and entry["crops"] == 24 and {"device", "minutes", "date"} <= entry.keys()
         codec = Codec.load("cpu", tmp_path)
         after = codec.encode(image, [1, 2], 80)
         assert len(after.data) < len(before.data)
