@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,10 @@ from conftest import compass, crop
 
 from compass_codec import container, search
 from compass_codec.backbones.lean import quality_to_lambda
+from compass_codec.codec import Codec
 from compass_codec.errors import OptionError
 from compass_codec.measure import effort as efforts
+from compass_codec.weights import choose
 
 
 def layers_of(*widths: int) -> list[np.ndarray]:
@@ -252,3 +255,12 @@ def test_the_table_of_efforts(tmp_path):
     assert none.startswith("| 3 | 0 | 0 |") and first.endswith(" MiB |")
     changes = [float(part.strip().removesuffix(" %")) for part in first.split("|")[3].split(",")]
     assert len(changes) == 3 and max(changes) < 0
+
+
+def test_a_set_that_is_not_installed_is_searched_too(tmp_path):
+    folder = shutil.copytree(choose().folder, tmp_path / "mine")
+    card = folder / "model.json"
+    card.write_text(card.read_text().replace("the default", "another"))
+    picture = np.asarray(crop(32, 24))
+    files = [Codec.load("cpu", folder).encode(picture, [1], effort=effort).data for effort in (0, 1)]
+    assert {container.read_header(data).model for data in files} == {choose(folder).identity} and files[0] != files[1]

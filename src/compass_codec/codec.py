@@ -89,7 +89,7 @@ class Codec:
 
     def __init__(self, loaded: Weights, engine: Engine, asked: str) -> None:
         self.engine, self.asked, self.device = engine, asked, engine.device
-        self.model, self.precision = loaded.identity, loaded.precision
+        self.model, self.precision, self.folder = loaded.identity, loaded.precision, loaded.folder
         self.base, self.residual, self.predictor = loaded.base, loaded.residual, loaded.predictor
 
     @classmethod
@@ -116,11 +116,10 @@ class Codec:
     def of(self, model: str) -> Codec:
         """The codec of the set with the identity ``model``, on the same device and in the same precision: this one, or
         one found as ``shared`` does. Raises WeightsError."""
-        return self if model == self.model else self._like(model, self.asked)
-
-    def _like(self, model: str, engine: str) -> Codec:
+        if model == self.model:
+            return self
         precision = "auto" if self.engine.name == "onnx" else self.precision
-        return shared(str(self.device), None, precision, model, engine)
+        return shared(str(self.device), None, precision, model, self.asked)
 
     def encode(
         self,
@@ -171,7 +170,7 @@ class Codec:
         if effort and self.engine.name == "onnx":  # which has no gradients
             if self.asked != "auto" or not engines.installed("torch"):
                 raise OptionError(f"effort {effort} needs {engines.INSTALL['torch']}, and --engine auto or torch")
-            searching = self._like(self.model, "torch")
+            searching = shared(str(self.device), self.folder, engine="torch")
             return searching.encode_layers(
                 layers, scales, quality, effort, time_budget, progress, layer_weights, sections
             )

@@ -37,13 +37,15 @@ SHA_256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Weights:
-    """Everything a file is decoded with. ``identity`` is that of the set, ``precision`` that of ``load``."""
+    """Everything a file is decoded with. ``identity`` and ``folder`` are those of the set, ``precision`` that of
+    ``load``."""
 
     base: LayerCodec
     residual: LayerCodec
     predictor: Predictor
     identity: str
     precision: str
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ def load(found: ModelSet, engine: Engine, precision: str = "float32") -> Weights
             base, residual, predictor = backbone.build(found.spec, tensors, engine, precision)
     except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as e:
         raise WeightsError(f"{found.folder}: these weights cannot be used ({_line(e)})") from e
-    return Weights(base, residual, predictor, found.identity, precision)
+    return Weights(base, residual, predictor, found.identity, precision, found.folder)
 
 
 def tensors_of(found: ModelSet, parse: Callable[[bytes], dict[str, Any]]) -> dict[str, dict[str, Any]]:
