@@ -153,7 +153,7 @@ def test_pictures_of_a_page(site, tmp_path, codec):
         shown(driver, "document.getElementById('grown').naturalWidth == 160")
         shown(driver, "document.getElementById('damaged').naturalWidth == 40")
         total = sum(length for name, _, length in sent if name == "photo.cmps")
-        assert total == max(512, header.layers[2].end)
+        assert total == max(container.MAX_HEADER, header.layers[2].end)
         spans = sorted((first, length) for name, first, length in sent if name == "photo.cmps")
         assert all(a[0] + a[1] == b[0] for a, b in pairwise(spans)), spans  # nothing twice
         for k in range(3):
@@ -180,7 +180,13 @@ def test_a_small_layer_takes_its_own_bytes_alone(site, tmp_path, codec):
         shown(driver, "!!navigator.serviceWorker.controller")
         assert pixels_of(driver, "two.cmps?w=80").shape == (60, 80, 3)
         end = container.read_header(data).layers[0].end
-        assert sum(length for name, _, length in sent if name == "two.cmps") == max(512, end) < len(data)
+        assert (
+            sum(length for name, _, length in sent if name == "two.cmps") == max(container.MAX_HEADER, end) < len(data)
+        )
+
+
+def test_the_first_request_holds_any_header():
+    assert f"HEADER_READ = {container.MAX_HEADER};" in web.script("container.js").decode()
 
 
 def test_only_lean_has_weights_for_browsers(tmp_path):

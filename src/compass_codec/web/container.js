@@ -1,6 +1,6 @@
 // The header of a .cmps file and the bytes of its layers; docs/format.md describes every byte. No networks here.
 
-export const HEADER_READ = 512; // bytes that hold the header of any file of usual size
+export const HEADER_READ = 544; // bytes of the longest header
 const MAX_PIXELS = 178956970, MAX_SIDE = 2 ** 21 - 1, MAX_LAYERS = 16;
 // Kinds of sections: field, most bytes, and what comes before what: -1 before layer 0, 0 behind its layer, 1 behind all.
 const KINDS = {
@@ -13,14 +13,6 @@ const KINDS = {
 /** What is wrong with a file, in one line. */
 export class CompassError extends Error {
   name = "CompassError";
-}
-
-/** More bytes are needed than there are: `needed` of them, if that is known. */
-export class TruncatedError extends CompassError {
-  constructor(message, needed) {
-    super(message);
-    this.needed = needed;
-  }
 }
 
 const CRC = new Uint32Array(256).map((_, n) => {
@@ -41,7 +33,7 @@ class Reader {
     this.at = 0;
   }
   take(count) {
-    if (this.at + count > this.data.length) throw new TruncatedError("cut off inside the header");
+    if (this.at + count > this.data.length) throw new CompassError("cut off inside the header");
     return this.data.subarray(this.at, (this.at += count));
   }
   byte() {
@@ -127,7 +119,7 @@ function readTable(reader, layers) {
 export function payload(entry, data, what) {
   const part = data.subarray(entry.start, entry.start + entry.length);
   if (part.length < entry.length)
-    throw new TruncatedError(`cut off after ${data.length} bytes; ${what} ends at ${entry.start + entry.length}`, entry.start + entry.length);
+    throw new CompassError(`cut off after ${data.length} bytes; ${what} ends at ${entry.start + entry.length}`);
   if (crc32(part) !== entry.checksum) throw new CompassError(`${what} is damaged (its checksum does not match)`);
   return part;
 }

@@ -27,6 +27,7 @@ async function answer(url, wanted) {
     const { body, layer } = await file.picture(wanted);
     return new Response(body, { headers: { "content-type": "image/png", "x-compass-layer": layer } });
   } catch (error) {
+    files.delete(address); // another file may have its name meanwhile: the next request begins anew
     const known = error instanceof CompassError;
     console.error(`${url.pathname}: ${error.message}`);
     return new Response(`${error.message}\n`, { status: known ? 422 : 502, headers: { "content-type": "text/plain" } });
@@ -47,7 +48,8 @@ class File {
   }
 
   async decoded(wanted) {
-    const header = await this.header();
+    await this.fetched(HEADER_READ);
+    const header = readHeader(this.data);
     const layer = wanted.has("layer") ? Number(wanted.get("layer")) : layerFor(header, Number(wanted.get("w")));
     if (!header.layers[layer]) throw new CompassError(`no layer ${wanted.get("layer")}; the file has ${header.layers.length}`);
     const entry = header.layers[layer];
@@ -63,17 +65,6 @@ class File {
     };
     const coded = section("alpha", layer), alpha = coded && (await alphaOf(coded, entry));
     return { layer, body: await png(entry.width, entry.height, this.layers[layer].rgb, alpha, section("icc", 0)) };
-  }
-
-  async header() {
-    for (let end = HEADER_READ; ; end *= 8) {
-      await this.fetched(end);
-      try {
-        return readHeader(this.data);
-      } catch (error) {
-        if (error.name !== "TruncatedError" || this.whole) throw error;
-      }
-    }
   }
 
   /** Have the first `end` bytes of the file, or all of it. */
