@@ -112,11 +112,11 @@ def _zigzag(values: Symbols) -> bytes:
     return bytes(out)
 
 
-def groups(index: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.intp] | NDArray[np.bool_]]]:
-    """The scale indices that occur, and where in the flat array: positions, or bools for all of it."""
+def groups(index: NDArray[Any], tables: int = LEVELS) -> Iterator[tuple[int, NDArray[np.intp] | NDArray[np.bool_]]]:
+    """The scale indices below ``tables`` that occur, and where in the flat array: positions, or bools for all."""
     flat = index.ravel()
     pieces = (flat[at : at + PIECE] for at in range(0, max(1, len(flat)), PIECE))
-    counts = np.sum([np.bincount(piece, minlength=LEVELS) for piece in pieces], 0)
+    counts = np.sum([np.bincount(piece, minlength=tables) for piece in pieces], 0)
     # positions are quick where there are many groups; of a whole large layer they would take a gigabyte
     order = np.argsort(flat, kind="stable") if len(flat) <= PIECE else None
     ends = np.cumsum(counts)
@@ -142,9 +142,9 @@ class Encoder:
         for table, channel in zip(self.tables.z, z, strict=True):
             self._put(table, channel.ravel())
 
-    def y(self, index: NDArray[np.uint8], symbols: Symbols) -> None:
-        """Symbols of the latent, int32, and their scale indices, uint8, of one shape."""
-        for number, where in groups(index):
+    def y(self, index: NDArray[Any], symbols: Symbols) -> None:
+        """Symbols of the latent, int32, and their scale indices, of one shape."""
+        for number, where in groups(index, len(self.tables.y)):
             if number >= self.tables.skipped:
                 self._put(self.tables.y[number], symbols.ravel()[where])
 
@@ -212,10 +212,10 @@ class Decoder:
         """The hyper-latent's symbols [channels, height, width]."""
         return np.stack([self._group(t, height * width) for t in self.tables.z]).reshape(channels, height, width)
 
-    def y(self, index: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """The latent's symbols, in the shape of their scale indices ``index`` (uint8)."""
+    def y(self, index: NDArray[Any]) -> NDArray[np.int32]:
+        """The latent's symbols, in the shape of their scale indices ``index``."""
         symbols = np.zeros(index.size, np.int32)
-        for number, where in groups(index):
+        for number, where in groups(index, len(self.tables.y)):
             if number >= self.tables.skipped:
                 count = len(where) if where.dtype != bool else np.count_nonzero(where)
                 symbols[where] = self._group(self.tables.y[number], count)

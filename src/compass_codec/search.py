@@ -251,7 +251,7 @@ class Search:
         with torch.inference_mode(False):
             # the weights were made in inference mode, where autograd may not keep them
             with torch.device("meta"):
-                codec = LeanCodec(**self.networks.dimensions)  # type: ignore[arg-type]
+                codec = LeanCodec(**self.networks.dimensions)
             tensors = self.networks.state_dict().items()
             codec.load_state_dict({k: x.to(torch.float32, copy=True) for k, x in tensors}, assign=True)
             return codec.requires_grad_(False).eval()
@@ -269,7 +269,8 @@ class Search:
         known = torch.cat(list(predict(job.below, job.size)), 2)
         analysed = self.layer.analysis(self.layer.at(job.quality), job.picture, [known])
         if last is None:
-            return Latents(job.below, known, analysed, analysed.clone(), self.layer.hyper_analysis(analysed))
+            z = self.layer.exact.z(analysed, self.layer.lambda_of(job.quality))
+            return Latents(job.below, known, analysed, analysed.clone(), z)
         y = last.y + (analysed - last.analysed)
         return Latents(job.below, known, analysed, y, last.z, last.added, last.steps)
 

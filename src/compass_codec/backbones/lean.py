@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from compass_codec import entropy
 from compass_codec.backbones.symbols import LATENT_LIMIT, quantise, thresholds
+from compass_codec.errors import DamagedError
 from compass_codec.networks import flow, strips
 from compass_codec.networks.arrays import Array, cast, space, to_bytes, to_host
-from compass_codec.networks.numbers import ACTIVATION, CELL, LAMBDAS, MEAN_UNIT, PHASES, STEPS, UNSHUFFLE
+from compass_codec.networks.numbers import ACTIVATION, CELL, FACTORIZED, LAMBDAS, MEAN_UNIT, PHASES, STEPS, UNSHUFFLE
 
 if TYPE_CHECKING:
-    from compass_codec.engines import Engine, Exact, LeanNetworks, Predictor, Transforms
+    from compass_codec.engines import Engine, LeanNetworks, Predictor, Transforms
 
 SKIPPED = 3  # symbols of lower scale indices are zero and are not coded
 PARTS = ("base", "residual", "liff")
@@ -38,8 +39,19 @@ class Entropy:
     """What leads from z and known latents to scale indices and means of y, in integers. ``cells`` of y are in a
     strip."""
 
-    def __init__(self, networks: Exact, m: int, cells: Callable[[], int]) -> None:
-        self.networks, self.m, self.cells = networks, m, cells
+    def __init__(self, networks: LeanNetworks, cells: Callable[[], int]) -> None:
+        assert networks.exact is not None
+        self.networks, self.m, self.n, self.cells = networks.exact, networks.m, networks.n, cells
+        self.analysis = networks.hyper_analysis
+
+    def z_shape(self, h: int, w: int) -> tuple[int, int, int]:
+        """Channels, rows and columns of z for y of h rows and w columns."""
+        return self.n, -(-h // 4), -(-w // 4)
+
+    def z(self, y: Array, lam: float) -> Array:
+        """The symbols of z for a latent at a Lagrangian multiplier, float32 [1, *z_shape]."""
+        z = self.analysis(y)
+        return space(z).round(z).clip(-LATENT_LIMIT, LATENT_LIMIT)
 
     def features(self, z: Array, size: tuple[int, int]) -> Array:
         """z [1, N, ceil(h/4), ceil(w/4)], integers, to features [1, C, h, w] int16, where ``size`` is (h, w)."""
@@ -62,7 +74,7 @@ class Entropy:
         of each the channels, rows and columns in turn. It returns the quantised latents.
         """
         for step in range(STEPS):
-            hidden = self._hidden(step, features, y) if step else None
+            hidden = self._hidden(step, features, y) if step and self.networks.context else None
             found = []
             for phase in range(len(PHASES)):
                 place = self._place(step, phase)
@@ -97,6 +109,33 @@ class Entropy:
                 yield self.networks.into(step, known, part), last
 
         return flow.gather(flow.each(_short, flow.blocks([self.networks.context[step - 1]], inputs())))
+
+
+class Factorized:
+    """The same without hyper networks: each channel of y has a table for every level of LAMBDAS, and z is one number,
+    the level whose tables are used."""
+
+    def __init__(self, networks: LeanNetworks, cells: Callable[[], int]) -> None:
+        self.m = networks.m
+
+    def z_shape(self, h: int, w: int) -> tuple[int, int, int]:
+        return 1, 1, 1
+
+    def z(self, y: Array, lam: float) -> Array:
+        level = round(float(np.interp(math.log(lam), np.log(LAMBDAS), np.arange(len(LAMBDAS)))))
+        return space(y).zeros_like(y[:, :1, :1, :1]) + level
+
+    def features(self, z: Array, size: tuple[int, int]) -> Array:
+        """The level."""
+        if not 0 <= (level := int(z[0, 0, 0, 0])) < len(LAMBDAS):
+            raise DamagedError("corrupt layer: invalid symbol stream")
+        return level
+
+    def walk(self, features: Array, y: Array, code: Callable[[Array, Array, Array], Array]) -> None:
+        xp = space(y)
+        tables = features * self.m - 1 + xp.cumsum(xp.ones_like(y[:, :, :1, :1]), 1)  # an integer for each channel
+        index = xp.broadcast_to(cast(tables, "int32"), y.shape)
+        y[:] = code(index.reshape(-1), 0.0, y.reshape(-1)).reshape(y.shape)
 
 
 def _short(x: Array) -> Array:
@@ -144,11 +183,10 @@ def _conditioned(
 class LeanLayer:
     """A lean codec with its entropy coder: a layer less its prediction to bytes and back."""
 
-    searchable = True
-
     def __init__(self, networks: LeanNetworks, tables: entropy.Tables, engine: Engine) -> None:
         self.networks, self.tables, self.engine = networks, tables, engine
-        self.exact = Entropy(networks.exact, networks.m, self._cells)
+        self.searchable = networks.entropy != FACTORIZED
+        self.exact = (Factorized if networks.entropy == FACTORIZED else Entropy)(networks, self._cells)
         self.thresholds = engine.array(thresholds(tables))
 
     def lambda_of(self, quality: float) -> float:
@@ -160,7 +198,7 @@ class LeanLayer:
         """See backbone.LayerCodec."""
         networks = self.at(quality)
         y = self.analysis(networks, picture, prediction())
-        data = self.write(self.hyper_analysis(y), y)
+        data = self.write(self.exact.z(y, quality_to_lambda(quality)), y)
         return data, self.reconstruct(networks, y, prediction(), (picture.shape[0], picture.shape[1]))
 
     def at(self, quality: float) -> Transforms:
@@ -201,9 +239,11 @@ class LeanLayer:
     def _read(self, data: bytes, size: tuple[int, int]) -> tuple[NDArray[np.int32], Array]:
         """Bytes of a layer of ``size`` to the symbols of z [N, h, w] and the quantised latent [1, M, h, w]."""
         h, w = (-(-side // CELL) for side in size)
-        rows, columns = -(-h // 4), -(-w // 4)
-        decoder = entropy.Decoder(data, self.tables, rows * columns, 0)
-        z = decoder.z(self.networks.n, rows, columns)
+        channels, rows, columns = self.exact.z_shape(h, w)
+        # symbols that are not coded take no bits
+        coded = 0 if self.tables.skipped else self.networks.m * h * w
+        decoder = entropy.Decoder(data, self.tables, rows * columns, coded)
+        z = decoder.z(channels, rows, columns)
         y = self.engine.array(np.zeros((1, self.networks.m, h, w), np.float32))
 
         def code(index: Array, means: Array, _: Array) -> Array:
@@ -230,16 +270,10 @@ class LeanLayer:
             x -= known
             yield x, known - 0.5, rows.stop == size[0]
 
-    def hyper_analysis(self, y: Array) -> Array:
-        """Latent to the symbols of z, float32."""
-        z = self.networks.hyper_analysis(y)
-        return space(z).round(z).clip(-LATENT_LIMIT, LATENT_LIMIT)
-
-    @staticmethod
-    def _quantise(centred: Array, index: Array, least: Array) -> Array:
-        """Symbols of y, less its means, from what they cost by their scale indices (uint8)."""
+    def _quantise(self, centred: Array, index: Array, least: Array) -> Array:
+        """Symbols of y, less its means, from what they cost by their tables."""
         symbols = quantise(centred, index, least)
-        symbols *= index >= SKIPPED
+        symbols *= index >= self.tables.skipped
         return symbols
 
     def reconstruct(
@@ -262,18 +296,12 @@ def build(
     or RuntimeError where something is missing or does not fit."""
     if missing := [part for part in PARTS if part not in tensors]:
         raise ValueError(f"no part {missing[0]}")
-    base, residual = (
-        LeanLayer(
-            engine.lean(spec[part], tensors[part], "float32" if part == "base" else precision),
-            tables_of(tensors[part]),
-            engine,
-        )
-        for part in PARTS[:2]
-    )
-    return base, residual, engine.lean_liff(spec["liff"], tensors["liff"], precision)
 
+    def layer(part: str, kind: str) -> LeanLayer:
+        networks = engine.lean(spec[part], tensors[part], kind)
+        tables = (np.asarray(tensors[part][f"tables.{key}"]) for key in ("z", "y", "y_lengths"))
+        skipped = 0 if networks.entropy == FACTORIZED else SKIPPED
+        return LeanLayer(networks, entropy.Tables(*tables, skipped=skipped), engine)
 
-def tables_of(tensors: dict[str, Any]) -> entropy.Tables:
-    """The tables among a codec's tensors."""
-    tables = (np.asarray(tensors[f"tables.{key}"]) for key in ("z", "y", "y_lengths"))
-    return entropy.Tables(*tables, skipped=SKIPPED)
+    liff = engine.lean_liff(spec["liff"], tensors["liff"], precision)
+    return layer("base", "float32"), layer("residual", precision), liff

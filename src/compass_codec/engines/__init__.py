@@ -77,7 +77,7 @@ class Exact(Protocol):
 
     @property
     def context(self) -> Sequence[Apply]:
-        """The block of each later step."""
+        """The block of each later step; none without context model."""
         ...
 
     def into(self, step: int, known: Array, features: Array) -> Array:
@@ -96,9 +96,12 @@ class LeanNetworks(Protocol):
     m: int
     n: int
     conditional: bool
+    entropy: str
 
     @property
-    def exact(self) -> Exact: ...
+    def exact(self) -> Exact | None:
+        """None without hyper networks."""
+        ...
 
     def at(self, lam: float) -> Transforms:
         """The transforms at a Lagrangian multiplier."""

@@ -34,6 +34,7 @@ from compass_codec.networks.numbers import (
     STEPS,
     UNSHUFFLE,
     check_exact,
+    entropy_parts,
 )
 from compass_codec.networks.places import first, nearest
 
@@ -306,8 +307,10 @@ class OnnxLean:
         h: int = 128,
         g: int = 128,
         conditional: bool = False,
+        entropy: str = "context",
     ) -> None:
-        self.m, self.n, self.conditional = m, n, conditional
+        self.m, self.n, self.conditional, self.entropy = m, n, conditional, entropy
+        hyper, context = entropy_parts(entropy)
         samples, levels = 3 * UNSHUFFLE**2, len(LAMBDAS)
         shapes: dict[str, tuple[int, ...]] = {"log_gain": (levels, m), "log_inv_gain": (levels, m), "y_scale": (m,)}
         shapes |= _layer("embed", c8, samples) | _layer("down", c16, c8, 2) | _layer("to_y", m, c16)
@@ -315,9 +318,9 @@ class OnnxLean:
         shapes |= {"up.weight": (c16, c8, 2, 2), "up.bias": (c8,)}
         if conditional:
             shapes |= _layer("embed_p", c8, samples) | _layer("p8", c8, samples)
-        shapes |= _layer("h_a.0", h, m) | _layer("h_a.1", h, h, 2) | _layer("h_a.2", n, h, 2)
-        for k in range(2):
-            shapes |= _plain_shapes(f"h_a_blocks.{k}", h)
+        if hyper:
+            shapes |= _layer("h_a.0", h, m) | _layer("h_a.1", h, h, 2) | _layer("h_a.2", n, h, 2)
+            shapes |= _plain_shapes("h_a_blocks.0", h) | _plain_shapes("h_a_blocks.1", h)
         self.counts = {"a8": n8, "a16": n16, "s16": n16, "s8": n8}
         for group, count in self.counts.items():
             c = c8 if group.endswith("8") else c16
@@ -327,7 +330,7 @@ class OnnxLean:
                 shapes |= _layer(f"{name}.dw", c, 1, 3) | _layer(f"{name}.p1", 2 * c, c) | _layer(f"{name}.p2", c, c)
         self.layers = Layers(tensors, shapes)
         exact = {name.removeprefix(INTEGERS): value for name, value in tensors.items() if name.startswith(INTEGERS)}
-        self.exact = OnnxExact(exact, m, n, h, g)
+        self.exact = OnnxExact(exact, m, n, h, g, context) if hyper else None
         self._sessions: dict[str, Session] = {}
         self._last: OnnxTransforms | None = None
 
@@ -446,12 +449,12 @@ class OnnxTransforms:
 class OnnxExact:
     """See engines.Exact. Raises ValueError for weights that are not exact."""
 
-    def __init__(self, tensors: Tensors, m: int, n: int, h: int, g: int) -> None:
-        self.m, self._tensors = m, tensors
+    def __init__(self, tensors: Tensors, m: int, n: int, h: int, g: int, context: bool = True) -> None:
+        self.m, self._tensors, later = m, tensors, range(STEPS - 1 if context else 0)
         shapes = {"up.0": (4 * h, n), "up.1": (4 * h, h), "first": (2 * m, h)}
-        for k in range(STEPS - 1):
+        for k in later:
             shapes |= {f"into.{k}": (g, m + h), f"more.{k}": (2 * m, g)}
-        for block, c in (*((f"block.{k}", h) for k in range(2)), *((f"context.{k}", g) for k in range(STEPS - 1))):
+        for block, c in (*((f"block.{k}", h) for k in range(2)), *((f"context.{k}", g) for k in later)):
             shapes |= {f"{block}.p1": (2 * c, c), f"{block}.p2": (c, 2 * c), f"{block}.dw": (c, 1)}
         for name, shape in shapes.items():
             side = 3 if name.endswith("dw") else 1
@@ -459,7 +462,7 @@ class OnnxExact:
             check_exact(name, weight, bias, scale)
             if weight.shape != (*shape, side, side):
                 raise ValueError(f"{name}: {list(weight.shape)} instead of {[*shape, side, side]}")
-        self._known = _float(tensors["known"])
+        self._later, self._known = later, _float(tensors["known"] if context else np.zeros(m))
         if self._known.shape != (m,):
             raise ValueError(f"known: {list(self._known.shape)} instead of {[m]}")
 
@@ -478,7 +481,7 @@ class OnnxExact:
 
     @cached_property
     def context(self) -> list[Apply]:
-        return [self._block(f"context.{k}") for k in range(STEPS - 1)]
+        return [self._block(f"context.{k}") for k in self._later]
 
     @cached_property
     def up(self) -> list[Apply]:

@@ -28,6 +28,7 @@ from compass_codec.networks.numbers import (
     MEAN_UNIT,
     STEPS,
     UNSHUFFLE,
+    entropy_parts,
 )
 from compass_codec.networks.rates import gain, level_of
 
@@ -59,7 +60,9 @@ class TorchEngine:
     def lean(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> TorchLean:
         codec = fill(lambda: LeanCodec(**dimensions), tensors, self.device)
         exact = {name.removeprefix(INTEGERS): value for name, value in tensors.items() if name.startswith(INTEGERS)}
-        return TorchLean(codec, TorchExact(exact, codec.m, self.device), getattr(torch, precision))
+        hyper, context = entropy_parts(codec.entropy)
+        integers = TorchExact(exact, codec.m, self.device, context) if hyper else None
+        return TorchLean(codec, integers, getattr(torch, precision))
 
     def lean_liff(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> LeanLIFF:
         return fill(lambda: LeanLIFF(**dimensions), tensors, self.device).to(getattr(torch, precision))
@@ -83,9 +86,9 @@ def fill(make: Callable[[], N], tensors: dict[str, Tensor], device: torch.device
 class TorchLean:
     """See engines.LeanNetworks. Transforms compute in ``kind``."""
 
-    def __init__(self, codec: LeanCodec, exact: TorchExact, kind: torch.dtype) -> None:
+    def __init__(self, codec: LeanCodec, exact: TorchExact | None, kind: torch.dtype) -> None:
         self.codec, self.exact, self.kind = codec, exact, kind
-        self.m, self.n, self.conditional = codec.m, codec.n, codec.conditional
+        self.m, self.n, self.conditional, self.entropy = codec.m, codec.n, codec.conditional, codec.entropy
 
     def at(self, lam: float) -> TorchTransforms:
         level = level_of(lam, LAMBDAS)[None].float().to(self.codec.log_gain.device)
@@ -160,15 +163,16 @@ def _block(block: Any, level: Tensor, kind: torch.dtype) -> Callable[[Tensor], T
 class TorchExact:
     """See engines.Exact."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], m: int, device: torch.device) -> None:
-        self.tensors, self.m, later = tensors, m, range(STEPS - 1)
+    def __init__(self, tensors: Mapping[str, Tensor], m: int, device: torch.device, context: bool = True) -> None:
+        self.tensors, self.m, later = tensors, m, range(STEPS - 1 if context else 0)
         self.up = [self._doubled(Conv(tensors, f"up.{k}", 0, ACTIVATION).to(device)) for k in range(2)]
         self.blocks = [Block(tensors, f"block.{k}").to(device) for k in range(2)]
         self.first = Conv(tensors, "first").to(device)
         self._into = [Conv(tensors, f"into.{k}", 0, ACTIVATION).to(device) for k in later]
         self.context = [Block(tensors, f"context.{k}").to(device) for k in later]
         self.more = [Conv(tensors, f"more.{k}").to(device) for k in later]
-        self.known = tensors["known"].float()[:, None, None].to(device)
+        if context:
+            self.known = tensors["known"].float()[:, None, None].to(device)
 
     @staticmethod
     def _doubled(up: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compass_codec.networks.numbers import EPSILON, LAMBDAS, PHASES, STEPS, UNSHUFFLE
+from compass_codec.networks.numbers import EPSILON, LAMBDAS, PHASES, STEPS, UNSHUFFLE, entropy_parts
 from compass_codec.networks.rates import gain
 
 
@@ -115,6 +115,9 @@ class LeanCodec(nn.Module):
     A ``conditional`` codec is for enhancement layers: its pictures are what a prediction lacks, and analysis and
     synthesis also see that prediction, centred on zero, through convolutions that start at zero. So it starts as the
     codec of the residual. The entropy model never sees the prediction, which is floating point.
+
+    ``entropy`` names the entropy model: "context" as described above; "hyperprior", hyper networks alone; "factorized",
+    neither, in which case each channel of y has a learned density (training/density.py) of y over exp(log_scale).
     """
 
     def __init__(
@@ -128,13 +131,15 @@ class LeanCodec(nn.Module):
         h: int = 128,
         g: int = 128,
         conditional: bool = False,
+        entropy: str = "context",
     ) -> None:
         super().__init__()
+        hyper, context = entropy_parts(entropy)
         if m % STEPS:
             raise ValueError(f"{m} channels of y; the context model needs a multiple of {STEPS}")
-        self.dimensions = {"c8": c8, "c16": c16, "n8": n8, "n16": n16, "m": m, "n": n, "h": h, "g": g}
-        self.dimensions["conditional"] = conditional
-        self.m, self.n, self.conditional = m, n, conditional
+        self.dimensions: dict[str, Any] = {"c8": c8, "c16": c16, "n8": n8, "n16": n16, "m": m, "n": n, "h": h, "g": g}
+        self.dimensions |= {"conditional": conditional} | ({} if context else {"entropy": entropy})
+        self.m, self.n, self.conditional, self.entropy = m, n, conditional, entropy
         samples = 3 * UNSHUFFLE**2
         self.embed = nn.Conv2d(samples, c8, 1)
         self.a8 = nn.ModuleList(GatedBlock(c8) for _ in range(n8))
@@ -151,15 +156,18 @@ class LeanCodec(nn.Module):
             self.p8 = from_zero(nn.Conv2d(samples, c8, 1))
         self.log_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
         self.log_inv_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
+        # what brings y to about 1: one over the root of each channel's standard deviation at the start
+        self.y_scale: Tensor
+        self.register_buffer("y_scale", torch.ones(m))
+        if not hyper:
+            self.log_scale, self.context = nn.Parameter(torch.zeros(len(LAMBDAS), m)), None
+            return
         self.h_a = nn.ModuleList([nn.Conv2d(m, h, 1), nn.Conv2d(h, h, 2, 2), nn.Conv2d(h, n, 2, 2)])
         self.h_a_blocks = nn.ModuleList(PlainBlock(h) for _ in range(2))
         self.h_s = nn.ModuleList([nn.ConvTranspose2d(n, h, 2, 2), nn.ConvTranspose2d(h, h, 2, 2)])
         self.h_s_blocks = nn.ModuleList(PlainBlock(h) for _ in range(2))
         self.h_p = nn.Conv2d(h, 2 * m, 1)
-        self.context = ContextModel(m, h, g)
-        # what brings y to about 1: one over the root of each channel's standard deviation at the start
-        self.y_scale: Tensor
-        self.register_buffer("y_scale", torch.ones(m))
+        self.context = ContextModel(m, h, g) if context else None
 
     def analysis(self, x: Tensor, level: Tensor, prediction: Tensor | None = None) -> Tensor:
         """Picture [B, 3, H, W] to latent y [B, M, ceil(H/16), ceil(W/16)], gain of ``level`` [B] applied.
@@ -221,21 +229,21 @@ class LeanCodec(nn.Module):
 
         ``code`` is called for every step and phase with the step, log scales and means [B, M/4, rows, columns] of
         symbols, and the part of [B, M, h, w] that they are; it returns the quantised latents there. Without context
-        all scales and means come from ``features`` alone.
+        model, or ``with_context``, all scales and means come from ``features`` alone.
         """
         size = features.shape[-2:]
         scales, means = self.h_p(features).float().chunk(2, 1)
-        y_scale = self.y_scale[:, None, None]
+        y_scale, model = self.y_scale[:, None, None], self.context if with_context else None
         known = features.new_zeros((len(features), self.m, *size), dtype=torch.float32)
         for step in range(STEPS):
-            hidden = self.context(step, known * y_scale, features) if step and with_context else None
+            hidden = model(step, known * y_scale, features) if step and model else None
             found = []
             for phase, part in self.parts(step):
                 s, mean = scales[part], means[part]
                 if not s.numel():
                     continue  # a latent of one row or column has no place in some phases
-                if hidden is not None:
-                    more = self.context.parameters_of(step, phase, hidden[(..., *part[2:])]).float()
+                if model and hidden is not None:
+                    more = model.parameters_of(step, phase, hidden[(..., *part[2:])]).float()
                     s, mean = (a + b for a, b in zip((s, mean), more.chunk(2, 1), strict=True))
                 found.append((part, code(step, s, mean / y_scale[part[1]], part)))
             known = known.clone()  # the steps before need what they saw for their gradients

@@ -14,6 +14,9 @@ CELL = 16  # pixels along the side of a cell of y
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))  # first row and column of a phase: every second row and column from there
 STEPS = len(PHASES)
 EPSILON = 1e-6  # of the mean square in the norm
+FACTORIZED = "factorized"
+# Entropy models by their names in model.json: whether they have hyper networks, and whether they have a context model.
+ENTROPY = {"context": (True, True), "hyperprior": (True, False), FACTORIZED: (False, False)}
 # of integer networks, see exact.py
 INTEGERS = "exact."  # what the names of their tensors start with in a set of weights
 ACTIVATION = 511  # largest magnitude of an activation
@@ -22,6 +25,13 @@ EXACT = 2**24  # float32 holds every integer below
 FINE = 16  # parts of the distance between two scale levels in which log scales are added up
 MEAN_UNIT = 64  # means are multiples of one over it
 MEAN_LIMIT = 2**15 - 1  # of means in these units
+
+
+def entropy_parts(name: str) -> tuple[bool, bool]:
+    """Of ENTROPY. Raises ValueError for a name that it lacks."""
+    if name not in ENTROPY:
+        raise ValueError(f"entropy model {name!r}; this version has {', '.join(ENTROPY)}")
+    return ENTROPY[name]
 
 
 def check_exact(name: str, weight: NDArray[Any], bias: NDArray[Any], scale: NDArray[Any]) -> None:

@@ -38,9 +38,9 @@ class FactorizedDensity(nn.Module):
                 x = x + self.factors[i].tanh() * x.tanh()
         return x
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mass of the unit interval around x [C, 1, n]: c(x + 1/2) - c(x - 1/2)."""
-        low, high = self.logits(x - 0.5), self.logits(x + 0.5)
+    def forward(self, x: Tensor, half: Tensor | float = 0.5) -> Tensor:
+        """Mass of the interval around x [C, 1, n], by default of length 1: c(x + half) - c(x - half)."""
+        low, high = self.logits(x - half), self.logits(x + half)
         # taken on the side where the sigmoids are small, else the upper tail cancels to zero
         sign = -(low + high).sign().detach()
         return ((sign * high).sigmoid() - (sign * low).sigmoid()).abs()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compass_codec.entropy import LEVELS, SCALE_RANGE
 from compass_codec.networks.exact import pack
 from compass_codec.networks.lean import LeanCodec, PlainBlock
-from compass_codec.networks.numbers import ACTIVATION, FINE, INTEGERS, LAMBDAS, MEAN_UNIT, PHASES, STEPS
+from compass_codec.networks.numbers import ACTIVATION, FACTORIZED, FINE, INTEGERS, LAMBDAS, MEAN_UNIT, PHASES, STEPS
 
 KEPT = 0.9999  # of an activation's values lie within its range; the rest is clamped
 SCALE_STEP = math.log(SCALE_RANGE[1] / SCALE_RANGE[0]) / (LEVELS - 1)
@@ -41,7 +41,10 @@ SHARE = 2  # crops of each lambda
 
 @torch.no_grad()
 def of_part(stage: Any, part: str) -> dict[str, Tensor]:
-    """The integer tensors of the codec ``part`` of a LeanStage, measured on the crops that it started with."""
+    """The integer tensors of the codec ``part`` of a LeanStage, measured on the crops that it started with. There are
+    none without hyper networks."""
+    if getattr(stage, part).codec.entropy == FACTORIZED:
+        return {}
     if (x := stage.crops) is None:
         raise ValueError("no pictures to measure activations on, so these weights are not exported")
     x = x.to(stage.base.codec.y_scale.device)
@@ -79,7 +82,7 @@ def integers(codec: LeanCodec, latents: list[Tensor]) -> dict[str, Tensor]:
 
 def _blocks(codec: LeanCodec) -> list[tuple[str, Any]]:
     return [(f"block.{k}", b) for k, b in enumerate(codec.h_s_blocks)] + [
-        (f"context.{k}", b) for k, b in enumerate(codec.context.blocks)
+        (f"context.{k}", b) for k, b in enumerate(codec.context.blocks if codec.context else ())
     ]
 
 
@@ -100,7 +103,7 @@ def _watch(ranges: Ranges, name: str, block: PlainBlock) -> list[Any]:
 
 def _pack(codec: Any, ranges: Ranges, known: Tensor) -> dict[str, Tensor]:
     """``known``: units of the known latents [M], already multiplied by y_scale."""
-    tensors = {"known": codec.y_scale / known}
+    tensors: dict[str, Tensor] = {}
 
     def put(name: str, weight: Tensor, bias: Tensor, unit_in: Tensor | float, unit_out: Tensor | float) -> None:
         tensors.update({f"{name}.{key}": value for key, value in pack(weight, bias, unit_in, unit_out).items()})
@@ -118,7 +121,9 @@ def _pack(codec: Any, ranges: Ranges, known: Tensor) -> dict[str, Tensor]:
     # log scales as indices: the lowest is 0, and half a level rounds to the nearest
     offset = torch.cat([torch.full((m,), SCALE_STEP / 2 - math.log(SCALE_RANGE[0])), torch.zeros(m)])
     put("first", codec.h_p.weight, codec.h_p.bias + offset, unit, torch.cat([scale_units, mean_units]))
-    model = codec.context
+    if (model := codec.context) is None:
+        return tensors
+    tensors["known"] = codec.y_scale / known
     for k in range(STEPS - 1):
         weight = torch.cat([model.known[k].weight, model.features[k].weight], 1)
         units = torch.cat([known, known.new_full((model.features[k].weight.shape[1],), unit)])

@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
 from compass_codec.backbones.mean_scale import PARTS
 from compass_codec.entropy import frequencies, gaussian_tables
 from compass_codec.files import write_file
+from compass_codec.networks.lean import LeanCodec
 from compass_codec.networks.liff import LIFF, SIZES
+from compass_codec.networks.numbers import FACTORIZED, LAMBDAS
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.lean import RatedLean
 from compass_codec.training.stages import RatedCodec, Stage
@@ -26,6 +29,7 @@ from compass_codec.weights import CARD, part_of, read_set, write_card
 
 BACKBONE = "mean_scale"
 REACH = 32  # hyper-latent symbols -REACH..REACH have a frequency of their own; beyond them, an escape
+MOST_REACH, SELDOM = 1023, 2**-14  # the most of y without hyper networks, and how often its symbols may escape
 
 
 @torch.no_grad()
@@ -37,13 +41,35 @@ def z_table(density: FactorizedDensity) -> Tensor:
     return torch.from_numpy(np.stack([frequencies(row) for row in mass.numpy()]))
 
 
+@torch.no_grad()
+def tables_of(part: RatedCodec | RatedLean) -> dict[str, Tensor]:
+    """The tables of a codec: of z by its density and of y by normal distributions; or, without hyper networks, of the
+    level, all of which are as likely, and of each channel of y at each level by its density."""
+    if not isinstance(part.codec, LeanCodec) or part.codec.entropy != FACTORIZED:
+        return {"tables.z": z_table(part.bottleneck)} | named(*gaussian_tables())
+    levels, found = len(LAMBDAS), list[NDArray[np.int32]]()
+    density, scales = copy.deepcopy(part.bottleneck).cpu().double(), part.codec.log_scale.cpu().double().exp()
+    n = torch.arange(-MOST_REACH, MOST_REACH + 1, dtype=torch.float64)
+    for scale in scales[:, :, None, None]:
+        mass = density(n / scale, 0.5 / scale)[:, 0]
+        for row in mass.numpy():
+            beyond = 1 - np.cumsum(row[MOST_REACH:] + row[MOST_REACH::-1]) + row[MOST_REACH]
+            width = max(1, int(np.argmax(np.append(beyond, 0) < SELDOM)))
+            found.append(frequencies(row[MOST_REACH - width : MOST_REACH + width + 1]))
+    level = torch.from_numpy(frequencies(np.repeat([0, 1 / levels], [levels - 1, levels])))[None]
+    return {"tables.z": level} | named(np.concatenate(found), np.array([len(table) for table in found], np.int32))
+
+
+def named(y: NDArray[np.int32], lengths: NDArray[np.int32]) -> dict[str, Tensor]:
+    return {"tables.y": torch.from_numpy(y), "tables.y_lengths": torch.from_numpy(lengths)}
+
+
 def tensors_of(part: torch.nn.Module) -> dict[str, Tensor]:
     """The tensors of one weights file. Raises ValueError when a weight is not a finite float16."""
     if isinstance(part, RatedCodec | RatedLean):
         tensors = {name: value.half() for name, value in part.codec.state_dict().items()}
         tensors |= {f"bottleneck.{name}": value.float() for name, value in part.bottleneck.state_dict().items()}
-        tensors["tables.z"] = z_table(part.bottleneck)
-        tensors["tables.y"], tensors["tables.y_lengths"] = map(torch.from_numpy, gaussian_tables())
+        tensors |= tables_of(part)
     else:
         tensors = {name: value.half() for name, value in part.state_dict().items()}
     for name, value in tensors.items():

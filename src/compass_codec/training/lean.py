@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from compass_codec.networks.lean import LeanCodec
 from compass_codec.networks.lean_liff import LeanLIFF
-from compass_codec.networks.numbers import LAMBDAS, UNSHUFFLE
+from compass_codec.networks.numbers import FACTORIZED, LAMBDAS, UNSHUFFLE
+from compass_codec.networks.rates import gain
 from compass_codec.training import exact, visual
 from compass_codec.training.data import Pictures
 from compass_codec.training.density import FactorizedDensity
@@ -21,9 +23,9 @@ from compass_codec.training.stages import (
     REPEAT,
     Stage,
     cost,
+    density_bits,
     encoded,
     gaussian_bits,
-    hyper_bits,
     pyramid,
     round_ste,
     shrink,
@@ -37,6 +39,7 @@ from compass_codec.weights import CARD, read_set
 BACKBONE = "lean"
 PARTS = ("base", "residual", "liff")
 LOG_SCALES = (math.log(0.06), math.log(256.0))  # that the networks may give
+UNIT = math.sqrt(3) / math.pi  # scale of the logistic distribution whose standard deviation is 1
 LEAST = 0.05  # standard deviation of latents that the start leaves at zero
 DRAWN = 1 / 16  # of the crops become rectangles of one colour each, which photographs rarely hold
 PREDICTION = 0.1  # of the loss of an enhancement layer is added for its prediction alone, from which LIFF learns first
@@ -44,25 +47,35 @@ GRAINY, GRAIN, COLOURED = 0.05, 4 / 255, 0.3  # lambda from where crops get grai
 
 
 class RatedLean(nn.Module):
-    """A LeanCodec with the density of its hyper-latent: what training needs beyond coding."""
+    """A LeanCodec with the density of its hyper-latent, or of y if there is none: what training needs beyond coding."""
 
-    def __init__(self, **dimensions: int) -> None:
+    noisy = False  # whether training synthesises from y with uniform noise in the place of the rounded y
+
+    def __init__(self, **dimensions: Any) -> None:
         super().__init__()
-        self.codec = LeanCodec(**dimensions)  # type: ignore[arg-type]
-        self.bottleneck = FactorizedDensity(self.codec.n)
+        self.codec = LeanCodec(**dimensions)
+        if self.codec.entropy == FACTORIZED:
+            self.bottleneck = FactorizedDensity(self.codec.m, init_scale=UNIT)
+        else:
+            self.bottleneck = FactorizedDensity(self.codec.n)
 
     def forward(
         self, x: Tensor, level: Tensor, with_context: bool, prediction: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Centred picture, or layer less its prediction, [B, 3, H, W], level [B], and the centred prediction of a
         conditional codec, to (reconstruction, bits [B])."""
-        y_hat, bits = self.code(self.codec.analysis(x, level, prediction), with_context)
+        y = self.codec.analysis(x, level, prediction)
+        y_hat, bits = self.code(y, level, with_context)
+        if self.noisy and self.training:
+            y_hat = y + torch.rand_like(y) - 0.5
         return self.codec.synthesis(y_hat, level, (x.shape[-2], x.shape[-1]), prediction), bits
 
-    def code(self, y: Tensor, with_context: bool) -> tuple[Tensor, Tensor]:
-        """Latent y [B, M, h, w] to (what the decoder has of it, bits [B])."""
+    def code(self, y: Tensor, level: Tensor, with_context: bool) -> tuple[Tensor, Tensor]:
+        """Latent y [B, M, h, w] at ``level`` [B] to (what the decoder has of it, bits [B])."""
+        if self.codec.entropy == FACTORIZED:
+            return round_ste(y), density_bits(self.bottleneck, y, gain(self.codec.log_scale, level))
         z = self.codec.hyper_analysis(y)
-        bits = hyper_bits(self.bottleneck, z)
+        bits = density_bits(self.bottleneck, z)
         z = z.float()
 
         def code(step: int, log_scales: Tensor, means: Tensor, part: tuple[slice, ...]) -> Tensor:
@@ -87,25 +100,29 @@ class LeanStage(Stage):
     lambdas = LAMBDAS
     with_context = False
     tune = "psnr"  # what the distortion follows, and the profile of what is trained to follow something else
+    card: Mapping[str, str] = MappingProxyType({})  # profile and purpose of the set, where they are others
 
     crops: Tensor | None = None  # [B, 3, 256, 256] in 0..1, that activations of the exported weights are measured on
 
-    def __init__(self) -> None:
+    def __init__(self, **dimensions: Any) -> None:
+        """``dimensions``: those of the codecs that are not as LeanCodec has them by default."""
         nn.Module.__init__(self)
-        self.base = RatedLean()  # type: ignore[assignment]
+        self.base = RatedLean(**dimensions)  # type: ignore[assignment]
 
     def card_fields(self) -> dict[str, Any]:
         """The dimensions of the networks that are exported, and the profile of a tune."""
         networks = {part: getattr(self, part) for part in self.writes or self.trains}
         dimensions = {part: getattr(network, "codec", network).dimensions for part, network in networks.items()}
-        return dimensions | ({"profile": self.tune, "purpose": PURPOSE[self.tune]} if self.tune in PURPOSE else {})
+        tuned = {"profile": self.tune, "purpose": PURPOSE[self.tune]} if self.tune in PURPOSE else {}
+        return dimensions | tuned | dict(self.card)
 
     def integers(self, part: str) -> dict[str, Tensor]:
         return exact.of_part(self, part) if part != "liff" else {}
 
     def freeze(self) -> None:
         self.requires_grad_(True)
-        self.base.codec.context.requires_grad_(self.with_context)
+        if (context := self.base.codec.context) is not None:
+            context.requires_grad_(self.with_context)
 
     def forward(
         self, x: Tensor, lam: Tensor, level: Tensor, factors: tuple[float, ...]
@@ -140,15 +157,15 @@ class LeanLayersStage(LeanStage):
     prediction alone would cost, without bits, is added.
     """
 
-    trains = ("residual", "liff")
+    trains: tuple[str, ...] = ("residual", "liff")
     writes = PARTS  # a whole set, with the base that the others were trained above
     layered = True
     with_context = True
     conditional = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.residual = RatedLean(conditional=self.conditional)  # type: ignore[assignment]
+    def __init__(self, **dimensions: Any) -> None:
+        super().__init__(**dimensions)
+        self.residual = RatedLean(**dimensions, conditional=self.conditional)  # type: ignore[assignment]
         self.liff = LeanLIFF()  # type: ignore[assignment]
 
     def freeze(self) -> None:
@@ -284,6 +301,9 @@ def linear_start(codec: LeanCodec, crops: Tensor) -> None:
     log_gain = torch.tensor([0.5 * math.log(lam / LAMBDA_0) for lam in LAMBDAS])[:, None]
     codec.log_gain.copy_(log_gain.expand_as(codec.log_gain))
     codec.log_inv_gain.copy_(-log_gain.expand_as(codec.log_inv_gain))
+    if codec.entropy == FACTORIZED:
+        codec.log_scale.copy_(deviation.log() + log_gain)
+        return
     assert codec.h_p.bias is not None
     codec.h_p.weight.mul_(0.1)
     codec.h_p.bias.copy_(torch.cat([deviation.log(), torch.zeros_like(deviation)]))

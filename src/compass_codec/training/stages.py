@@ -51,12 +51,18 @@ def encoded(y: Tensor, scales: Tensor) -> Tensor:
     return (below + (y.abs() - below > least)).copysign(y)
 
 
-def hyper_bits(bottleneck: FactorizedDensity, z: Tensor) -> Tensor:
-    """Bits [B] of the hyper-latent z [B, N, h, w]: with uniform noise in training, rounded otherwise."""
+def density_bits(bottleneck: FactorizedDensity, z: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Bits [B] of z [B, N, h, w]: with uniform noise in training, rounded otherwise. The density is that of z, or of z
+    over ``scale`` [B, N, 1, 1]."""
+
+    def channels(x: Tensor) -> Tensor:
+        return x.transpose(0, 1).flatten(1).unsqueeze(1)
+
     with torch.autocast(z.device.type, enabled=False):
         z = z.float()
         noisy = z + torch.rand_like(z) - 0.5 if bottleneck.training else z.round()
-        likelihood = bottleneck(noisy.transpose(0, 1).flatten(1).unsqueeze(1))
+        scale = torch.ones_like(z[:, :, :1, :1]) if scale is None else scale
+        likelihood = bottleneck(channels(noisy / scale), channels((0.5 / scale).expand_as(z)))
         return -lower_bound(likelihood, 1e-9).log2().reshape(z.shape[1], len(z), -1).sum((0, 2))
 
 
@@ -77,7 +83,7 @@ class RatedCodec(nn.Module):
     def code(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Latent y [B, M, h, w] to (what the decoder has of it, bits [B])."""
         z = self.codec.hyper_analysis(y)
-        z_bits = hyper_bits(self.bottleneck, z)
+        z_bits = density_bits(self.bottleneck, z)
         z = z.float()
         scales, means = self.codec.hyper_synthesis(round_ste(z).to(y.dtype), (y.shape[-2], y.shape[-1]))
         y, scales, means = y.float(), scales.float(), means.float()

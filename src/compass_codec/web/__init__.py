@@ -37,9 +37,12 @@ def weights_of(found: ModelSet) -> bytes:
 
     if found.backbone != "lean":
         raise WeightsError(f"{found.folder}: browsers decode with the backbone lean, not with {found.backbone}")
+    parts = tensors_of(found, load)
+    if any(part != "liff" and "exact.known" not in tensors for part, tensors in parts.items()):
+        raise WeightsError(f"{found.folder}: browsers decode with the context model of four steps alone")
     kept = {
         f"{part}.{name}": value
-        for part, tensors in tensors_of(found, load).items()
+        for part, tensors in parts.items()
         for name, value in tensors.items()
         if part == "liff" or name.startswith(DECODER)
     }

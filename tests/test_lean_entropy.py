@@ -1,0 +1,161 @@
+"""Entropy models of the lean backbone beside the context model: the mean-scale hyperprior and the factorized prior."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_lean_codec import SMALL, known, picture
+from torch import nn
+
+from compass_codec import entropy, web
+from compass_codec.backbones import lean as lean_codec
+from compass_codec.backbones.lean import LeanLayer
+from compass_codec.engines.onnx_engine import OnnxEngine, OnnxLean
+from compass_codec.engines.torch_engine import TorchEngine, TorchExact, TorchLean
+from compass_codec.errors import DamagedError, WeightsError
+from compass_codec.networks.lean import LeanCodec
+from compass_codec.networks.numbers import FACTORIZED, INTEGERS, LAMBDAS
+from compass_codec.training.exact import integers
+from compass_codec.training.export import export, tables_of
+from compass_codec.training.lean import LeanStage, RatedLean, linear_start
+from compass_codec.training.start import noise_pictures
+from compass_codec.weights import read_set
+
+MODELS = ["hyperprior", FACTORIZED]
+CPU = torch.device("cpu")
+
+
+def rated_of(model: str) -> RatedLean:
+    torch.manual_seed(5)
+    rated = RatedLean(**SMALL, entropy=model)
+    linear_start(rated.codec, noise_pictures(4, 64))
+    for parameter in rated.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    return rated.requires_grad_(False).eval()
+
+
+def layers_of(model: str, kind: torch.dtype = torch.float32) -> tuple[LeanLayer, LeanLayer]:
+    """The same networks with PyTorch and with ONNX Runtime."""
+    rated = rated_of(model)
+    codec, exact = rated.codec, dict[str, torch.Tensor]()
+    if model != FACTORIZED:
+        x = noise_pictures(2, 64) - 0.5
+        exact = integers(codec, [codec.analysis(x, torch.full((2,), float(k))) for k in range(len(LAMBDAS))])
+    tables = [tables_of(rated)[f"tables.{name}"].numpy() for name in ("z", "y", "y_lengths")]
+    made = entropy.Tables(*tables, skipped=0 if model == FACTORIZED else lean_codec.SKIPPED)
+    twin = TorchExact(exact, codec.m, CPU, False) if exact else None
+    tensors = {name: value.numpy() for name, value in codec.state_dict().items()}
+    tensors |= {f"{INTEGERS}{name}": value.numpy() for name, value in exact.items()}
+    onnx = LeanLayer(OnnxLean(tensors, **SMALL, entropy=model), made, OnnxEngine())
+    return LeanLayer(TorchLean(codec, twin, kind), made, TorchEngine(CPU)), onnx
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request) -> tuple[LeanLayer, LeanLayer]:
+    return layers_of(request.param)
+
+
+def test_dimensions_name_the_model_where_it_is_another():
+    assert "entropy" not in LeanCodec(**SMALL).dimensions
+    assert LeanCodec(**SMALL, entropy="hyperprior").dimensions["entropy"] == "hyperprior"
+    for make in (LeanCodec, lambda **more: OnnxLean({}, **more)):
+        with pytest.raises(ValueError, match="entropy model 'msp'; this version has context, hyperprior, factorized"):
+            make(**SMALL, entropy="msp")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 1), (70, 90)])
+@pytest.mark.parametrize("quality", [1, 45, 100])
+def test_the_decoder_sees_what_the_encoder_saw(pair, size, quality):
+    """With either engine, which decode each other's files to the same symbols."""
+    for layer, other in (pair, pair[::-1]):
+        data, seen = (
+            layer.encode(picture(size), known(size), quality) if layer is pair[0] else onnx(layer, size, quality)
+        )
+        again = layer.decode(data, size, strips(layer, size, 7), quality)
+        assert np.array_equal(again, seen)
+        for a, b in zip(layer.parse(data, size), other.parse(data, size), strict=True):
+            assert np.array_equal(a, b)
+
+
+def strips(layer: LeanLayer, size: tuple[int, int], rows: int):
+    found = known(size, rows)()
+    return (part.numpy() for part in found) if isinstance(layer.engine, OnnxEngine) else found
+
+
+def onnx(layer: LeanLayer, size: tuple[int, int], quality: float):
+    return layer.encode(picture(size), lambda: strips(layer, size, 10**6), quality)
+
+
+def test_symbols_do_not_depend_on_strips_threads_or_the_pixel_path(pair, monkeypatch):
+    size, layer = (150, 110), pair[0]
+    data, _ = layer.encode(picture(size), known(size), 80)
+    z, y = layer.parse(data, size)
+    assert len(np.unique(y)) > 20
+    other = layers_of(layer.networks.entropy, torch.bfloat16)[0]
+    for codec, cells, threads in ((layer, 14, 2), (other, 1024, 1)):
+        monkeypatch.setitem(lean_codec.CELLS, "cpu", cells)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        again = codec.parse(data, size)
+        torch.set_num_threads(before)
+        assert np.array_equal(again[0], z) and np.array_equal(again[1], y)
+
+
+def test_garbage_gives_a_picture_or_one_error(pair):
+    size, rng, layer = (40, 56), np.random.default_rng(3), pair[0]
+    data, _ = layer.encode(picture(size), known(size), 70)
+    for _ in range(60):
+        broken = bytearray(data)
+        broken[rng.integers(len(broken))] ^= int(rng.integers(1, 256))
+        try:
+            found = layer.decode(bytes(broken[: rng.integers(1, len(data) + 1)]), size, known(size)(), 70)
+        except DamagedError:
+            continue
+        assert found.shape == (*size, 3)
+
+
+@pytest.mark.parametrize("level", [0, 3, 7])
+def test_a_layer_takes_the_bits_of_the_density(level):
+    """The tables of a level are those of the density there, and the encoder takes them: within 2 %, with the bytes of
+    level and end."""
+    layer, size = layers_of(FACTORIZED)[0], (320, 320)
+    rated = rated_of(FACTORIZED)
+    quality = next(q for q in np.arange(1, 100.01, 0.01) if layer.lambda_of(q) >= 0.999 * LAMBDAS[level])
+    data, _ = layer.encode(picture(size), known(size), quality)
+    z, y = layer.parse(data, size)
+    assert z.ravel().tolist() == [level]
+    latent = torch.from_numpy(y / 64)[None].float()
+    assert torch.equal(latent, latent.round()), "no means"
+    _, bits = rated.code(latent, torch.tensor([float(level)]), True)
+    assert 8 * len(data) == pytest.approx(float(bits), rel=0.02, abs=80)
+
+
+def test_the_density_learns():
+    """Of the latents of fixed pictures, at two rates: bits fall towards those of the best normal distributions."""
+    rated = rated_of(FACTORIZED).train()
+    x, levels = noise_pictures(4, 128) - 0.5, torch.tensor([0.0, 2.0, 4.0, 7.0])
+    y = rated.codec.analysis(x, levels).detach() * 3  # scales are wrong at first
+    learned = [rated.codec.log_scale.requires_grad_(), *rated.bottleneck.requires_grad_(True).parameters()]
+    optimiser = torch.optim.Adam(learned, lr=0.02)
+    found = []
+    for _ in range(150):
+        bits = rated.code(y, levels, True)[1].sum()
+        optimiser.zero_grad()
+        bits.backward()
+        optimiser.step()
+        found.append(float(bits.detach()))
+    scales = (y.flatten(2).var(2) + 1 / 12).sqrt()
+    normal = float((scales * (2 * np.pi * np.e) ** 0.5).log2().clamp(min=0).sum() * y[0, 0].numel())
+    print(f"{found[0]:.0f} bits at first, {found[-1]:.0f} later, {normal:.0f} by normal distributions")
+    assert found[-1] < 0.9 * found[0] and found[-1] < 1.05 * normal
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_browsers_refuse(model, tmp_path):
+    stage = LeanStage(**SMALL, entropy=model)
+    stage.crops = noise_pictures(2, 64)
+    export(stage, tmp_path)
+    with pytest.raises(WeightsError, match="browsers decode with the context model of four steps alone"):
+        web.weights_of(read_set(tmp_path))
