@@ -5,10 +5,12 @@ KODAK ?= ../shared/data/kodak
 BENCH ?= --two 1.2,1.6,2,2.4,2.8 --three 2.4,2.8,3.2,3.6,4
 OLD ?= models/lean
 RUN ?= runs/new
+BASELINES ?= runs/baselines
+STEPS ?= 5000
 DATA ?= $(wildcard ../shared/data/train-*.tar)
 CURVES ?= ../shared/anchors/kodak_single_layer_rd.json
 
-.PHONY: demo test check format install kodak tables speed effort layers quality weights-check train train-paper fuzz golden wasm clean
+.PHONY: demo test check format install kodak tables speed effort layers quality weights-check train train-paper baselines fuzz golden wasm clean
 
 demo: install  ## encode a photograph in three sizes, decode all three, print the table
 	@mkdir -p out
@@ -76,6 +78,9 @@ train-paper: install  ## train the networks of the paper
 	$(BIN)/compass train residual $(PHOTOS) --minutes 7 --batch 64,32 --side 128,256 --lr 4e-4 $(GOES_ON)
 	$(BIN)/compass train joint $(PHOTOS) --minutes 3 --batch 32 --side 192 --lr 1e-4 $(GOES_ON)
 	$(BIN)/python -m compass_codec.training.tables $(RUN)/weights $(PHOTOS)
+
+baselines: install  ## train the systems of the papers for STEPS steps each; docs/baselines.md
+	$(BIN)/python -m compass_codec.training.baselines $(BASELINES) $(PHOTOS) --steps $(STEPS)
 
 fuzz: install  ## 100,000 broken files, 20,000 damaged pictures, then the coverage-guided fuzzer on the container
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0

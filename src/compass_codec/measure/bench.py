@@ -192,9 +192,7 @@ def bench(
     layered_methods = [OURS, *sets, *([LEVELS] if J2K in peers else [])]
     work = [job for scales in layered for method in layered_methods for job in results.jobs(method, scales)]
     singles = {s for scales in layered for s in scales} | ({FULL} if "single" in tables else set())
-    work += [job for s in sorted(singles) for method in (OURS, *peers) for job in results.jobs(method, (s,))]
-    if "single" in tables:
-        work += [job for method in sets for job in results.jobs(method, (FULL,))]
+    work += [job for s in sorted(singles) for method in (OURS, *sets, *peers) for job in results.jobs(method, (s,))]
     if "ablation" in tables:
         work += [job for m in (OURS, *ABLATED.values()) for job in results.jobs(m, (1.0, MIDDLE, ablation))]
     _run(runner, work, "measuring")

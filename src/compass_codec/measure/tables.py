@@ -257,7 +257,10 @@ def layered_column(
     column.add(paper.SIMULCAST, partial(results.simulcast, OURS, scales))
     column.add(paper.SINGLE, partial(results.points, OURS, scales[-1:]))
     for model in models:
-        column.add(set_title(model), partial(results.points, other_set(model), scales))
+        other = other_set(model)
+        column.add(set_title(model), partial(results.points, other, scales))
+        column.add(f"simulcast, base codec of {model}", partial(results.simulcast, other, scales))
+        column.add(f"single layer, base codec of {model}", partial(results.points, other, scales[-1:]))
     for name, curves in published.layered.items():
         column.add(name, partial(_published, curves.get(scales), results.sources))
     for peer in peers:

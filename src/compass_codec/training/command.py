@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from compass_codec.training.data import Pictures
     from compass_codec.training.stages import Stage
-    from compass_codec.training.trainer import Run
+    from compass_codec.training.trainer import Plan, Run
 
 # Nothing above needs torch, so that listing the commands stays quick.
 
@@ -251,22 +252,52 @@ def train(
     compass train residual --data photos/ --weights runs/a/weights --resume runs/a
     torchrun --nproc-per-node 8 -m compass_codec train joint --data photos.tar --resume runs/b
     """
+    from compass_codec.training.trainer import Plan, make_stage
+
+    if settings["tune"] != "psnr" and stage not in LEAN:
+        raise click.UsageError(f"--tune goes with {', '.join(LEAN)}")
+    plan = Plan(stage, **settings)
+    carry_out(
+        plan,
+        lambda: make_stage(stage, plan.tune),
+        data,
+        resume,
+        weights,
+        out,
+        moments,
+        liff,
+        device=device,
+        quiet=quiet,
+    )
+
+
+def carry_out(
+    plan: Plan,
+    make: Callable[[], Stage],
+    data: tuple[Path, ...],
+    resume: Path,
+    weights: Path | None,
+    out: Path | None = None,
+    moments: Path | None = None,
+    liff: str | None = None,
+    *,
+    device: str,
+    quiet: bool,
+) -> bool:
+    """Train the stage that ``make`` makes as ``train`` does with these options; returns whether it came to its end."""
     import torch
     import torch.distributed as dist
 
     from compass_codec.training.data import Pictures
-    from compass_codec.training.trainer import Plan, Run, make_stage
+    from compass_codec.training.trainer import Run
 
-    if settings["tune"] != "psnr" and stage not in LEAN:
-        raise click.UsageError(f"--tune goes with {', '.join(LEAN)}")
     try:
         with one_line():
-            plan = Plan(stage, **settings)
             chosen = choose_device(device)
             resume.mkdir(parents=True, exist_ok=True)
             pictures = Pictures(list(data), chosen, smallest=max(256, *plan.side))
             torch.manual_seed(plan.seed)
-            networks = make_stage(stage, plan.tune)
+            networks = make()
             start = fill(networks, weights, pictures, plan.seed, liff)
             run = Run(plan, networks, pictures, resume, chosen)
             chief = run.rank == 0
@@ -278,10 +309,10 @@ def train(
                 run.load_moments(moments)
         if chief and not quiet:
             origin = f"step {run.step}, {run.seconds / 60:.1f} minutes" if run.step else start
-            click.echo(f"{stage}: {len(pictures)} pictures; start: {origin}")
-        finished = run.go(resume / f"{stage}.jsonl", quiet)
+            click.echo(f"{plan.stage}: {len(pictures)} pictures; start: {origin}")
+        finished = run.go(resume / f"{plan.stage}.jsonl", quiet)
         if not chief:
-            return
+            return finished
         if finished:
             with one_line():
                 files = finish(run, weights, out or resume / "weights", data, start)
@@ -290,6 +321,7 @@ def train(
             report = f"stopped at step {run.step}; the same command goes on from there"
         if not quiet:
             click.echo(report)
+        return finished
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

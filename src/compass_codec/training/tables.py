@@ -22,9 +22,11 @@ from compass_codec.entropy import PRECISION, Table, Tables, frequencies
 from compass_codec.errors import CompassError
 from compass_codec.files import write_file
 from compass_codec.networks.arrays import to_bytes
+from compass_codec.networks.numbers import FACTORIZED
 from compass_codec.training.data import Pictures, resize
 from compass_codec.training.export import describe, device_name, remember
 from compass_codec.training.tensors import read_tensors
+from compass_codec.weights import read_set
 
 PRIOR = 20.0  # symbols that the ideal table counts for, next to those that were seen
 FIRST = 8  # how many times fewer crops are counted at first
@@ -130,6 +132,8 @@ def main(weights: Path, data: tuple[Path, ...], crops: int, side: int, device: s
     """Fit the probability tables of the set in the folder WEIGHTS to pictures."""
     start = time.monotonic()
     try:
+        if read_set(weights).spec.get("base", {}).get("entropy") == FACTORIZED:
+            raise ValueError(f"{weights}: a factorized prior keeps the tables of its density")
         pictures = Pictures(list(data), choose_device(device))
         for share in (FIRST, 1):
             counts = count(Codec.load(device, weights, engine="torch"), pictures, -(-crops // share), side)

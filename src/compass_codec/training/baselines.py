@@ -1,0 +1,115 @@
+"""Systems that the papers compare, each trained for as many steps as the others on the lean backbone.
+
+``python -m compass_codec.training.baselines RUN --data photos.tar --steps 5000`` trains those of SYSTEMS in turn: first
+the base codec, which systems with one entropy model share, then the enhancement layers. RUN/weights gets a set of
+weights for each, with the system's name as profile. A run that was stopped goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compass_codec.training.command import Integers, carry_out
+from compass_codec.training.lean import LeanContextStage, LeanLayersStage, LeanResidualStage, LeanStage
+from compass_codec.training.trainer import Plan
+
+BASE_RATE, LAYERS_RATE, HYPER_RATE = 8e-4, 5e-4, 2.0  # learning rates; that of hyper networks is relative
+DIMENSIONS: dict[str, Any] = {}  # of all base codecs, and so of the enhancement codecs that start from them
+
+
+class BicubicStage(LeanLayersStage):
+    """Bicubic interpolation in the place of LIFF, which stays as it starts and then adds exactly zero to it."""
+
+    trains = ("residual",)
+
+
+class NoisyStage(LeanLayersStage):
+    """The distortion is that of noisy latents, in the place of rounded ones."""
+
+    def freeze(self) -> None:
+        super().freeze()
+        self.residual.noisy = True  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class System:
+    """``entropy`` is the entropy model of both codecs, ``layers`` the stage of the enhancement layers."""
+
+    purpose: str
+    entropy: str = "context"
+    layers: type[LeanLayersStage] = LeanLayersStage
+
+
+SYSTEMS = {
+    "context": System("COMPASS with the context model in four steps"),
+    "hyperprior": System("COMPASS with the mean-scale hyperprior", entropy="hyperprior"),
+    "factorized": System("COMPASS with the factorized prior", entropy="factorized"),
+    "residual": System("as context, with residual enhancement layers", layers=LeanResidualStage),
+    "bicubic": System("as context, with bicubic interpolation for LIFF", layers=BicubicStage),
+    "noisy": System("as context, with noisy latents in the distortion of training", layers=NoisyStage),
+}
+
+
+def steps_of(folder: Path, stage: str) -> int | None:
+    """How many steps the set in ``folder`` was trained in ``stage``, which was its last; None if there is none."""
+    if not (history := folder / "history.json").exists():
+        return None
+    last = json.loads(history.read_text())[-1]
+    return int(last["steps"]) if last["stage"] == stage else None
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--data", type=click.Path(path_type=Path), multiple=True, required=True, help="Tar file or folder of pictures."
+)
+@click.option("--steps", type=click.IntRange(1), default=5000, show_default=True, help="Steps of each stage.")
+@click.option("--batch", type=Integers(), default="8", show_default=True, help="As for compass train.")
+@click.option("--side", type=Integers(), default="128", show_default=True, help="As for compass train.")
+@click.option("--only", type=click.Choice(list(SYSTEMS)), multiple=True, help="Some of the systems.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to train."
+)
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def main(
+    run: Path,
+    data: tuple[Path, ...],
+    steps: int,
+    batch: tuple[int, ...],
+    side: tuple[int, ...],
+    only: tuple[str, ...],
+    device: str,
+    quiet: bool,
+) -> None:
+    """Train the systems that the papers compare, in the folder RUN."""
+    for name in only or SYSTEMS:
+        system = SYSTEMS[name]
+        base, weights = f"base-{system.entropy}", run / f"base-{system.entropy}" / "weights"
+
+        def make_base(entropy: str = system.entropy) -> LeanStage:
+            return LeanContextStage(**DIMENSIONS, entropy=entropy)
+
+        def make_layers(name: str = name, system: System = system) -> LeanStage:
+            stage = system.layers()
+            stage.card = {"profile": name, "purpose": system.purpose}
+            return stage
+
+        for stage, make, start, out, rate in (
+            (base, make_base, None, weights, BASE_RATE),
+            (name, make_layers, weights, run / "weights" / name, LAYERS_RATE),
+        ):
+            done = steps_of(out, stage)
+            if done not in (None, steps):
+                raise click.ClickException(f"{out}: trained for {done} steps, not {steps}; take another folder")
+            plan = Plan(stage, steps=steps, batch=batch, side=side, lr=rate, hyper_lr=HYPER_RATE)
+            if done is None and not carry_out(plan, make, data, run / stage, start, out, device=device, quiet=quiet):
+                return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Systems of the papers on the lean backbone: each trains, resumes, and its files decode to what the encoder saw."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import crop
+from PIL import Image
+
+from compass_codec import container
+from compass_codec.codec import Codec
+from compass_codec.measure import paper
+from compass_codec.measure.protocol import OURS, other_set
+from compass_codec.measure.tables import TESTED, Published, Results, layered_column
+from compass_codec.measure.task import Original, Task
+from compass_codec.training import baselines, tables
+from compass_codec.training.baselines import SYSTEMS, main
+from compass_codec.training.start import noise_pictures
+from compass_codec.training.tensors import read_tensors
+from compass_codec.training.trainer import Run
+from compass_codec.weights import choose, read_set
+
+SMALL = {"c8": 16, "c16": 24, "n8": 1, "n16": 1, "m": 16, "n": 8, "h": 16, "g": 16}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for i, picture in enumerate(noise_pictures(7, 256)):
+        Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    return folder
+
+
+def train(run: Path, photos: Path, *more: str, steps: int = 2) -> Result:
+    options = ["--data", photos, "--steps", steps, "--batch", 2, "--side", 64, "--device", "cpu", *more]
+    return CliRunner().invoke(main, [str(run), *map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, photos) -> Path:
+    """All of them, after a stop in the middle of the third."""
+    folder, patch = tmp_path_factory.mktemp("run"), pytest.MonkeyPatch()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    patch.setattr(baselines, "DIMENSIONS", SMALL)
+    advance = Run.advance
+
+    def stopped(self, progress):
+        if self.plan.stage == "factorized":
+            signal.raise_signal(signal.SIGTERM)
+        return advance(self, progress)
+
+    patch.setattr(Run, "advance", stopped)
+    result = train(folder, photos)
+    assert result.exit_code == 0 and "stopped at step 1" in result.output, result.output
+    assert sorted(f.name for f in (folder / "weights").iterdir()) == ["context", "hyperprior"]
+    patch.setattr(Run, "advance", advance)
+    result = train(folder, photos)
+    assert result.exit_code == 0, result.output
+    assert "factorized: 1 pictures; start: step 1" in result.output and "hyperprior" not in result.output
+    patch.undo()
+    torch.set_num_threads(threads)
+    return folder
+
+
+def test_a_finished_run_stays(run, photos):
+    before = (run / "weights" / "noisy" / "model.json").stat().st_mtime_ns
+    assert train(run, photos).output == ""
+    assert (run / "weights" / "noisy" / "model.json").stat().st_mtime_ns == before
+    result = train(run, photos, "--only", "noisy", steps=3)
+    expected = f"Error: {run / 'base-context' / 'weights'}: trained for 2 steps, not 3; take another folder\n"
+    assert (result.exit_code, result.output) == (1, expected)
+
+
+def test_tables_of_a_factorized_prior_are_not_counted(run, photos):
+    folder = run / "weights" / "factorized"
+    result = CliRunner().invoke(tables.main, [str(folder), "--data", str(photos)])
+    assert (result.exit_code, result.output) == (
+        1,
+        f"Error: {folder}: a factorized prior keeps the tables of its density\n",
+    )
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
+def test_files_of_every_system_decode(run, name, engine, monkeypatch):
+    monkeypatch.setenv("COMPASS_MODELS", str(run / "weights"))
+    layers = [np.array(crop(*size)) for size in ((35, 25), (70, 50), (112, 80))]
+    encoded = Codec.load("cpu", model=name, engine=engine).encode_layers(layers, [1, 2, 3.2], 60)
+    header = container.read_header(encoded.data)
+    assert header.model == choose(model=name).identity
+    fresh = Codec.load("cpu", model=name, engine=engine)
+    for found, seen in zip(fresh.decode_layers(encoded.data, header, 2), encoded.layers, strict=True):
+        assert np.array_equal(found, seen)
+    assert choose().profile == "lean", "never chosen by default"
+
+
+def test_sets_are_what_they_say(run):
+    sets = {name: read_set(run / "weights" / name) for name in SYSTEMS}
+    tensors = {
+        name: {part: read_tensors(each.folder / f"{part}.safetensors") for part in each.spec["parts"]}
+        for name, each in sets.items()
+    }
+    for name, system in SYSTEMS.items():
+        spec = sets[name].spec
+        assert (spec["profile"], spec["purpose"], list(spec["parts"])) == (
+            name,
+            system.purpose,
+            ["base", "residual", "liff"],
+        )
+        for part in ("base", "residual"):
+            assert spec[part].get("entropy", "context") == system.entropy and spec[part]["m"] == SMALL["m"]
+        assert spec["residual"]["conditional"] == (name != "residual")
+        history = json.loads((sets[name].folder / "history.json").read_text())
+        assert [(entry["stage"], entry["steps"]) for entry in history] == [(f"base-{system.entropy}", 2), (name, 2)]
+        assert all(entry["minutes"] >= 0 for entry in history)
+        assert tensors[name]["liff"]["out.weight"].any() == (name != "bicubic")
+    shared = [name for name, system in SYSTEMS.items() if system.entropy == "context"]
+    bases = [tensors[name]["base"] for name in shared]
+    assert len(shared) > 2
+    weights = [name for name in bases[0] if not name.startswith("exact.")]  # integers are made anew of them
+    assert all(torch.equal(base[name], bases[0][name]) for base in bases for name in weights)
+    residuals = [tensors[name]["residual"]["to_y.weight"] for name in shared]
+    assert not any(torch.equal(a, b) for i, a in enumerate(residuals) for b in residuals[:i])
+
+
+def test_every_set_has_its_rows_in_a_column(tmp_path):
+    """Layered, simulcast and a single layer, and the paper's row beside the one that it is about."""
+    Image.new("RGB", (64, 32)).save(tmp_path / "a.png")
+    source, qualities, scales = Original.of(tmp_path / "a.png"), (1, 30, 60, 100), (1.0, 2.0)
+    models = ["context", "factorized"]
+    records = {
+        Task(source, method, layers, q): {
+            "layers": [{"bytes": round(100 * s * 1.03**q), "psnr": 28 + q / 10} for s in layers]
+        }
+        for method in (OURS, *map(other_set, models))
+        for layers in (scales, scales[:1], scales[1:])
+        for q in qualities
+    }
+    column = layered_column(Results([source], qualities, records), scales, [], Published(), models)
+    theirs = [paper.SIMULCAST, paper.SINGLE]
+    for model in models:
+        theirs += [f"COMPASS with {model}", f"simulcast, base codec of {model}", f"single layer, base codec of {model}"]
+    assert list(column.rows) == [TESTED, *theirs] and list(column.against) == theirs and not column.gaps
+    assert column.against["COMPASS with context"].bd_rate == pytest.approx(0)
+    assert column.against["simulcast, base codec of factorized"].bd_rate < -30
+    assert {ours for rows in (paper.TWO, paper.THREE) for ours, *_ in rows if ours} <= {paper.SHVC, *theirs}
