@@ -15,6 +15,7 @@ from compass_codec.engines.torch_engine import TorchEngine, TorchExact, TorchLea
 from compass_codec.errors import DamagedError
 from compass_codec.networks import exact, flow, strips
 from compass_codec.networks.lean import LAMBDAS, LeanCodec, PlainBlock
+from compass_codec.networks.numbers import MEAN_UNIT
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.exact import SCALE_STEP, integers
 from compass_codec.training.export import z_table
@@ -145,6 +146,16 @@ def test_strips_are_the_whole(layer, monkeypatch):
 def test_the_decoder_sees_what_the_encoder_saw(layer, size, quality):
     data, seen = layer.encode(picture(size), known(size), quality)
     assert np.array_equal(layer.decode(data, size, known(size, 7)(), quality), seen)
+
+
+def test_more_escapes_of_y_than_z_has_symbols(layer):
+    """Pictures of noise can have them, where the networks expect smooth ones."""
+    y = layer.analysis(layer.at(60), picture((33, 40)), known((33, 40))())
+    with torch.inference_mode():
+        y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) * 20000
+        data = layer.write(torch.zeros(1, *layer.exact.z_shape(*y.shape[2:])), y)
+    assert len(data) > 2 * y.numel()
+    assert np.array_equal(layer.parse(data, (33, 40))[1], (y[0] * MEAN_UNIT).int().numpy())
 
 
 def test_symbols_do_not_depend_on_strips_threads_or_the_pixel_path(layer, monkeypatch):

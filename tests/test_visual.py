@@ -94,6 +94,19 @@ def test_training_for_people_makes_a_set_that_says_so(tmp_path):
     assert "not as in the checkpoint: tune" in again.err
 
 
+def test_compiled_steps_leave_it_as_it_is(photograph):
+    compiled: list[object] = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    rec = noisy(photograph)
+    both = torch.compile(lambda: (visual.distortion(photograph, 2 * rec), 2 * rec), backend=backend)()
+    assert torch.equal(both[0], visual.distortion(photograph, 2 * rec))
+    assert not any("avg_pool2d" in str(graph.graph) for graph in compiled)
+
+
 def test_other_backbones_have_one_distortion(tmp_path):
     result = compass("train", "base", "--data", tmp_path, "--resume", tmp_path / "run", "--tune", "visual")
     assert result.code == 2 and "--tune goes with lean" in result.err and not (tmp_path / "run").exists()

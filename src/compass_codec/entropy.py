@@ -173,7 +173,7 @@ class Decoder:
         if len(data) < tables.least_bytes(z_count, y_count):
             raise DamagedError(f"a layer of {len(data)} bytes is too short for its size")
         count = self._varint()
-        if not 0 <= count <= min(len(data), z_count * len(tables.z) + y_count):
+        if not 0 <= count <= len(data):  # an escape takes a byte at least
             raise DamagedError("corrupt layer: invalid symbol stream")
         self.escapes = iter([self._varint() for _ in range(count)])
         words = data[self.at :]
