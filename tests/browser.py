@@ -1,7 +1,9 @@
-"""Pages in a real browser: headless Chromium, driven through chromedriver."""
+"""Pages in real browsers without a screen: Chromium through chromedriver, Firefox through geckodriver, and WebKitGTK
+(Safari's engine) through WebKitWebDriver."""
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +11,16 @@ from pathlib import Path
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
+FIREFOX = shutil.which("firefox") or shutil.which("firefox-esr")
+WEBKIT = next(Path("/usr").glob("lib*/**/webkit2gtk-4*/MiniBrowser"), None)
 
 
 @contextmanager
 def browser(profile: Path, size: tuple[int, int] = (1200, 900), dark: bool = False) -> Iterator:
-    """A Selenium driver with a window of ``size``; ``profile`` is an empty folder. Skips the test without Chromium."""
-    if not CHROMIUM or not DRIVER:
+    """A Selenium driver of Chromium with a window of ``size``; ``profile`` is an empty folder. Skips the test without
+    Chromium."""
+    driver_path = shutil.which("chromedriver")
+    if not CHROMIUM or not driver_path:
         pytest.skip("Chromium and chromedriver are not installed")
     webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
     options = webdriver.ChromeOptions()
@@ -27,7 +32,7 @@ def browser(profile: Path, size: tuple[int, int] = (1200, 900), dark: bool = Fal
     for flag in flags:
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path))
     try:
         # a window does not get narrower than 500
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 500}
@@ -39,6 +44,50 @@ def browser(profile: Path, size: tuple[int, int] = (1200, 900), dark: bool = Fal
         driver.quit()
 
 
+@contextmanager
+def firefox(_: Path) -> Iterator:
+    """A Selenium driver of Firefox. Skips the test without Firefox or geckodriver."""
+    driver_path = shutil.which("geckodriver")
+    if not FIREFOX or not driver_path:
+        pytest.skip("Firefox and geckodriver are not installed")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
+    options = webdriver.FirefoxOptions()
+    options.binary_location = FIREFOX
+    options.add_argument("-headless")
+    driver = webdriver.Firefox(options=options, service=webdriver.FirefoxService(driver_path))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@contextmanager
+def webkit(_: Path) -> Iterator:
+    """A Selenium driver of WebKitGTK's MiniBrowser. Skips the test without it, its driver or Xvfb."""
+    driver_path, screen = shutil.which("WebKitWebDriver"), shutil.which("Xvfb")
+    if not WEBKIT or not driver_path or not screen:
+        pytest.skip("WebKitGTK's MiniBrowser and driver, and Xvfb, are not installed")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
+    options = webdriver.WebKitGTKOptions()
+    options.binary_location = str(WEBKIT)
+    options.add_argument("--automation")
+    with subprocess.Popen([screen, "-displayfd", "1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as display:
+        try:
+            assert display.stdout
+            environment = {**os.environ, "DISPLAY": f":{int(display.stdout.readline())}"}
+            service = webdriver.WebKitGTKService(driver_path, env=environment)
+            driver = webdriver.WebKitGTK(options=options, service=service)
+            try:
+                yield driver
+            finally:
+                driver.quit()
+        finally:
+            display.terminate()
+
+
+ENGINES = {"chromium": browser, "firefox": firefox, "webkit": webkit}
+
+
 def loaded(driver) -> list[int]:
     """The natural width of every picture of the page once all have arrived, 0 for one that has not."""
     from selenium.webdriver.support.ui import WebDriverWait
@@ -48,5 +97,5 @@ def loaded(driver) -> list[int]:
 
 
 def complaints(driver) -> list[str]:
-    """What the page wrote to the console: errors, blocked loads."""
+    """What the page wrote to the console in Chromium: errors, blocked loads."""
     return [entry["message"] for entry in driver.get_log("browser")]
