@@ -62,10 +62,10 @@ export function multiply(a: usize, b: usize, bias: usize, out: usize, n: i32, k:
   }
 }
 
-/** Depthwise 3x3 convolution of x [rows, columns, c], zero around it; taps [3, 3, c]. */
-export function depthwise(x: usize, taps: usize, bias: usize, out: usize, rows: i32, columns: i32, c: i32): void {
+/** Rows `first` to `last` (less one) of a depthwise 3x3 convolution of x [rows, columns, c], zero around it; taps [3, 3, c]. */
+export function depthwise(x: usize, taps: usize, bias: usize, out: usize, rows: i32, columns: i32, c: i32, first: i32, last: i32): void {
   const line = <usize>columns * c * 4, place = <usize>c * 4;
-  for (let i = 0; i < rows; i++) {
+  for (let i = first; i < last; i++) {
     const up = max(i - 1, 0), down = min(i + 2, rows);
     for (let j = 0; j < columns; j++) {
       const left = max(j - 1, 0), right = min(j + 2, columns);

@@ -3,15 +3,20 @@
 //
 // Arrays live in WebAssembly's memory, channels last, and are named by their address. What a layer needs is put behind
 // the weights and given up when it is done.
+//
+// Decoding is a generator, which yields every few milliseconds: one thread can answer other requests in between.
 
 import { CompassError } from "./container.js";
 
 const ACTIVATION = 511, EXACT = 2 ** 24, LEVELS = 64, SKIPPED = 3, STEPS = 4, SYMBOL_LIMIT = 2 ** 20;
 const FINE = 16, MEAN_UNIT = 64, MEAN_LIMIT = 2 ** 15 - 1, CELL = 16, UNSHUFFLE = 8, EPSILON = 1e-6;
+const PIECE = 1024; // places between two steps
 const PHASES = [[0, 0], [1, 1], [0, 1], [1, 0]];
 const LAMBDAS = [0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18];
 const half = (n) => (n + 1) >> 1;
 const silu = (x) => x / (1 + Math.exp(-x));
+/** Parts of n, as [first, count]. */
+const pieces = (n, size = PIECE) => Array.from({ length: Math.ceil(n / size) }, (_, k) => [k * size, Math.min(size, n - k * size)]);
 
 /** The kernels, and the memory that they work in: `take` places an array, `mark` and `release` give up what came after. */
 export class Kernels {
@@ -70,10 +75,22 @@ export class Kernels {
     if (bias) shifts.set(bias);
     return { panels: this.put(panels), bias: this.put(shifts), m: columns, k };
   }
-  /** x [n, k] times a matrix, [n, m]: a new array, or what is added to `onto`. */
-  multiply(x, n, matrix, onto) {
-    const out = onto ?? this.take(n * matrix.m);
-    this.run.multiply(x, matrix.panels, matrix.bias, out, n, matrix.k, matrix.m, onto !== undefined);
+  /** A depthwise convolution of x [rows, columns, c], in steps. */
+  *depthwise(x, taps, bias, rows, columns, c) {
+    const out = this.take(rows * columns * c);
+    for (const [at, count] of pieces(rows, Math.ceil(PIECE / columns))) {
+      this.run.depthwise(x, taps, bias, out, rows, columns, c, at, at + count);
+      yield;
+    }
+    return out;
+  }
+  /** x [n, k] times a matrix, [n, m], in steps: a new array, or what is added to `onto`. */
+  *multiply(x, n, { panels, bias, k, m }, onto) {
+    const out = onto ?? this.take(n * m);
+    for (const [at, count] of pieces(n)) {
+      this.run.multiply(x + 4 * at * k, panels, bias, out + 4 * at * m, count, k, m, onto !== undefined);
+      yield;
+    }
     return out;
   }
 }
@@ -152,11 +169,11 @@ class IntegerConv {
     else this.matrix = kernels.matrix(weight, bias, m, k);
   }
   /** x [n, k] to [n, m], or [rows, columns, m] to the same. */
-  apply(x, n, columns) {
+  *apply(x, n, columns) {
     const { kernels, m } = this;
-    let out;
-    if (this.matrix) out = kernels.multiply(x, n, this.matrix);
-    else kernels.run.depthwise(x, this.taps, this.bias, (out = kernels.take(n * m)), n / columns, columns, m);
+    const out = this.matrix
+      ? yield* kernels.multiply(x, n, this.matrix)
+      : yield* kernels.depthwise(x, this.taps, this.bias, n / columns, columns, m);
     kernels.run.requantise(out, this.scale, n, m, this.low, this.high);
     return out;
   }
@@ -170,9 +187,9 @@ class IntegerBlock {
     this.p2 = new IntegerConv(kernels, tensors, `${name}.p2`);
   }
   /** Adds to x [n, c], in place. */
-  apply(x, n, columns) {
+  *apply(x, n, columns) {
     const mark = this.kernels.mark();
-    const more = this.p2.apply(this.p1.apply(this.dw.apply(x, n, columns), n), n);
+    const more = yield* this.p2.apply(yield* this.p1.apply(yield* this.dw.apply(x, n, columns), n), n);
     this.kernels.run.add(x, more, n * this.p2.m, -ACTIVATION, ACTIVATION);
     this.kernels.release(mark);
   }
@@ -241,7 +258,7 @@ class Entropy {
   }
 
   /** A layer's bytes to the quantised latent [h, w, M]. `seen` is called with the symbols of z too, for tests. */
-  read(data, h, w, seen) {
+  *read(data, h, w, seen) {
     const { kernels, m } = this, rows = Math.ceil(h / 4), columns = Math.ceil(w / 4), n = this.z.length;
     if (data.length < Math.floor(this.least(rows * columns) / 8) - 8)
       throw new CompassError(`a layer of ${data.length} bytes is too short for its size`);
@@ -255,7 +272,7 @@ class Entropy {
       });
     });
     seen?.(known);
-    this.walk(this.features(z, rows, columns, h, w), y, h, w);
+    yield* this.walk(yield* this.features(z, rows, columns, h, w), y, h, w);
     kernels.release(mark);
     return y;
   }
@@ -269,31 +286,31 @@ class Entropy {
     }, 0);
   }
 
-  features(x, rows, columns, h, w) {
+  *features(x, rows, columns, h, w) {
     for (const [k, [height, width]] of [[half(h), half(w)], [h, w]].entries()) {
-      const wide = this.up[k].apply(x, rows * columns);
+      const wide = yield* this.up[k].apply(x, rows * columns);
       x = shuffled(this.kernels, wide, columns, 2, this.h, height, width);
       [rows, columns] = [height, width];
-      this.blocks[k].apply(x, rows * columns, columns);
+      yield* this.blocks[k].apply(x, rows * columns, columns);
     }
     return x;
   }
 
-  walk(features, y, h, w) {
+  *walk(features, y, h, w) {
     const { kernels, m } = this, quarter = m / STEPS;
-    const first = this.first.apply(features, h * w);
+    const first = yield* this.first.apply(features, h * w);
     for (let step = 0; step < STEPS; step++) {
-      const mark = kernels.mark(), hidden = step ? this.hidden(step, features, y, h, w) : 0;
+      const mark = kernels.mark(), hidden = step ? yield* this.hidden(step, features, y, h, w) : 0;
       const index = new Uint8Array(h * w * quarter), means = new Float32Array(h * w * quarter);
       const where = new Uint32Array(h * w * quarter), counts = new Uint32Array(LEVELS + 1);
       let n = 0;
-      PHASES.forEach(([row, column], phase) => {
+      for (const [phase, [row, column]] of PHASES.entries()) {
         const rows = Math.ceil((h - row) / 2), columns = Math.ceil((w - column) / 2);
-        if (rows < 1 || columns < 1) return;
+        if (rows < 1 || columns < 1) continue;
         const channel = ((phase - step) & 3) * quarter;
-        const more = step ? this.moreAt(step, phase, hidden, w, row, column, rows, columns) : 0;
+        const more = step ? yield* this.moreAt(step, phase, hidden, w, row, column, rows, columns) : 0;
         const values = kernels.f32;
-        for (let c = 0; c < quarter; c++)
+        for (let c = 0; c < quarter; c++) {
           for (let i = 0; i < rows; i++)
             for (let j = 0; j < columns; j++, n++) {
               const place = (2 * i + row) * w + 2 * j + column;
@@ -309,7 +326,9 @@ class Entropy {
               where[n] = place * m + channel + c;
               counts[index[n] + 1]++;
             }
-      });
+          yield;
+        }
+      }
       for (let k = 0; k < LEVELS; k++) counts[k + 1] += counts[k];
       const order = new Uint32Array(n), ends = counts.slice(0, LEVELS);
       for (let k = 0; k < n; k++) order[ends[index[k]]++] = k;
@@ -320,17 +339,19 @@ class Entropy {
         this.symbols(this.y[level], count, (i, symbol) => {
           kernels.f32[y / 4 + where[order[from + i]]] += symbol;
         });
+        yield;
       }
       kernels.release(mark);
     }
   }
 
   /** What a later step knows: [h, w, G], from what is known of y, and features. */
-  hidden(step, features, y, h, w) {
+  *hidden(step, features, y, h, w) {
     const { kernels, m, h: wide } = this, quarter = m / STEPS, places = h * w;
     const hidden = kernels.take(places * this.into[step - 1].m), mark = kernels.mark();
     const x = kernels.take(places * (m + wide)), values = kernels.f32;
     for (let place = 0; place < places; place++) {
+      if (place % PIECE === 0) yield;
       const i = Math.floor(place / w), phase = PHASES.findIndex(([r, c]) => r === (i & 1) && c === ((place - i * w) & 1));
       const to = x / 4 + place * (m + wide), from = y / 4 + place * m;
       for (let group = 0; group < STEPS; group++) {
@@ -342,15 +363,15 @@ class Entropy {
       }
       values.copyWithin(to + m, features / 4 + place * wide, features / 4 + (place + 1) * wide);
     }
-    const out = this.into[step - 1].apply(x, places), size = places * this.into[step - 1].m;
+    const out = yield* this.into[step - 1].apply(x, places), size = places * this.into[step - 1].m;
     kernels.f32.copyWithin(hidden / 4, out / 4, out / 4 + size);
     kernels.release(mark);
-    this.context[step - 1].apply(hidden, places, w);
+    yield* this.context[step - 1].apply(hidden, places, w);
     return hidden;
   }
 
   /** What is added to scales and means of a phase, [rows, columns, 2 M / 4]. */
-  moreAt(step, phase, hidden, w, row, column, rows, columns) {
+  *moreAt(step, phase, hidden, w, row, column, rows, columns) {
     const { kernels } = this, conv = this.more[step - 1], { matrix } = conv, g = matrix.k, m = conv.m / STEPS;
     const x = kernels.take(rows * columns * g);
     for (let i = 0; i < rows; i++)
@@ -359,7 +380,7 @@ class Entropy {
         kernels.f32.copyWithin(x / 4 + (i * columns + j) * g, from, from + g);
       }
     const part = { panels: matrix.panels + 4 * phase * m * g, bias: matrix.bias + 4 * phase * m, m, k: g };
-    const out = kernels.multiply(x, rows * columns, part);
+    const out = yield* kernels.multiply(x, rows * columns, part);
     kernels.run.requantise(out, conv.scale + 4 * phase * m, rows * columns, m, -EXACT, EXACT);
     return out;
   }
@@ -399,7 +420,7 @@ class LayerDecoder {
     return this.kernels.matrix(this.get(`${name}.weight`), this.get(`${name}.bias`), m, k);
   }
   /** Adds a block's part to x [rows, columns, c], in place. */
-  block(name, level, x, rows, columns) {
+  *block(name, level, x, rows, columns) {
     const { kernels } = this, { run } = kernels, norm = this.get(`${name}.norm`), c = norm.length, n = rows * columns;
     const mark = kernels.mark(), scale = gains(this.get(`${name}.log_gain`), level);
     const first = this.get(`${name}.p1.weight`).map((w, k) => w * norm[k % c]);
@@ -407,58 +428,59 @@ class LayerDecoder {
     const p1 = kernels.matrix(first, this.get(`${name}.p1.bias`), 2 * c, c);
     const p2 = kernels.matrix(last, this.get(`${name}.p2.bias`), c, c);
     const dw = kernels.put(taps(this.get(`${name}.dw.weight`), c)), bias = kernels.put(this.get(`${name}.dw.bias`));
-    const h = kernels.take(n * c);
-    run.depthwise(x, dw, bias, h, rows, columns, c);
-    run.normalise(h, n, c, EPSILON);
-    const piece = 1024, wide = kernels.take(Math.min(n, piece) * 2 * c);
-    for (let at = 0; at < n; at += piece) {
-      const count = Math.min(piece, n - at), part = h + 4 * at * c;
+    const h = yield* kernels.depthwise(x, dw, bias, rows, columns, c), wide = kernels.take(Math.min(n, PIECE) * 2 * c);
+    for (const [at, count] of pieces(n)) {
+      const part = h + 4 * at * c;
+      run.normalise(part, count, c, EPSILON);
       run.multiply(part, p1.panels, p1.bias, wide, count, c, 2 * c, false);
       run.gate(wide, part, count, c);
-      kernels.multiply(part, count, p2, x + 4 * at * c);
+      yield* kernels.multiply(part, count, p2, x + 4 * at * c);
     }
     kernels.release(mark);
   }
 
   /** Bytes of a layer to RGB, 3 bytes a pixel. `prediction` is RGB in 0..1, float32, or none for the base layer. */
-  decode(data, height, width, quality, prediction, seen) {
+  *decode(data, height, width, quality, prediction, seen) {
     const { kernels } = this, mark = kernels.mark(), level = levelOf(quality);
     const h = Math.ceil(height / CELL), w = Math.ceil(width / CELL);
     const rows = Math.ceil(height / UNSHUFFLE), columns = Math.ceil(width / UNSHUFFLE);
-    const y = this.entropy.read(data, h, w, seen && ((z) => seen("z", z)));
+    const y = yield* this.entropy.read(data, h, w, seen && ((z) => seen("z", z)));
     seen?.("y", kernels.f32.slice(y / 4, y / 4 + h * w * this.entropy.m));
     const inverse = gains(this.get("log_inv_gain"), level), m = inverse.length;
     for (let at = y / 4, end = at + h * w * m, f = kernels.f32; at < end; at += m)
       for (let k = 0; k < m; k++) f[at + k] *= inverse[k];
-    const x16 = kernels.multiply(y, h * w, this.linear("from_y"));
-    for (const name of this.blocks[0]) this.block(name, level, x16, h, w);
-    const x = this.doubled(x16, h, w, rows, columns);
-    if (this.conditional) kernels.multiply(eighth(kernels, prediction, height, width), rows * columns, this.linear("p8"), x);
-    for (const name of this.blocks[1]) this.block(name, level, x, rows, columns);
-    const out = kernels.multiply(x, rows * columns, this.linear("out"));
+    const x16 = yield* kernels.multiply(y, h * w, this.linear("from_y"));
+    for (const name of this.blocks[0]) yield* this.block(name, level, x16, h, w);
+    const x = yield* this.doubled(x16, h, w, rows, columns);
+    if (this.conditional)
+      yield* kernels.multiply(yield* eighth(kernels, prediction, height, width), rows * columns, this.linear("p8"), x);
+    for (const name of this.blocks[1]) yield* this.block(name, level, x, rows, columns);
+    const out = yield* kernels.multiply(x, rows * columns, this.linear("out"));
     const pixels = new Uint8ClampedArray(height * width * 3), values = kernels.f32; // which rounds and clamps
-    for (let i = 0, k = 0; i < height; i++)
+    for (let i = 0, k = 0; i < height; i++) {
       for (let j = 0; j < width; j++) {
         const at = out / 4 + ((i >> 3) * columns + (j >> 3)) * 192 + (i & 7) * 8 + (j & 7);
         for (let c = 0; c < 3; c++, k++) pixels[k] = 255 * Math.fround(values[at + 64 * c] + (prediction ? prediction[k] : 0.5));
       }
+      yield;
+    }
     kernels.release(mark);
     return pixels;
   }
   /** The transposed convolution 2x2 of stride 2, cropped. */
-  doubled(x, h, w, rows, columns) {
+  *doubled(x, h, w, rows, columns) {
     const { kernels } = this, [k, c] = this.tensors.shape("up.weight"), weight = this.get("up.weight");
     const turned = new Float32Array(4 * c * k), bias = this.get("up.bias"), shifts = new Float32Array(4 * c);
     for (let i = 0; i < k; i++)
       for (let j = 0; j < 4 * c; j++) turned[j * k + i] = weight[i * 4 * c + j]; // j: channel, then place
     for (let j = 0; j < 4 * c; j++) shifts[j] = bias[j >> 2];
-    const wide = kernels.multiply(x, h * w, kernels.matrix(turned, shifts, 4 * c, k));
+    const wide = yield* kernels.multiply(x, h * w, kernels.matrix(turned, shifts, 4 * c, k));
     return shuffled(kernels, wide, w, 2, c, rows, columns);
   }
 }
 
 /** RGB in 0..1, less 1/2, as 192 channels at 1/8 of the size; the last row and column are repeated. */
-function eighth(kernels, rgb, height, width) {
+function* eighth(kernels, rgb, height, width) {
   const rows = Math.ceil(height / UNSHUFFLE), columns = Math.ceil(width / UNSHUFFLE);
   const out = kernels.take(rows * columns * 192), values = kernels.f32;
   for (let i = 0; i < rows * UNSHUFFLE; i++) {
@@ -467,6 +489,7 @@ function eighth(kernels, rgb, height, width) {
       const from = 3 * (line + Math.min(j, width - 1)), to = out / 4 + ((i >> 3) * columns + (j >> 3)) * 192 + (i & 7) * 8 + (j & 7);
       for (let c = 0; c < 3; c++) values[to + 64 * c] = rgb[from + c] - 0.5;
     }
+    yield;
   }
   return out;
 }
@@ -503,12 +526,11 @@ class LIFF {
   }
 
   /** RGB of the layer below, 3 bytes a pixel, [h, w], to float32 RGB in about 0..1, [height, width]. */
-  predict(low, h, w, height, width) {
-    const { kernels } = this, mark = kernels.mark(), out = bicubic(low, h, w, height, width);
-    const features = this.features(low, h, w), stride = this.out.m, n = this.taps, wide = half(w);
+  *predict(low, h, w, height, width) {
+    const { kernels } = this, mark = kernels.mark(), out = yield* bicubic(low, h, w, height, width);
+    const features = yield* this.features(low, h, w), stride = this.out.m, n = this.taps, wide = half(w);
     const [row, dy] = nearest(h, height), [column, dx] = nearest(w, width), cells = [(2 * h) / height, (2 * w) / width];
-    const a = Float32Array.from(dy.flatMap((d) => this.rows(d, cells[0], cells[1])));
-    const b = Float32Array.from(dx.flatMap((d) => this.columns(d, cells[1], cells[0])));
+    const a = yield* sampled(this.rows, dy, cells[0], cells[1]), b = yield* sampled(this.columns, dx, cells[1], cells[0]);
     const line = new Float32Array(w * 3 * n), f = kernels.f32;
     for (let y = 0, to = 0; y < height; y++) {
       for (let x = 0; x < w; x++) {
@@ -521,17 +543,18 @@ class LIFF {
           for (let k = 0; k < n; k++) sum += line[at++] * b[x * n + k];
           out[to++] += sum;
         }
+      yield;
     }
     kernels.release(mark);
     return out;
   }
 
   /** Features at half of the lower layer's size. */
-  features(low, h, w) {
-    const { kernels, c } = this, { run } = kernels, rows = half(h), columns = half(w), n = rows * columns;
-    const seen = kernels.take(n * 108), values = kernels.f32;
-    for (let i = 0, at = seen / 4; i < rows; i++)
-      for (let j = 0; j < columns; j++)
+  *features(low, h, w) {
+    const { kernels, c, embed } = this, { run } = kernels, rows = half(h), columns = half(w), n = rows * columns;
+    const x = kernels.take(n * c), seen = kernels.take(columns * 108), values = kernels.f32;
+    for (let i = 0; i < rows; i++) {
+      for (let j = 0, at = seen / 4; j < columns; j++)
         for (let di = -1; di < 2; di++)
           for (let dj = -1; dj < 2; dj++) {
             const top = 2 * Math.max(0, Math.min(rows - 1, i + di)), left = 2 * Math.max(0, Math.min(columns - 1, j + dj));
@@ -541,16 +564,20 @@ class LIFF {
                 values[at++] = low[(y * w + x) * 3 + colour] / 255 - 0.5;
               }
           }
-    const x = kernels.multiply(seen, n, this.embed), mark = kernels.mark();
-    for (const block of this.blocks) {
-      const h = kernels.take(n * c);
-      run.depthwise(x, block.dw, this.zeros, h, rows, columns, c);
-      const wide = kernels.multiply(h, n, block.p1);
-      run.relu(wide, n * block.p1.m);
-      kernels.multiply(wide, n, block.p2, x);
+      run.multiply(seen, embed.panels, embed.bias, x + 4 * i * columns * c, columns, 108, c, false);
+      yield;
+    }
+    for (const { dw, p1, p2 } of this.blocks) {
+      const mark = kernels.mark(), h = yield* kernels.depthwise(x, dw, this.zeros, rows, columns, c);
+      const wide = kernels.take(Math.min(n, PIECE) * p1.m);
+      for (const [at, count] of pieces(n)) {
+        run.multiply(h + 4 * at * c, p1.panels, p1.bias, wide, count, c, p1.m, false);
+        run.relu(wide, count * p1.m);
+        yield* kernels.multiply(wide, count, p2, x + 4 * at * c);
+      }
       kernels.release(mark);
     }
-    return kernels.multiply(x, n, this.out);
+    return yield* kernels.multiply(x, n, this.out);
   }
 }
 
@@ -566,6 +593,15 @@ function along(tensors, orders) {
   };
 }
 
+function* sampled(axis, offsets, cell, across) {
+  const all = [];
+  for (const offset of offsets) {
+    all.push(...axis(offset, cell, across));
+    yield;
+  }
+  return Float32Array.from(all);
+}
+
 /** Of each of `high` samples: the nearest of `low` samples, and the offset from it, -1..1 within it. */
 function nearest(low, high) {
   const all = Array.from({ length: high }, (_, i) => i), at = all.map((i) => Math.floor(((2 * i + 1) * low) / (2 * high)));
@@ -573,7 +609,7 @@ function nearest(low, high) {
 }
 
 /** Bicubic interpolation: Keys' kernel with a = -0.75, edges repeated. */
-function bicubic(low, h, w, height, width) {
+function* bicubic(low, h, w, height, width) {
   const [across, down] = [cubicTaps(w, width), cubicTaps(h, height)], out = new Float32Array(height * width * 3);
   const lines = new Map(); // rows of the lower layer, widened
   const line = (y) => {
@@ -592,6 +628,7 @@ function bicubic(low, h, w, height, width) {
     const near = [0, 1, 2, 3].map((k) => line(down.source[4 * y + k])), [a, b, c, d] = down.weight.subarray(4 * y, 4 * y + 4);
     for (let x = 0; x < 3 * width; x++)
       out[y * 3 * width + x] = a * near[0][x] + b * near[1][x] + c * near[2][x] + d * near[3][x];
+    yield;
   }
   return out;
 }
@@ -616,15 +653,21 @@ export class Decoder {
     return new Decoder(await Kernels.load(wasm), new Tensors(weights));
   }
   constructor(kernels, tensors) {
+    this.kernels = kernels;
     [this.base, this.residual] = ["base", "residual"].map((part) => new LayerDecoder(kernels, tensors.part(part)));
     this.liff = new LIFF(kernels, tensors.part("liff"));
   }
-  /** A layer's bytes to {width, height, rgb}; `below` is what this gave for the layer below. */
-  layer(data, { width, height, quality }, below, seen) {
+  /** A layer's bytes to {width, height, rgb}, in steps; `below` is what this gave for the layer below. */
+  *layer(data, { width, height, quality }, below, seen) {
     if (data[0] === 1) return { width, height, rgb: oneColour(data, width * height) };
-    if (!below) return { width, height, rgb: this.base.decode(data, height, width, quality, null, seen) };
-    const prediction = this.liff.predict(below.rgb, below.height, below.width, height, width);
-    return { width, height, rgb: this.residual.decode(data, height, width, quality, prediction, seen) };
+    const mark = this.kernels.mark();
+    try {
+      if (!below) return { width, height, rgb: yield* this.base.decode(data, height, width, quality, null, seen) };
+      const prediction = yield* this.liff.predict(below.rgb, below.height, below.width, height, width);
+      return { width, height, rgb: yield* this.residual.decode(data, height, width, quality, prediction, seen) };
+    } finally {
+      this.kernels.release(mark); // also after an error
+    }
   }
 }
 

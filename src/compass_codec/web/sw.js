@@ -1,12 +1,14 @@
 // The service worker: answers photo.cmps?w=640 and photo.cmps?layer=1 with a PNG. It fetches the bytes that the layer
-// needs and no others, keeps them, and decodes here, away from the page.
+// needs and no others, keeps them, and decodes here, away from the page, in slices: other requests wait for one at most.
 
 import { CompassError, HEADER_READ, layerFor, payload, readHeader } from "./container.js";
 import { Decoder } from "./lean.js";
 import { png } from "./png.js";
 
 const CACHE = "compass-weights", FILES = 16; // whose bytes and pixels are kept
+const SLICE = 40; // milliseconds
 const files = new Map(), decoders = new Map();
+let decoding = Promise.resolve();
 
 self.addEventListener("install", () => self.skipWaiting());
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
@@ -56,8 +58,8 @@ class File {
     await this.fetched(entry.end);
     const decoder = await decoderOf(header.model);
     for (let k = this.layers.length; k <= layer; k++) {
-      this.layers[k] = decoder.layer(payload(header.layers[k], this.data, `layer ${k}`), header.layers[k], this.layers[k - 1]);
-      await new Promise((resolve) => setTimeout(resolve)); // other requests in between
+      const coded = payload(header.layers[k], this.data, `layer ${k}`);
+      this.layers[k] = await inSlices(decoder.layer(coded, header.layers[k], this.layers[k - 1]));
     }
     const section = (name, of) => {
       const found = header.sections.find((s) => s.name === name && s.layer === of);
@@ -86,6 +88,22 @@ class File {
     } else Object.assign(this, { data: part, whole: true, layers: [] }); // a server without ranges, or another file now
     this.etag = response.headers.get("etag");
   }
+}
+
+/** What a generator returns. One runs at a time, as all use a decoder's memory. */
+function inSlices(steps) {
+  const run = async () => {
+    for (;;) {
+      for (const end = performance.now() + SLICE; performance.now() < end; ) {
+        const { done, value } = steps.next();
+        if (done) return value;
+      }
+      await new Promise((resolve) => setTimeout(resolve)); // some 4 ms: other requests
+    }
+  };
+  const result = decoding.then(run);
+  decoding = result.catch(() => {});
+  return result;
 }
 
 /** The decoder of a set, by its identity. Its weights are fetched once and kept in Cache Storage. */
@@ -117,6 +135,7 @@ async function alphaOf(coded, { width, height }) {
   if (picture.width !== width || picture.height !== height) throw new CompassError("alpha of another size than its layer");
   const context = new OffscreenCanvas(width, height).getContext("2d");
   context.drawImage(picture, 0, 0);
-  const { data } = context.getImageData(0, 0, width, height);
-  return Uint8Array.from({ length: width * height }, (_, k) => data[4 * k + 1]);
+  const { data } = context.getImageData(0, 0, width, height), alpha = new Uint8Array(width * height);
+  for (let k = 0; k < alpha.length; k++) alpha[k] = data[4 * k + 1];
+  return alpha;
 }
