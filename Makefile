@@ -91,6 +91,9 @@ fuzz: install  ## 100,000 broken files, 20,000 damaged pictures, then the covera
 golden: install  ## new golden files, after new weights
 	cd tests && ../$(BIN)/python -W ignore make_golden.py
 
+screenshots: install  ## the pictures of docs/serving.md; needs Chromium and chromedriver
+	cd tests && ../$(BIN)/python make_screenshots.py
+
 wasm:  ## the decoder's WebAssembly module for browsers, after a change of kernels.ts; needs npx
 	cd src/compass_codec/web && npx --yes --package=assemblyscript@0.28.20 asc kernels.ts -o kernels.wasm -O3 \
 		--runtime stub --importMemory --initialMemory 1 --enable simd --noAssert

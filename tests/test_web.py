@@ -199,6 +199,17 @@ def test_a_small_layer_takes_its_own_bytes_alone(site, engine, tmp_path, codec):
         )
 
 
+def test_without_a_worker_pictures_have_an_error_event(site, engine, tmp_path):
+    folder, address, _ = site
+    (folder / "lone").mkdir(exist_ok=True)
+    shutil.copy(folder / "compass.js", folder / "lone")  # without sw.js
+    page = PAGE.replace('data-cmps="photo.cmps"', 'data-cmps="photo.cmps" onerror="this.title = \'failed\'"')
+    (folder / "lone" / "page.html").write_text(page)
+    with engine(tmp_path / "profile") as driver:
+        driver.get(f"{address}/lone/page.html")
+        shown(driver, "document.getElementById('grown').title == 'failed'")
+
+
 # Fetches a picture, and another file again and again meanwhile: milliseconds of the one, and the longest of the others.
 MEANWHILE = """
 const done = arguments[1], begun = performance.now();

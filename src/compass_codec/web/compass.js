@@ -29,7 +29,12 @@ async function grow(img) {
   }
 }
 
-await controlled();
+try {
+  await controlled();
+} catch (error) {
+  for (const img of document.querySelectorAll("img[data-cmps]")) img.dispatchEvent(new Event("error"));
+  throw error;
+}
 for (const img of document.images) {
   if (img.dataset.cmps) grow(img);
   else if (/\.cmps\?/.test(img.currentSrc || img.src)) img.src = img.src;

@@ -4,7 +4,8 @@
 // Arrays live in WebAssembly's memory, channels last, and are named by their address. What a layer needs is put behind
 // the weights and given up when it is done.
 //
-// Decoding is a generator, which yields every few milliseconds: one thread can answer other requests in between.
+// Decoding is a generator, which yields every few milliseconds: one thread can answer other requests in between. Loops over
+// numbers are in plain functions: Firefox runs them slowly in generators.
 
 import { CompassError } from "./container.js";
 
@@ -138,6 +139,14 @@ const HALVES = new Float32Array(2 ** 16).map((_, bits) => {
   const exponent = (bits >> 10) & 31, fraction = bits & 1023;
   return (bits & 0x8000 ? -1 : 1) * (exponent ? (1024 + fraction) * 2 ** (exponent - 25) : fraction * 2 ** -24);
 });
+
+/** Calls `part` with 0 to n - 1, in steps. */
+function* each(n, part) {
+  for (let i = 0; i < n; i++) {
+    part(i);
+    yield;
+  }
+}
 
 /** Depthwise weights [c, 1, 3, 3] as [3, 3, c]. */
 function taps(weight, c) {
@@ -310,7 +319,7 @@ class Entropy {
         const channel = ((phase - step) & 3) * quarter;
         const more = step ? yield* this.moreAt(step, phase, hidden, w, row, column, rows, columns) : 0;
         const values = kernels.f32;
-        for (let c = 0; c < quarter; c++) {
+        yield* each(quarter, (c) => {
           for (let i = 0; i < rows; i++)
             for (let j = 0; j < columns; j++, n++) {
               const place = (2 * i + row) * w + 2 * j + column;
@@ -326,8 +335,7 @@ class Entropy {
               where[n] = place * m + channel + c;
               counts[index[n] + 1]++;
             }
-          yield;
-        }
+        });
       }
       for (let k = 0; k < LEVELS; k++) counts[k + 1] += counts[k];
       const order = new Uint32Array(n), ends = counts.slice(0, LEVELS);
@@ -350,8 +358,7 @@ class Entropy {
     const { kernels, m, h: wide } = this, quarter = m / STEPS, places = h * w;
     const hidden = kernels.take(places * this.into[step - 1].m), mark = kernels.mark();
     const x = kernels.take(places * (m + wide)), values = kernels.f32;
-    for (let place = 0; place < places; place++) {
-      if (place % PIECE === 0) yield;
+    yield* each(places, (place) => {
       const i = Math.floor(place / w), phase = PHASES.findIndex(([r, c]) => r === (i & 1) && c === ((place - i * w) & 1));
       const to = x / 4 + place * (m + wide), from = y / 4 + place * m;
       for (let group = 0; group < STEPS; group++) {
@@ -362,7 +369,7 @@ class Entropy {
         }
       }
       values.copyWithin(to + m, features / 4 + place * wide, features / 4 + (place + 1) * wide);
-    }
+    });
     const out = yield* this.into[step - 1].apply(x, places), size = places * this.into[step - 1].m;
     kernels.f32.copyWithin(hidden / 4, out / 4, out / 4 + size);
     kernels.release(mark);
@@ -457,13 +464,13 @@ class LayerDecoder {
     for (const name of this.blocks[1]) yield* this.block(name, level, x, rows, columns);
     const out = yield* kernels.multiply(x, rows * columns, this.linear("out"));
     const pixels = new Uint8ClampedArray(height * width * 3), values = kernels.f32; // which rounds and clamps
-    for (let i = 0, k = 0; i < height; i++) {
+    let k = 0;
+    yield* each(height, (i) => {
       for (let j = 0; j < width; j++) {
         const at = out / 4 + ((i >> 3) * columns + (j >> 3)) * 192 + (i & 7) * 8 + (j & 7);
         for (let c = 0; c < 3; c++, k++) pixels[k] = 255 * Math.fround(values[at + 64 * c] + (prediction ? prediction[k] : 0.5));
       }
-      yield;
-    }
+    });
     kernels.release(mark);
     return pixels;
   }
@@ -483,14 +490,13 @@ class LayerDecoder {
 function* eighth(kernels, rgb, height, width) {
   const rows = Math.ceil(height / UNSHUFFLE), columns = Math.ceil(width / UNSHUFFLE);
   const out = kernels.take(rows * columns * 192), values = kernels.f32;
-  for (let i = 0; i < rows * UNSHUFFLE; i++) {
+  yield* each(rows * UNSHUFFLE, (i) => {
     const line = Math.min(i, height - 1) * width;
     for (let j = 0; j < columns * UNSHUFFLE; j++) {
       const from = 3 * (line + Math.min(j, width - 1)), to = out / 4 + ((i >> 3) * columns + (j >> 3)) * 192 + (i & 7) * 8 + (j & 7);
       for (let c = 0; c < 3; c++) values[to + 64 * c] = rgb[from + c] - 0.5;
     }
-    yield;
-  }
+  });
   return out;
 }
 
@@ -532,7 +538,8 @@ class LIFF {
     const [row, dy] = nearest(h, height), [column, dx] = nearest(w, width), cells = [(2 * h) / height, (2 * w) / width];
     const a = yield* sampled(this.rows, dy, cells[0], cells[1]), b = yield* sampled(this.columns, dx, cells[1], cells[0]);
     const line = new Float32Array(w * 3 * n), f = kernels.f32;
-    for (let y = 0, to = 0; y < height; y++) {
+    let to = 0;
+    yield* each(height, (y) => {
       for (let x = 0; x < w; x++) {
         let from = features / 4 + ((row[y] >> 1) * wide + (x >> 1)) * stride + ((row[y] & 1) * 2 + (x & 1)) * 3 * n;
         for (let c = 0, at = x * 3 * n; c < 3; c++) for (let k = 0; k < n; k++) line[at++] = f[from++] * a[y * n + k];
@@ -543,8 +550,7 @@ class LIFF {
           for (let k = 0; k < n; k++) sum += line[at++] * b[x * n + k];
           out[to++] += sum;
         }
-      yield;
-    }
+    });
     kernels.release(mark);
     return out;
   }
@@ -553,7 +559,7 @@ class LIFF {
   *features(low, h, w) {
     const { kernels, c, embed } = this, { run } = kernels, rows = half(h), columns = half(w), n = rows * columns;
     const x = kernels.take(n * c), seen = kernels.take(columns * 108), values = kernels.f32;
-    for (let i = 0; i < rows; i++) {
+    yield* each(rows, (i) => {
       for (let j = 0, at = seen / 4; j < columns; j++)
         for (let di = -1; di < 2; di++)
           for (let dj = -1; dj < 2; dj++) {
@@ -565,8 +571,7 @@ class LIFF {
               }
           }
       run.multiply(seen, embed.panels, embed.bias, x + 4 * i * columns * c, columns, 108, c, false);
-      yield;
-    }
+    });
     for (const { dw, p1, p2 } of this.blocks) {
       const mark = kernels.mark(), h = yield* kernels.depthwise(x, dw, this.zeros, rows, columns, c);
       const wide = kernels.take(Math.min(n, PIECE) * p1.m);
@@ -595,10 +600,7 @@ function along(tensors, orders) {
 
 function* sampled(axis, offsets, cell, across) {
   const all = [];
-  for (const offset of offsets) {
-    all.push(...axis(offset, cell, across));
-    yield;
-  }
+  yield* each(offsets.length, (k) => all.push(...axis(offsets[k], cell, across)));
   return Float32Array.from(all);
 }
 
@@ -622,14 +624,13 @@ function* bicubic(low, h, w, height, width) {
     }
     return lines.get(y);
   };
-  for (let y = 0; y < height; y++) {
+  yield* each(height, (y) => {
     const first = down.source[4 * y];
     for (const old of lines.keys()) if (old < first) lines.delete(old);
     const near = [0, 1, 2, 3].map((k) => line(down.source[4 * y + k])), [a, b, c, d] = down.weight.subarray(4 * y, 4 * y + 4);
     for (let x = 0; x < 3 * width; x++)
       out[y * 3 * width + x] = a * near[0][x] + b * near[1][x] + c * near[2][x] + d * near[3][x];
-    yield;
-  }
+  });
   return out;
 }
 
