@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 from conftest import compass, crop
 from PIL import Image
 
-from compass_codec import metrics
+import compass_codec
+import compass_codec.pillow  # registers the format
+from compass_codec import container, metrics, weights
 from compass_codec.training import visual
 from compass_codec.training.start import noise_pictures
 
@@ -110,3 +113,32 @@ def test_compiled_steps_leave_it_as_it_is(photograph):
 def test_other_backbones_have_one_distortion(tmp_path):
     result = compass("train", "base", "--data", tmp_path, "--resume", tmp_path / "run", "--tune", "visual")
     assert result.code == 2 and "--tune goes with lean" in result.err and not (tmp_path / "run").exists()
+
+
+def test_a_tune_is_a_set_of_weights(tmp_path, monkeypatch):
+    """In the command line, in Python and in Pillow."""
+    shutil.copytree(weights.choose(model="lean").folder, tmp_path / "visual")
+    spec = weights.read_set(tmp_path / "visual").spec
+    weights.write_card(tmp_path / "visual", spec | {"profile": "visual", "tune": "visual"})
+    places = [tmp_path, *weights.places()]  # before an installed one
+    monkeypatch.setattr(weights, "places", lambda: places)
+    identity, plain = (weights.identity(model=profile) for profile in ("visual", "lean"))
+    image = crop(40, 24)
+    image.save(tmp_path / "x.png")
+    made = [compass_codec.encode(image, [1, 2], tune="visual")]
+    for name, arguments in (("a", ["--tune", "visual"]), ("b", ["--tune", "psnr"]), ("c", [])):
+        done = compass("encode", tmp_path / "x.png", "-s", "1,2", "-o", tmp_path / f"{name}.cmps", *arguments)
+        assert done.code == 0, done.err
+        made.append((tmp_path / f"{name}.cmps").read_bytes())
+    image.save(tmp_path / "d.cmps", scales=[1, 2], tune="visual")
+    made.append((tmp_path / "d.cmps").read_bytes())
+    assert [container.read_header(data).model for data in made] == [identity, identity, plain, plain, identity]
+    for arguments in (["--model", "lean"], ["--weights", str(tmp_path / "visual")]):
+        done = compass("encode", tmp_path / "x.png", "-s", "1,2", "--tune", "visual", *arguments)
+        assert done.code == 2 and "--tune excludes --model and --weights" in done.err
+    with pytest.raises(compass_codec.CompassError, match=r"^tune 'film'; there are psnr and visual$"):
+        compass_codec.encode(image, [1, 2], tune="film")
+    with pytest.raises(compass_codec.CompassError, match=r"^a tune and a model exclude each other$"):
+        compass_codec.encode(image, [1, 2], tune="psnr", model="lean")
+    done = compass("encode", tmp_path / "x.png", "-s", "1,2", "--tune", "visual", "--effort", "1", "-f")
+    assert done.code == 1 and f"there is no search for weights {identity}" in done.err

@@ -183,9 +183,9 @@ def _conditioned(
 class LeanLayer:
     """A lean codec with its entropy coder: a layer less its prediction to bytes and back."""
 
-    def __init__(self, networks: LeanNetworks, tables: entropy.Tables, engine: Engine) -> None:
+    def __init__(self, networks: LeanNetworks, tables: entropy.Tables, engine: Engine, searchable: bool = True) -> None:
         self.networks, self.tables, self.engine = networks, tables, engine
-        self.searchable = networks.entropy != FACTORIZED
+        self.searchable = searchable and networks.entropy != FACTORIZED
         self.exact = (Factorized if networks.entropy == FACTORIZED else Entropy)(networks, self._cells)
         self.thresholds = engine.array(thresholds(tables))
 
@@ -297,11 +297,13 @@ def build(
     if missing := [part for part in PARTS if part not in tensors]:
         raise ValueError(f"no part {missing[0]}")
 
+    squared = spec.get("tune", "psnr") == "psnr"  # the error that a search lowers
+
     def layer(part: str, kind: str) -> LeanLayer:
         networks = engine.lean(spec[part], tensors[part], kind)
         tables = (np.asarray(tensors[part][f"tables.{key}"]) for key in ("z", "y", "y_lengths"))
         skipped = 0 if networks.entropy == FACTORIZED else SKIPPED
-        return LeanLayer(networks, entropy.Tables(*tables, skipped=skipped), engine)
+        return LeanLayer(networks, entropy.Tables(*tables, skipped=skipped), engine, squared)
 
     liff = engine.lean_liff(spec["liff"], tensors["liff"], precision)
     return layer("base", "float32"), layer("residual", precision), liff

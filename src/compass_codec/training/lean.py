@@ -113,7 +113,7 @@ class LeanStage(Stage):
         """The dimensions of the networks that are exported, and the profile of a tune."""
         networks = {part: getattr(self, part) for part in self.writes or self.trains}
         dimensions = {part: getattr(network, "codec", network).dimensions for part, network in networks.items()}
-        tuned = {"profile": self.tune, "purpose": PURPOSE[self.tune]} if self.tune in PURPOSE else {}
+        tuned = {"profile": self.tune, "purpose": PURPOSE[self.tune], "tune": self.tune} if self.tune in PURPOSE else {}
         return dimensions | tuned | dict(self.card)
 
     def integers(self, part: str) -> dict[str, Tensor]:

@@ -91,7 +91,8 @@ def similar(x: Tensor, rec: Tensor) -> Tensor:
     return product.mean(1)
 
 
-@torch.compiler.disable  # PyTorch 2.15 compiles the gradient of padding by repetition to one of other strides
+# PyTorch 2.15 compiles the gradient of padding by repetition to one of other strides
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def distortion(x: Tensor, rec: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] in 0..1 to what stands for their mean squared error: [B]."""
     parts = ((x - rec).square().mean((1, 2, 3)), seen(x, rec), 1 - similar(x, rec.clamp(0, 1)))
