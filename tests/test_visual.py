@@ -11,9 +11,7 @@ import torch
 from conftest import compass, crop
 from PIL import Image
 
-import compass_codec
-import compass_codec.pillow  # registers the format
-from compass_codec import container, metrics, weights
+from compass_codec import metrics, weights
 from compass_codec.training import visual
 from compass_codec.training.start import noise_pictures
 
@@ -115,30 +113,12 @@ def test_other_backbones_have_one_distortion(tmp_path):
     assert result.code == 2 and "--tune goes with lean" in result.err and not (tmp_path / "run").exists()
 
 
-def test_a_tune_is_a_set_of_weights(tmp_path, monkeypatch):
-    """In the command line, in Python and in Pillow."""
+def test_a_set_for_people_has_no_search_for_the_squared_error(tmp_path):
     shutil.copytree(weights.choose(model="lean").folder, tmp_path / "visual")
     spec = weights.read_set(tmp_path / "visual").spec
     weights.write_card(tmp_path / "visual", spec | {"profile": "visual", "tune": "visual"})
-    places = [tmp_path, *weights.places()]  # before an installed one
-    monkeypatch.setattr(weights, "places", lambda: places)
-    identity, plain = (weights.identity(model=profile) for profile in ("visual", "lean"))
-    image = crop(40, 24)
-    image.save(tmp_path / "x.png")
-    made = [compass_codec.encode(image, [1, 2], tune="visual")]
-    for name, arguments in (("a", ["--tune", "visual"]), ("b", ["--tune", "psnr"]), ("c", [])):
-        done = compass("encode", tmp_path / "x.png", "-s", "1,2", "-o", tmp_path / f"{name}.cmps", *arguments)
-        assert done.code == 0, done.err
-        made.append((tmp_path / f"{name}.cmps").read_bytes())
-    image.save(tmp_path / "d.cmps", scales=[1, 2], tune="visual")
-    made.append((tmp_path / "d.cmps").read_bytes())
-    assert [container.read_header(data).model for data in made] == [identity, identity, plain, plain, identity]
-    for arguments in (["--model", "lean"], ["--weights", str(tmp_path / "visual")]):
-        done = compass("encode", tmp_path / "x.png", "-s", "1,2", "--tune", "visual", *arguments)
-        assert done.code == 2 and "--tune excludes --model and --weights" in done.err
-    with pytest.raises(compass_codec.CompassError, match=r"^tune 'film'; there are psnr and visual$"):
-        compass_codec.encode(image, [1, 2], tune="film")
-    with pytest.raises(compass_codec.CompassError, match=r"^a tune and a model exclude each other$"):
-        compass_codec.encode(image, [1, 2], tune="psnr", model="lean")
-    done = compass("encode", tmp_path / "x.png", "-s", "1,2", "--tune", "visual", "--effort", "1", "-f")
-    assert done.code == 1 and f"there is no search for weights {identity}" in done.err
+    crop(40, 24).save(tmp_path / "x.png")
+    encode = ["encode", tmp_path / "x.png", "-s", "1,2", "--weights", tmp_path / "visual"]
+    assert compass(*encode).code == 0
+    done = compass(*encode, "--force", "--effort", "1")
+    assert done.code == 1 and "there is no search for weights" in done.err
