@@ -417,3 +417,14 @@ def test_every_option_has_help(name):
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help and parameter.help.endswith("."), parameter.name
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["info", "no file"], 1), (["--no such"], 2)])
+def test_the_process_ends_whole(arguments, code):
+    """What was printed arrives, what was registered for the end runs, and the exit code is that of the command."""
+    program = "import atexit, sys\nfrom compass_codec import cli\n"
+    program += "print('begin')\natexit.register(print, 'end')\nsys.argv[0] = 'compass'\ncli.run()"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert (lines[0], lines[-1], done.returncode) == ("begin", "end", code)
+    assert (len(lines) == 3) == (code == 0) and done.stderr.count("\n") == (code != 0)

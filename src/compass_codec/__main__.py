@@ -1,5 +1,5 @@
 """``python -m compass_codec`` is the ``compass`` command."""
 
-from compass_codec.cli import main
+from compass_codec.cli import run
 
-main()
+run()

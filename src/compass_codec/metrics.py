@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -82,6 +78,9 @@ def ssimulacra2(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 def _told(program: str, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> str:
     """What a program of libjxl prints about two pictures."""
+    import subprocess
+    import tempfile
+
     from PIL import Image
 
     found = program_of(program)
@@ -97,6 +96,8 @@ def _told(program: str, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> str:
 
 def program_of(name: str) -> str:
     """The path of a program of libjxl. Raises MeasureError where it is not on the PATH."""
+    import shutil
+
     if found := shutil.which(name):
         return found
     hint = "Debian: libjxl-devtools" if name == "butteraugli_main" else "libjxl 0.8 or newer, built with its devtools"
@@ -159,6 +160,8 @@ GREY = 128
 
 @lru_cache
 def _hash(file: str) -> str:
+    import hashlib
+
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
 
 

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from compass_codec import colour
@@ -477,6 +477,8 @@ def with_alpha(picture: NDArray[np.uint8], alpha: NDArray[np.uint8] | None) -> I
 def register() -> None:
     """Register Pillow's formats, HEIC where pillow-heif is installed (the extra ``heic``), and big-endian 16-bit
     grey TIFF with WhiteIsZero, of which Pillow has only the little-endian one."""
+    from PIL import TiffImagePlugin
+
     Image.init()
     TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
     with suppress(ImportError):
@@ -496,7 +498,9 @@ ICNS_SIDE = 1024
 
 @cache
 def _check_suffix(suffix: str) -> str:
-    register()
+    for load in (Image.preinit, register):  # the five usual formats, then all; PNG is there already
+        if suffix not in Image.EXTENSION:
+            load()
     name = Image.EXTENSION.get(suffix)
     if name is None and suffix in HEIC_SUFFIXES:
         raise PictureError(f"{suffix} {NEEDS_HEIF}")
@@ -528,11 +532,17 @@ def to_bytes(image: Image.Image, path: Path, extras: Extras | None = None, notes
     return _save(image, name, path.suffix, extras, notes)
 
 
+class _Png(io.BytesIO):
+    """A file with a name, by which Pillow knows its format; told the format, it loads those of other files too."""
+
+    name = "a.png"
+
+
 def _save(image: Image.Image, name: str, suffix: str, extras: Extras | None, notes: list[str]) -> bytes:
     options = dict(SAVING.get(name, {}))
     if suffix.lower() in CODESTREAMS:
         options["no_jp2"] = True
-    buffer = io.BytesIO()
+    buffer = _Png() if name == "PNG" else io.BytesIO()
     with library(f"{image.width} x {image.height} cannot be written as {suffix}"):
         if extras and name in WITH_EXTRAS:
             options |= _metadata(extras, name, image.size, notes)
@@ -546,7 +556,7 @@ def _save(image: Image.Image, name: str, suffix: str, extras: Extras | None, not
             notes.append(f"transparency laid onto white, as {suffix} holds none")
         elif image.mode == "RGBA" and name in SAVING:  # lossy
             image = filled(image)
-        image.save(buffer, name, **options)
+        image.save(buffer, None if name == "PNG" else name, **options)
         data = buffer.getvalue()
         _check_size(data, name, image.size)
     return data
@@ -555,7 +565,7 @@ def _save(image: Image.Image, name: str, suffix: str, extras: Extras | None, not
 def _check_size(data: bytes, name: str, size: tuple[int, int]) -> None:
     """Raise PictureError if Pillow reads the file back with another size than ``size``. Some formats write a picture
     that is too large for them as garbage, without an error."""
-    if name in Image.OPEN:
+    if name in Image.OPEN and name != "PNG":
         with Image.open(io.BytesIO(data), formats=[name]) as found:
             if found.size != size:
                 raise PictureError(f"{name} cannot hold a picture of {size[0]} x {size[1]}")

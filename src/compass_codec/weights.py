@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +145,8 @@ def _digest(value: object) -> bool:
 def places() -> list[Path]:
     """Where sets are looked for: the package, then the folders that COMPASS_MODELS names."""
     named = os.environ.get(PATH, "").split(os.pathsep)
-    return [Path(str(resources.files("compass_codec.models"))), *(Path(name) for name in named if name)]
+    installed = importlib.import_module("compass_codec.models").__path__[0]
+    return [Path(installed), *(Path(name) for name in named if name)]
 
 
 def sets() -> Iterator[ModelSet | WeightsError]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -187,7 +188,11 @@ class LeanLayer:
         self.networks, self.tables, self.engine = networks, tables, engine
         self.searchable = searchable and networks.entropy != FACTORIZED
         self.exact = (Factorized if networks.entropy == FACTORIZED else Entropy)(networks, self._cells)
-        self.thresholds = engine.array(thresholds(tables))
+
+    @cached_property
+    def thresholds(self) -> Array:
+        """Those of the encoder's rounding, see symbols.thresholds."""
+        return self.engine.array(thresholds(self.tables))
 
     def lambda_of(self, quality: float) -> float:
         return quality_to_lambda(quality)

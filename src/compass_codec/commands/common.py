@@ -142,9 +142,10 @@ def work(
     show_one: Callable[[Report], str],
 ) -> None:
     """Do the jobs and print the result of each; the exit code is 1 if any failed."""
-    from compass_codec.jobs import batch, cluster
-
-    run = cluster.run if ray else batch.run
+    if ray:
+        from compass_codec.jobs.cluster import run
+    else:
+        from compass_codec.jobs.batch import run
     many = not todo.jobs or todo.jobs[0].options.batch
     bar: Any = None
     if many and not quiet and sys.stderr.isatty():

@@ -7,6 +7,7 @@ is not needed. What is written is ONNX's ModelProto (onnx.proto) in the encoding
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import Any
 
 from numpy.typing import NDArray
@@ -26,25 +27,35 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _field(number: int, value: int | float | str | bytes) -> bytes:
+def _bytes(number: int, data: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+# Small parts are the same in most graphs. Typed: 1 and 1.0 are written differently.
+_once = lru_cache(maxsize=None, typed=True)
+
+
+@_once
+def _field(number: int, value: int | float | str) -> bytes:
     if isinstance(value, float):
         return _varint(number << 3 | 5) + struct.pack("<f", value)
     if isinstance(value, int):
         return _varint(number << 3) + _varint(value)
-    data = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
+    return _bytes(number, value.encode())
 
 
-def _attribute(name: str, value: int | float | list[int]) -> bytes:
-    if isinstance(value, list):
+@_once
+def _attribute(name: str, value: int | float | tuple[int, ...]) -> bytes:
+    if isinstance(value, tuple):
         return _field(1, name) + b"".join(_field(8, item) for item in value) + _field(20, 7)
     number, kind = (2, 1) if isinstance(value, float) else (3, 2)
     return _field(1, name) + _field(number, value) + _field(20, kind)
 
 
+@_once
 def _info(name: str, kind: str, rank: int) -> bytes:
-    shape = b"".join(_field(1, _field(2, f"{name}_{i}")) for i in range(rank))
-    return _field(1, name) + _field(2, _field(1, _field(1, TYPES[kind]) + _field(2, shape)))
+    shape = b"".join(_bytes(1, _field(2, f"{name}_{i}")) for i in range(rank))
+    return _field(1, name) + _bytes(2, _bytes(1, _field(1, TYPES[kind]) + _bytes(2, shape)))
 
 
 class Graph:
@@ -61,14 +72,14 @@ class Graph:
 
     def input(self, rank: int, kind: str = "float32") -> str:
         name = self._name()
-        self._parts.append(_field(11, _info(name, kind, rank)))
+        self._parts.append(_bytes(11, _info(name, kind, rank)))
         return name
 
     def _constant(self, value: NDArray[Any]) -> str:
         name = self._name()
         dims = b"".join(_field(1, side) for side in value.shape)
-        data = _field(2, TYPES[value.dtype.name]) + _field(8, name) + _field(9, value.tobytes())
-        self._parts.append(_field(5, dims + data))
+        data = _field(2, TYPES[value.dtype.name]) + _field(8, name) + _bytes(9, value.tobytes())
+        self._parts.append(_bytes(5, dims + data))
         return name
 
     def node(self, operator: str, *inputs: str | NDArray[Any], domain: str = "", **attributes: Any) -> str:
@@ -76,12 +87,13 @@ class Graph:
         names = [x if isinstance(x, str) else self._constant(x) for x in inputs]
         out = self._name()
         node = b"".join(_field(1, name) for name in names) + _field(2, out) + _field(4, operator)
-        node += b"".join(_field(5, _attribute(key, value)) for key, value in attributes.items())
-        self._parts.append(_field(1, node + _field(7, domain)))
+        for key, value in attributes.items():
+            node += _bytes(5, _attribute(key, tuple(value) if isinstance(value, list) else value))
+        self._parts.append(_bytes(1, node + _field(7, domain)))
         return out
 
     def model(self, output: str, rank: int) -> bytes:
         """The graph with its one output, float32, as a model."""
-        graph = b"".join(self._parts) + _field(2, "compass") + _field(12, _info(output, "float32", rank))
-        sets = _field(8, _field(1, "") + _field(2, OPSET)) + _field(8, _field(1, CONTRIB) + _field(2, 1))
-        return _field(1, IR_VERSION) + sets + _field(7, graph)
+        graph = b"".join(self._parts) + _field(2, "compass") + _bytes(12, _info(output, "float32", rank))
+        sets = _bytes(8, _field(1, "") + _field(2, OPSET)) + _bytes(8, _field(1, CONTRIB) + _field(2, 1))
+        return _field(1, IR_VERSION) + sets + _bytes(7, graph)

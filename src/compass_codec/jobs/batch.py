@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import multiprocessing
 import os
 import signal
 import stat
@@ -12,19 +11,21 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from compass_codec import engines
 from compass_codec.errors import OptionError
 from compass_codec.jobs import paths, single
 from compass_codec.jobs.job import DecodeOptions, EncodeOptions, Job
 from compass_codec.jobs.report import Report, reason
+
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
 
 # formats that Pillow recognises and does not decode by itself
 UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -173,6 +174,10 @@ def run(work: Sequence[Job], workers: int | None = None) -> Generator[Report, No
         if workers <= 1:
             yield from map(single.run, work)
             return
+        # not before: what starts processes takes longer to import than a small file to decode
+        import multiprocessing
+        from concurrent.futures import ThreadPoolExecutor, as_completed
+
         # a thread for each process, which does one job at a time: so it is known over which file one dies
         lanes: SimpleQueue[Lane] = SimpleQueue()
         for _ in range(workers):
@@ -225,6 +230,10 @@ class Lane:
         return attempt(self._work, job)
 
     def _work(self, job: Job) -> Report:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+        from concurrent.futures.process import BrokenProcessPool
+
         if self.pool is None:
             self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start)
         try:
@@ -289,6 +298,8 @@ def _start() -> None:
 
 
 def _outlive_no_parent() -> None:
+    import multiprocessing
+
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from compass_codec.codec import Codec
     from compass_codec.search import Coded
 
+SMALL = 2**18  # pixels of a layer up to which starting threads costs more than they save
 CLEAR = "\r\x1b[K"  # of a terminal's line
 
 
@@ -143,7 +144,8 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
         for k, coded in sections.alpha.items()
         if k in wanted
     }
-    decoded = load(options, header.model).decode_layers(data, header, last)
+    small = header.layers[last].width * header.layers[last].height <= SMALL
+    decoded = load(options, header.model, small).decode_layers(data, header, last)
     size = 0
     for k, picture in [(k, picture) for k, picture in enumerate(decoded) if k in wanted]:
         image = pictures.with_alpha(picture, alphas.get(k))
@@ -162,14 +164,14 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
     )
 
 
-def load(options: Options, model: str | None = None) -> Codec:
+def load(options: Options, model: str | None = None, small: bool = False) -> Codec:
     """The codec of the set ``model``, or of that in the options, loaded once in a process. A batch computes with one
     thread: how many there are shows in the last bits of sums, and so in the bytes of a file, which must not depend on
-    the number of workers."""
+    the number of workers. So does what decodes one ``small`` picture."""
     from compass_codec import codec
     from compass_codec.engines import threads
 
-    if options.batch:
+    if options.batch or small:
         threads.use_one()
     return codec.shared(options.device, options.weights, options.precision, model or options.model, options.engine)
 
