@@ -196,16 +196,16 @@ class Decoder:
         return value // 2 if value % 2 == 0 else -(value + 1) // 2
 
     def _group(self, table: Table, count: int) -> NDArray[np.int32]:
-        symbols = np.empty(count, np.int32)
-        for at in range(0, count, PIECE):
-            part = symbols[at : at + PIECE]
-            try:
-                part[:] = self.coder.decode(table.model, len(part))
-            except AssertionError as e:  # constriction's error for data that no encoder writes
-                raise DamagedError("corrupt layer: invalid symbol stream") from e
+        lengths = [min(PIECE, count - at) for at in range(0, count, PIECE)]
+        try:
+            pieces: list[NDArray[np.int32]] = [self.coder.decode(table.model, length) for length in lengths]
+        except AssertionError as e:  # constriction's error for data that no encoder writes
+            raise DamagedError("corrupt layer: invalid symbol stream") from e
+        symbols = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         symbols -= table.width
-        for i in np.flatnonzero(symbols > table.width):
-            symbols[i] = next(self.escapes, 0)
+        if symbols.max() > table.width:
+            for i in np.flatnonzero(symbols > table.width):
+                symbols[i] = next(self.escapes, 0)
         return symbols
 
     def z(self, channels: int, height: int, width: int) -> NDArray[np.int32]:

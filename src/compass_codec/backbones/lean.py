@@ -249,7 +249,8 @@ class LeanLayer:
         coded = 0 if self.tables.skipped else self.networks.m * h * w
         decoder = entropy.Decoder(data, self.tables, rows * columns, coded)
         z = decoder.z(channels, rows, columns)
-        y = self.engine.array(np.zeros((1, self.networks.m, h, w), np.float32))
+        # channels last, as networks take it
+        y = self.engine.array(np.zeros((1, h, w, self.networks.m), np.float32).transpose(0, 3, 1, 2))
 
         def code(index: Array, means: Array, _: Array) -> Array:
             return means + self.engine.array(decoder.y(to_host(index)).astype(np.float32))

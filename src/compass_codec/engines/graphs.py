@@ -92,8 +92,9 @@ class Graph:
         self._parts.append(_bytes(1, node + _field(7, domain)))
         return out
 
-    def model(self, output: str, rank: int) -> bytes:
-        """The graph with its one output, float32, as a model."""
-        graph = b"".join(self._parts) + _field(2, "compass") + _bytes(12, _info(output, "float32", rank))
+    def model(self, output: str, rank: int, *more: str) -> bytes:
+        """The graph with its outputs, all float32 and of one rank, as a model."""
+        graph = b"".join(self._parts) + _field(2, "compass")
+        graph += b"".join(_bytes(12, _info(name, "float32", rank)) for name in (output, *more))
         sets = _bytes(8, _field(1, "") + _field(2, OPSET)) + _bytes(8, _field(1, CONTRIB) + _field(2, 1))
         return _field(1, IR_VERSION) + sets + _bytes(7, graph)

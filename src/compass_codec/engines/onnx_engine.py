@@ -85,7 +85,11 @@ class Session:
         self._inputs = [each.name for each in self._session.get_inputs()]
 
     def __call__(self, *arrays: Array) -> Array:
-        found: Array = self._session.run(None, dict(zip(self._inputs, arrays, strict=True)))[0]
+        return self.all(*arrays)[0]
+
+    def all(self, *arrays: Array) -> list[Array]:
+        """All outputs."""
+        found: list[Array] = self._session.run(None, dict(zip(self._inputs, arrays, strict=True)))
         return found
 
 
@@ -132,10 +136,33 @@ def _matmul() -> Session:
 
 @cache
 def _integers() -> Session:
-    """An exact.Conv of size 1: integers x [N, in], weights, bias, scale, least and largest result."""
+    """An exact.Conv of size 1 with activations: integers x [N, in], weights, bias and scale."""
     graph = Graph()
     sums = graph.node("Gemm", graph.input(2), graph.input(2), graph.input(1))
-    return Session(graph.model(_scaled(graph, sums, graph.input(1), graph.input(0), graph.input(0)), 2))
+    zero, most = (np.float32(value).reshape(()) for value in (0, ACTIVATION))
+    return Session(graph.model(_scaled(graph, sums, graph.input(1), zero, most), 2))
+
+
+@cache
+def _parameters(quarter: int, later: bool) -> Session:
+    """See Exact.scales_and_means, of ``quarter`` channels each. Inputs: features [N, in], weights, bias and scale, and
+    in a ``later`` step the same of hidden activations; to indices and means [N, quarter]."""
+    graph = Graph()
+    least, most, zero, last, limit = (
+        np.float32(value).reshape(()) for value in (-EXACT, EXACT, 0, LEVELS - 1, MEAN_LIMIT)
+    )
+    parts = []
+    for _ in range(1 + later):
+        sums = graph.node("Gemm", graph.input(2), graph.input(2), graph.input(1))
+        parts.append(_scaled(graph, sums, graph.input(1), least, most))
+    both = graph.node("Add", *parts) if later else parts[0]
+    scales, means = (
+        graph.node("Slice", both, *(np.array([at], np.int64) for at in (k * quarter, (k + 1) * quarter, 1)))
+        for k in (0, 1)
+    )
+    index = graph.node("Floor", graph.node("Mul", scales, np.float32(1 / FINE).reshape(())))
+    means = graph.node("Mul", graph.node("Clip", means, -limit, limit), np.float32(1 / MEAN_UNIT).reshape(()))
+    return Session(graph.model(graph.node("Clip", index, zero, last), 2, means))
 
 
 def _scaled(graph: Graph, sums: str, scale: str, low: str | Array, high: str | Array) -> str:
@@ -202,6 +229,11 @@ def _exact_block(taps: Array, bias: Array) -> Session:
 def _last(x: Array) -> Array:
     """A strip as [rows, W, C]."""
     return np.ascontiguousarray(x[0].transpose(1, 2, 0), np.float32)
+
+
+def _flat(x: Array) -> Array:
+    """A strip as [rows * W, C]."""
+    return _last(x).reshape(-1, x.shape[1])
 
 
 def _strip(x: Array) -> Array:
@@ -518,27 +550,17 @@ class OnnxExact:
         return found
 
     def scales_and_means(self, step: int, phase: int, features: Array, hidden: Array | None) -> tuple[Array, Array]:
-        found = _whole(_last(features), *self._first[(phase - step) % STEPS])
+        inputs = [_flat(features), *self._first[(phase - step) % STEPS]]
         if hidden is not None:
-            found += _whole(_last(hidden), *self._more[step - 1][phase])
-        quarter = found.shape[2] // 2
-        scales, means = found[:, :, :quarter], found[:, :, quarter:]
-        index = np.floor(scales * np.float32(1 / FINE)).clip(0, LEVELS - 1).astype(np.uint8)
-        return _strip(index), _strip(means.clip(-MEAN_LIMIT, MEAN_LIMIT) * np.float32(1 / MEAN_UNIT))
+            inputs += [_flat(hidden), *self._more[step - 1][phase]]
+        found = _parameters(self.m // STEPS, hidden is not None).all(*inputs)
+        index, means = (each.reshape(*features.shape[2:], -1) for each in found)
+        return _strip(index.astype(np.uint8)), _strip(means)
 
 
 def _positive(x: Array, *conv: Array) -> Array:
-    return _integer(x, *conv, np.float32(0), np.float32(ACTIVATION))
-
-
-def _whole(x: Array, *conv: Array) -> Array:
-    return _integer(x, *conv, np.float32(-EXACT), np.float32(EXACT))
-
-
-def _integer(x: Array, *inputs: Any) -> Array:
-    """[rows, W, in] to [rows, W, out]."""
-    flat = _integers()(x.reshape(-1, x.shape[2]), *(np.asarray(each) for each in inputs))
-    return flat.reshape(*x.shape[:2], -1)
+    """[rows, W, in] to [rows, W, out], from 0 to the largest activation."""
+    return _integers()(x.reshape(-1, x.shape[2]), *conv).reshape(*x.shape[:2], -1)
 
 
 class OnnxLIFF:

@@ -17,7 +17,7 @@ from compass_codec.networks.strips import Device, spans
 
 PLACES = {"cpu": 2**12, "cuda": 2**18}  # at half of the lower layer's size
 # of bicubic interpolation: target columns, the lower layer's rows that are widened, rows of the target made from those
-CUBIC_COLUMNS, CUBIC_ROWS_WIDENED, CUBIC_ROWS = 64, {"cpu": 32, "cuda": 512}, 8
+CUBIC_COLUMNS, CUBIC_ROWS_WIDENED, CUBIC_ROWS = 64, {"cpu": 64, "cuda": 512}, 16
 
 Added = Callable[[Array, int, tuple[int, int]], Array]
 
