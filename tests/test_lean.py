@@ -1,12 +1,15 @@
 """The lean backbone: geometry, the walk over its context model, its start, and training."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import compass
 from PIL import Image
+from safetensors.torch import save
 
 from compass_codec.engines.torch_engine import TorchEngine
 from compass_codec.errors import CompassError
@@ -16,6 +19,7 @@ from compass_codec.networks.lean import multiply_accumulates as codec_multiply_a
 from compass_codec.networks.lean_liff import LeanLIFF, multiply_accumulates
 from compass_codec.networks.liff import bicubic, nearest
 from compass_codec.networks.rates import level_of
+from compass_codec.training import average
 from compass_codec.training.export import export
 from compass_codec.training.lean import (
     PARTS,
@@ -154,6 +158,17 @@ def test_training_goes_on_and_its_set_says_what_it_is(tmp_path):
     assert stages == ["lean", "lean-context"]
     with pytest.raises(CompassError, match=r"no part residual"):
         load(choose(folder), TorchEngine(torch.device("cpu")))
+    shutil.copytree(folder, tmp_path / "old")
+    moved = tensors | {"h_p.bias": tensors["h_p.bias"] + 2}
+    (tmp_path / "old" / "base.safetensors").write_bytes(save(moved))
+    arguments = [str(tmp_path / "old"), str(folder), "--part", "base"]
+    assert CliRunner().invoke(average.main, arguments).exit_code == 1, "no pictures to measure activations on"
+    result = CliRunner().invoke(average.main, [*arguments, "--data", str(tmp_path / "photos")])
+    assert result.exit_code == 0, result.output
+    mean = read_tensors(folder / "base.safetensors")
+    torch.testing.assert_close(mean["h_p.bias"], tensors["h_p.bias"] + 1, rtol=0, atol=3e-3)
+    assert not torch.equal(mean["exact.first.bias"], tensors["exact.first.bias"]), "the integers are those of the mean"
+    assert json.loads((folder / "history.json").read_text())[-1]["stage"] == "average"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (19, 40)])
