@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from conftest import compass, crop
 from make_golden import symbol_hashes
@@ -140,6 +141,20 @@ def test_whole_files_both_ways(codec, onnx, quality):
         for seen, found in zip(encoded.layers, reader.decode_layers(encoded.data, header, 2), strict=True):
             difference = np.abs(seen.astype(int) - found)
             assert difference.max() <= 1 and (difference > 0).mean() <= 0.001
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "int8", "int16", "int32", "int64", "uint8"])
+def test_files_are_read_as_safetensors_reads_them(kind):
+    rng = np.random.default_rng(5)
+    tensors = {f"{n}": rng.integers(-9, 100, size).astype(kind) for n, size in enumerate([(3,), (), (2, 5, 1), (0, 4)])}
+    data = safetensors.numpy.save(tensors, {"a": "b"})
+    found, expected = OnnxEngine().parse(data), safetensors.numpy.load(data)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and np.array_equal(found[name], value)
+    for broken in (b"", data[:20], data[:-1], data[:8] + b"[" + data[9:], data.replace(b'"dtype"', b'"dtypo"')):
+        with pytest.raises((ValueError, KeyError, AttributeError)):
+            OnnxEngine().parse(broken)
 
 
 @pytest.mark.parametrize("name", ["to_y.weight", "a8.0.norm", "h_a.1.weight", f"{INTEGERS}first.weight"])

@@ -237,8 +237,6 @@ def load(found: ModelSet, engine: Engine, precision: str = "float32") -> Weights
 def tensors_of(found: ModelSet, parse: Callable[[bytes], dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The tensors of each part. ``parse`` is ``load`` of a module of safetensors. Raises WeightsError if a part is
     missing or corrupt."""
-    from safetensors import SafetensorError
-
     tensors = {}
     for path, digest in found.parts.items():
         data = _read(path)
@@ -246,7 +244,9 @@ def tensors_of(found: ModelSet, parse: Callable[[bytes], dict[str, Any]]) -> dic
             raise WeightsError(f"{path}: not the file that {CARD} names (its SHA-256 differs)")
         try:
             tensors[path.stem] = parse(data)
-        except (SafetensorError, ValueError, KeyError) as e:
+        except MemoryError:
+            raise
+        except Exception as e:  # that of safetensors is one of its own
             raise WeightsError(f"{path}: these weights cannot be used ({_line(e)})") from e
     return tensors
 

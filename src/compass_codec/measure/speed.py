@@ -31,12 +31,14 @@ SCALES = [1, 2, 4]
 def seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
     """Least processor time of a few runs after a first one."""
     work()
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        work()
-        times.append(time.process_time() - start)
-    return min(times)
+    return min(spent(work) for _ in range(repeats))
+
+
+def spent(work: Callable[[], Any]) -> float:
+    """Its processor time in seconds."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def photograph(width: int, height: int) -> Image.Image:
@@ -83,43 +85,38 @@ def profiles() -> str:
     )
 
 
-def engines_here(count: int) -> list[list[float]]:
-    """Seconds and processor seconds of encoding and of decoding three layers with each engine, in turn in this process:
-    the least of some runs."""
-    import torch
+ENGINES = (("torch", "float32"), ("onnx", "float32"), ("torch", "bfloat16"))
 
-    from compass_codec import engines, pictures
+
+def engines_here() -> list[list[float]]:
+    """Processor seconds of encoding and of decoding three layers with each of ENGINES and one thread, in turn in this
+    process: the least of some runs."""
+    from compass_codec import pictures
     from compass_codec.codec import Codec, layer_sizes
     from compass_codec.engines import threads
 
-    threads.count = count
+    threads.use_one()
     layers = pictures.pyramid(photograph(*SIZE), layer_sizes(SIZE, SCALES))
     works: list[Callable[[], Any]] = []
-    for name in engines.LIBRARIES:
-        codec = Codec.load("cpu", precision="float32", engine=name)
+    for name, precision in ENGINES:
+        codec = Codec.load("cpu", precision=precision, engine=name)
         data = codec.encode_layers(layers, SCALES, 60).data
         works += [partial(codec.encode_layers, layers, SCALES, 60), partial(codec.decode, data)]
-    torch.set_num_threads(count)
-    least = [[float("inf")] * 2 for _ in works]
-    for _ in range(2 * REPEATS):
-        for best, work in zip(least, works, strict=True):
-            before = time.perf_counter(), time.process_time()
-            work()
-            spent = time.perf_counter() - before[0], time.process_time() - before[1]
-            best[:] = map(min, best, spent)
-    return least
+    turns = [[spent(work) for work in works] for _ in range(2 * REPEATS)]
+    least = [min(each) for each in zip(*turns, strict=True)]
+    return [least[:2], least[2:4], least[4:]]
 
 
-def both_engines() -> str:
-    """The engines with one thread and with two."""
-    body = []
-    for threads in (1, 2):
-        found = alone("engines_here", threads)
-        for name, (encode, decode) in zip(("PyTorch", "ONNX Runtime"), (found[:2], found[2:]), strict=True):
-            times = [f"{wall:.2f} s, {processor:.2f} s" for wall, processor in (encode, decode)]
-            body.append([f"{name}, {threads} thread{'s' * (threads > 1)}", *times])
-    head = ["engine", "encoding: time, processor time", "decoding: time, processor time"]
-    return f"`lean`, float32, three layers of {SIZE[0]} x {SIZE[1]}, in turn in one process.\n\n{rows(head, body)}"
+def all_engines() -> str:
+    """The engines with one thread."""
+    names, pixels, body = {"torch": "PyTorch", "onnx": "ONNX Runtime"}, SIZE[0] * SIZE[1] / 1e6, []
+    for (name, precision), times in zip(ENGINES, alone("engines_here"), strict=True):
+        body.append([f"{names[name]}, {precision}", *(f"{s:.2f} s, {s / pixels:.2f} s" for s in times)])
+    head = ["engine", "encoding, and a megapixel", "decoding, and a megapixel"]
+    return (
+        f"`lean`, three layers of {SIZE[0]} x {SIZE[1]}, one thread, in turn in one process: processor time. What was "
+        f"tried and not kept, OpenVINO and int8, is in [notes/engines.md](notes/engines.md).\n\n{rows(head, body)}"
+    )
 
 
 Size = tuple[int, int]  # width, height
@@ -196,12 +193,10 @@ def thumbnail(sizes: list[Size]) -> str:
 
 def cold() -> str:
     """Processor time of short commands, against the least that such a program can take. Their bytecode is kept, as that
-    of an installed package is."""
-    from compass_codec.codec import Codec
-
+    of an installed package is. This process stays small: the peak of a child is never below what its parent holds."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
-    def run(*arguments: str) -> tuple[float, float]:
+    def run(*arguments: str, runs: int = STARTS) -> tuple[float, float]:
         """Processor seconds and peak memory in MB: the least of some runs."""
 
         def once() -> tuple[float, float]:
@@ -213,23 +208,22 @@ def cold() -> str:
             return used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e6
 
         once()
-        seconds, memory = zip(*(once() for _ in range(STARTS)), strict=True)
+        seconds, memory = zip(*(once() for _ in range(runs)), strict=True)
         return min(seconds), min(memory)
 
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "small.cmps"
-        codec = Codec.load("cpu", precision="float32")
         empty, _ = run("-c", "import click; click.command()(lambda: None)([], standalone_mode=False)")
-        torch, _ = run("-c", "import torch")
+        torch, _ = run("-c", "import torch", runs=REPEATS)
         for width, height in ((64, 48), (256, 192), (512, 384)):
-            file.write_bytes(codec.encode(photograph(width, height), [1, 2], 60).data)
+            alone("encode_here", str(file), times((width, height), (2, 1)))
             if not lines:
                 info, _ = run("-m", "compass_codec", "info", str(file))
-                lines = [f"`compass info` takes {info - empty:.2f} s of processor time more than an empty program."]
+                lines = [f"`compass info` takes {info:.2f} s of processor time, an empty click program {empty:.2f} s."]
             decode = ("-m", "compass_codec", "decode", str(file), "--force", "-o", str(file.with_suffix(".png")))
-            found = [run(*decode, "--engine", engine) for engine in ("torch", "onnx")]
-            (with_torch, _), (with_onnx, mb) = found
+            with_torch, _ = run(*decode, "--engine", "torch", runs=REPEATS)
+            with_onnx, mb = run(*decode, "--engine", "onnx")
             lines.append(
                 f"`compass decode` of two layers up to {width} x {height} takes {with_torch:.2f} s with PyTorch, and "
                 f"{with_onnx:.2f} s and {mb:.0f} MB with ONNX Runtime; `python -c 'import torch'` takes {torch:.2f} s."
@@ -269,7 +263,7 @@ def main(out: Path, large: bool) -> None:
         found = dict(zip(SECTIONS[4:], tables, strict=True))
     else:
         heights = [times((1500, height), (4, 2, 1)) for height in (500, 1000, 2000)]
-        found = dict(zip(SECTIONS, (profiles(), both_engines(), cold(), memory(heights)), strict=False))
+        found = dict(zip(SECTIONS, (profiles(), all_engines(), cold(), memory(heights)), strict=False))
     sections = kept(page) | found
     text = [
         "# Speed and memory",
