@@ -236,6 +236,7 @@ class Lane:
 
         if self.pool is None:
             self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start)
+            _leave_interrupts_to_the_main_thread()  # again: starting its resource tracker lets them through
         try:
             return self.pool.submit(_run, job).result()
         except BrokenProcessPool as e:
