@@ -80,7 +80,7 @@ def run() -> NoReturn:
     try:
         main()
     except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 0
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
