@@ -15,6 +15,7 @@ ROOMS = (
     "errors",
     "files",
     "metrics",
+    "distortions",
     "colour",
     "container",
     "entropy",

@@ -15,6 +15,7 @@ from conftest import compass, crop
 from compass_codec import container, search
 from compass_codec.backbones.lean import quality_to_lambda
 from compass_codec.codec import Codec
+from compass_codec.distortions import squared
 from compass_codec.errors import OptionError
 from compass_codec.measure import effort as efforts
 from compass_codec.weights import choose
@@ -198,7 +199,7 @@ def test_layer_weights(codec):
         payloads = [container.payload(header, encoded.data, k) for k in (0, 1)]
         coded = zip(payloads, encoded.layers, strict=True)
         return [
-            search.CodedLayer.of(each, picture, quality_to_lambda(60)).cost
+            search.CodedLayer.of(each, picture, quality_to_lambda(60), squared).cost
             for each, picture in zip(coded, layers, strict=True)
         ]
 

@@ -1,6 +1,7 @@
 """Search in the encoder: symbols that cost less in rate and distortion than those which rounding gives.
 
-What is lowered is R + lambda * 255^2 * MSE, summed over the layers. Effort 1 analyses what the decoder would see, too:
+What is lowered is R + lambda * 255^2 * MSE, summed over the layers; with weights for another tune, its distortion is in
+the place of the MSE. Effort 1 analyses what the decoder would see, too:
 how that differs from the layer's own latent says which way its quantisation errors should go. Higher efforts follow
 gradients. Each step quantises y in the walk of the context model, as the encoder does, and moves y towards a Newton
 step from the quantised latent; z follows its gradient. The decoder knows nothing of all this.
@@ -25,8 +26,8 @@ from torch import Tensor
 from compass_codec import entropy
 from compass_codec.backbones.lean import SKIPPED, LeanLayer
 from compass_codec.backbones.symbols import LATENT_LIMIT, quantise, thresholds
+from compass_codec.distortions import TUNES, Distortion
 from compass_codec.engines.torch_engine import TorchLean
-from compass_codec.metrics import squared_error
 from compass_codec.networks import strips
 from compass_codec.networks.arrays import to_tensor
 from compass_codec.networks.lean import LeanCodec
@@ -50,8 +51,7 @@ if TYPE_CHECKING:
 STEPS = (0, 0, 4, 8, 12, 16, 24, 32, 48, 64)  # of gradients, that an effort adds to those below it
 # Effort 1: so much of the quantisation errors stays, less what a second analysis sees of them so many times.
 STAYS, SEEN = 0.7, 0.74
-# A step goes from the quantised latent so far, of what a Newton step would; and y goes so far there.
-NEWTON, TOWARDS = 0.75, 0.5
+TOWARDS = 0.5  # how far y goes to what a Newton step from the quantised latent gives
 LEAST_CURVATURE = 5.0  # bits for a quantisation step squared
 Z_RATE = 0.007  # quantisation steps that z moves for each bit that its gradient would save
 BEYOND, MOST_BEYOND = 1 / 50, 0.35  # as symbols.BEYOND, for latents that are searched
@@ -100,14 +100,18 @@ def improve(
 
 @dataclass(frozen=True)
 class CodedLayer:
-    """A layer as it is coded, and R + lambda * 255^2 * MSE times its pixels: bits."""
+    """A layer as it is coded, and R + lambda * 255^2 * MSE times its pixels: bits. A tile's distortion that is none of
+    its pixels alone counts for the tile."""
 
     coded: Coded
     cost: float
 
     @classmethod
-    def of(cls, coded: Coded, picture: NDArray[np.uint8], lam: float) -> CodedLayer:
-        return cls(coded, cost(8 * len(coded[0]), squared_error(picture, coded[1]) / (3 * 255**2), lam))
+    def of(cls, coded: Coded, picture: NDArray[np.uint8], lam: float, distortion: Distortion) -> CodedLayer:
+        tiles = (tile.part(PIXEL)[2:] for tile in Tile.all((picture.shape[0], picture.shape[1])))
+        pairs = ((samples(picture[part]).double(), samples(coded[1][part]).double()) for part in tiles)
+        error = sum(x[0, 0].numel() * float(distortion(x, rec)) for x, rec in pairs)
+        return cls(coded, cost(8 * len(coded[0]), error, lam))
 
     def priced(self, error_counts: float) -> float:
         """The cost if error counts so many times as much, as it costs above too."""
@@ -140,19 +144,25 @@ def efforts(
         for k, (picture, quality) in enumerate(zip(layers, qualities, strict=True)):
             # while nothing below has changed, what was best for a layer can stay
             same = bool(best) and all(a is b for a, b in zip(tried, best[:k], strict=True))
+            search = parts[min(k, 1)]
             if (flat := codec.flat(picture)) is not None:
-                tried.append(best[k] if best else CodedLayer.of(flat, picture, lambdas[k]))
+                tried.append(best[k] if best else CodedLayer.of(flat, picture, lambdas[k], search.distortion))
                 continue
             job = LayerTask(picture, tried[-1].coded[1] if k else None, quality, prices[k], deadline)
-            search = parts[min(k, 1)]
             own = latents[k] = search.start(job, codec.predict, latents[k])
-            made = CodedLayer.of(search.encode(job, own, stage, stage < effort), picture, lambdas[k])
+            coded = search.encode(job, own, stage, stage < effort)
+            made = CodedLayer.of(coded, picture, lambdas[k], search.distortion)
             error_counts = prices[k] / error_price(lambdas[k])
             keep = same and best[k].priced(error_counts) <= made.priced(error_counts)
             tried.append(best[k] if keep else made)
         if not best or total(tried, weights) < total(best, weights):
             best = tried
         yield best
+
+
+def samples(picture: NDArray[np.uint8]) -> Tensor:
+    """uint8 [height, width, 3] to float32 [1, 3, height, width] in 0..1."""
+    return to_tensor(picture, torch.device("cpu")).float() / 255
 
 
 def error_price(lam: float) -> float:
@@ -200,7 +210,7 @@ class Latents:
     y: Tensor
     z: Tensor
     added: Tensor | None = None
-    steps: dict[Tile, float] = field(default_factory=dict)  # of each tile, in quantisation steps squared for each bit
+    steps: dict[Tile, Tensor] = field(default_factory=dict)  # [1, M, 1, 1], in quantisation steps squared for each bit
 
 
 @dataclass(frozen=True)
@@ -239,6 +249,7 @@ class Search:
     def __init__(self, layer: LayerCodec) -> None:
         assert isinstance(layer, LeanLayer) and isinstance(layer.networks, TorchLean), "what is searchable"
         self.layer, self.networks, self.device = layer, layer.networks.codec, layer.networks.codec.log_gain.device
+        self.distortion = TUNES[layer.tune]
 
     def least(self, job: LayerTask) -> Tensor:
         """Thresholds of latents that are searched: where error counts more, bits count less beside it."""
@@ -299,11 +310,12 @@ class Search:
     def descend(self, job: LayerTask, latents: Latents, tile: Tile, steps: int) -> tuple[Tensor, Tensor]:
         """y and z in a tile's core after ``steps`` of gradients."""
         outside = tile.part(PIXEL, REACH)
-        pixels = to_tensor(job.picture[outside[2:]], latents.known.device).float() / 255
+        pixels = samples(job.picture[outside[2:]]).to(latents.known.device)
         known = latents.known[outside].clone()
         level = level_of(self.layer.lambda_of(job.quality), LAMBDAS)[None].float().to(known.device)
         y, z = latents.y[tile.part(LATENT, REACH)].clone(), latents.z[tile.part(1, REACH)].clone()
         least = self.least(job)
+        seen = tile.part(PIXEL, REACH / 2, REACH)
         core, z_core = tile.part(LATENT, 0, REACH), tile.part(1, 0, REACH)
         for _ in range(steps):
             if job.late():
@@ -313,14 +325,15 @@ class Search:
             quantised, bits = self.quantised(y, moved, change, least)
             given = known - 0.5 if self.codec.conditional else None
             out = self.codec.synthesis(quantised, level, (pixels.shape[2], pixels.shape[3]), given)
-            error = ((out + known).clamp(0, 1) - pixels)[tile.part(PIXEL, REACH / 2, REACH)].square().sum()
+            want, own = pixels[seen], (out + known).clamp(0, 1)[seen]
+            error = own.numel() * self.distortion(want, own).sum()
             (bits + job.price * error).backward()
             assert change.grad is not None and moved.grad is not None
             slope, away = change.grad[core], quantised.detach()[core] - y[core]
             if tile not in latents.steps:
-                # at first, gradients at the quantised latent are those of the quantisation errors
-                curvature = float((slope * away).sum() / away.square().sum().clamp(min=1e-9))
-                latents.steps[tile] = NEWTON / max(curvature, LEAST_CURVATURE)
+                # at first, gradients at the quantised latent are those of the quantisation errors, in each channel
+                slopes, errors = (x.square().sum((0, 2, 3), keepdim=True) for x in (slope, away))
+                latents.steps[tile] = 1 / (slopes / errors.clamp(min=1e-9)).sqrt().clamp(min=LEAST_CURVATURE)
             y[core] += TOWARDS * (away - latents.steps[tile] * slope)
             z[z_core] -= Z_RATE * moved.grad[z_core]
         return y[core], z[z_core]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SKIPPED = 3  # symbols of lower scale indices are zero and are not coded
 PARTS = ("base", "residual", "liff")
+SEARCHED = ("psnr", "visual")  # tunes of sets whose distortion a search knows
 CELLS = {"cpu": 1024, "cuda": 1 << 16}  # of y in a strip: what is in hand then stays in a processor's cache
 
 
@@ -184,9 +185,9 @@ def _conditioned(
 class LeanLayer:
     """A lean codec with its entropy coder: a layer less its prediction to bytes and back."""
 
-    def __init__(self, networks: LeanNetworks, tables: entropy.Tables, engine: Engine, searchable: bool = True) -> None:
-        self.networks, self.tables, self.engine = networks, tables, engine
-        self.searchable = searchable and networks.entropy != FACTORIZED
+    def __init__(self, networks: LeanNetworks, tables: entropy.Tables, engine: Engine, tune: str = "psnr") -> None:
+        self.networks, self.tables, self.engine, self.tune = networks, tables, engine, tune
+        self.searchable = tune in SEARCHED and networks.entropy != FACTORIZED
         self.exact = (Factorized if networks.entropy == FACTORIZED else Entropy)(networks, self._cells)
 
     @cached_property
@@ -303,13 +304,11 @@ def build(
     if missing := [part for part in PARTS if part not in tensors]:
         raise ValueError(f"no part {missing[0]}")
 
-    squared = spec.get("tune", "psnr") == "psnr"  # the error that a search lowers
-
     def layer(part: str, kind: str) -> LeanLayer:
         networks = engine.lean(spec[part], tensors[part], kind)
         tables = (np.asarray(tensors[part][f"tables.{key}"]) for key in ("z", "y", "y_lengths"))
         skipped = 0 if networks.entropy == FACTORIZED else SKIPPED
-        return LeanLayer(networks, entropy.Tables(*tables, skipped=skipped), engine, squared)
+        return LeanLayer(networks, entropy.Tables(*tables, skipped=skipped), engine, spec.get("tune", "psnr"))
 
     liff = engine.lean_liff(spec["liff"], tensors["liff"], precision)
     return layer("base", "float32"), layer("residual", precision), liff

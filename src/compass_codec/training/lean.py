@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compass_codec.distortions import TUNES
 from compass_codec.networks.lean import LeanCodec
 from compass_codec.networks.lean_liff import LeanLIFF
 from compass_codec.networks.numbers import FACTORIZED, LAMBDAS, UNSHUFFLE
 from compass_codec.networks.rates import gain
-from compass_codec.training import exact, visual
+from compass_codec.training import exact
 from compass_codec.training.data import Pictures
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.stages import (
@@ -29,7 +30,6 @@ from compass_codec.training.stages import (
     pyramid,
     round_ste,
     shrink,
-    squared,
     to_8bit,
 )
 from compass_codec.training.start import HAAR, LAMBDA_0, MIX, STEP
@@ -235,7 +235,6 @@ STAGES: dict[str, type[LeanStage]] = {
 }
 
 
-TUNES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": squared, "visual": visual.distortion}
 PURPOSE = {"visual": "what people see: layers of lean, trained for a perceptual distortion"}
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compass_codec.backbones.symbols import BEYOND, MOST_BEYOND
+from compass_codec.distortions import Distortion, squared
 from compass_codec.entropy import SCALE_RANGE
 from compass_codec.networks import rates
 from compass_codec.networks.liff import LIFF, SIZES, bicubic
@@ -95,13 +96,8 @@ class RatedCodec(nn.Module):
         return centred + change + means, y_bits + z_bits
 
 
-def squared(x: Tensor, rec: Tensor) -> Tensor:
-    """Mean squared error [B] of pictures [B, 3, H, W]."""
-    return (x - rec).square().mean((1, 2, 3))
-
-
 def cost(
-    x: Tensor, rec: Tensor, bits: Tensor, lam: Tensor, distortion: Callable[[Tensor, Tensor], Tensor] = squared
+    x: Tensor, rec: Tensor, bits: Tensor, lam: Tensor, distortion: Distortion = squared
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean over crops [B, 3, H, W] of the cost per pixel of each, times its ``share``; bits per pixel and PSNR.
     ``distortion`` stands for the mean squared error."""

@@ -1,12 +1,14 @@
-"""A distortion that follows what people see, in the place of the squared error: some of that, and of two others.
+"""What training and search lower besides rate: the mean squared error, or a distortion that follows what people see.
 
-One is like Butteraugli. Pictures are compared in the opponent colours XYB of JPEG XL (ISO/IEC 18181-1), X red less
-green, Y luma and B blue less luma, on the cube root of light. Their bands, each of half the frequencies of the one
-before, count as much as fits the Butteraugli distances of coded photographs; an error counts less where the picture is
-busy in the same band. The other is MS-SSIM.
+That is some of the squared error, and of two others. One is like Butteraugli. Pictures are compared in the opponent
+colours XYB of JPEG XL (ISO/IEC 18181-1), X red less green, Y luma and B blue less luma, on the cube root of light.
+Their bands, each of half the frequencies of the one before, count as much as fits the Butteraugli distances of coded
+photographs; an error counts less where the picture is busy in the same band. The other is MS-SSIM.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +22,18 @@ OPPONENT = torch.tensor([[0.5, -0.5, 0.0], [0.5, 0.5, 0.0], [-0.5, -0.5, 1.0]])
 # What a squared error in X, Y and B counts, in the finest band, those below it, and what is left below all of them.
 WEIGHTS = torch.tensor([[10, 0.08, 0.005], [30, 1.1, 0.05], [60, 3, 0.5], [40, 3, 2], [20, 3, 0.5]])
 BUSY = 0.03  # root mean square of a band's Y where its errors count half
-SHARES = (0.1, 0.45, 0.45)  # of the squared error, ``seen`` and 1 - ``similar`` in the distortion
+SHARES = (0.1, 0.65, 0.25)  # of the squared error, ``seen`` and 1 - ``similar`` in the distortion
 # About the mean squared error where each is 1, in pictures as the codec for that error codes them, at all qualities.
 # The rate of a quality stays near to what it was.
 LIKE_MSE = (1.0, 16.0, 0.032)
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents of MS-SSIM
 WINDOW, DEVIATION = 11, 1.5  # of MS-SSIM, in samples
 LIGHT, CONTRAST = 0.01**2, 0.03**2  # constants of SSIM for pictures in 0..1
+
+
+def squared(x: Tensor, rec: Tensor) -> Tensor:
+    """Mean squared error of pictures [B, 3, H, W]: [B]."""
+    return (x - rec).square().mean((1, 2, 3))
 
 
 def xyb(x: Tensor) -> Tensor:
@@ -93,8 +100,12 @@ def similar(x: Tensor, rec: Tensor) -> Tensor:
 
 # PyTorch 2.15 compiles the gradient of padding by repetition to one of other strides
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def distortion(x: Tensor, rec: Tensor) -> Tensor:
+def visual(x: Tensor, rec: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] in 0..1 to what stands for their mean squared error: [B]."""
-    parts = ((x - rec).square().mean((1, 2, 3)), seen(x, rec), 1 - similar(x, rec.clamp(0, 1)))
+    parts = (squared(x, rec), seen(x, rec), 1 - similar(x, rec.clamp(0, 1)))
     weights = x.new_tensor([share * like for share, like in zip(SHARES, LIKE_MSE, strict=True)])
     return weights @ torch.stack(parts)
+
+
+Distortion = Callable[[Tensor, Tensor], Tensor]
+TUNES: dict[str, Distortion] = {"psnr": squared, "visual": visual}  # by the ``tune`` of a set of weights
