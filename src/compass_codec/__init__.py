@@ -32,17 +32,19 @@ def encode(
     quality: float = DEFAULT_QUALITY,
     device: str = "auto",
     model: str | None = None,
+    tune: str | None = None,
 ) -> bytes:
     """Encode a Pillow image, or a uint8 array [height, width, 3] (4 with alpha; [height, width]), as one layered file.
 
     ``scales``: 1 to 16 positive factors that do not fall, relative to each other; the last layer is the image
     itself and layer k has size round(side * s_k / s_K), at least 1. ``quality``: 1..100, the same for all layers.
-    ``model``: the profile or the identity of a set of weights; None is the default profile.
+    ``model``: the profile or the identity of a set of weights; None is the default profile. ``tune`` in its place:
+    "psnr" for the least squared error, or "visual" for what people see.
     Returns the bytes of a .cmps file. Raises a subclass of CompassError.
     """
-    from compass_codec import codec
+    from compass_codec import codec, weights
 
-    return codec.shared(device, model=model).encode(image, scales, quality).data
+    return codec.shared(device, model=weights.tuned(tune, model)).encode(image, scales, quality).data
 
 
 def decode(data: Buffer, layer: int | None = None, device: str = "auto") -> Image.Image:

@@ -133,9 +133,10 @@ class CompassImageFile(ImageFile.ImageFile):
 
 def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
     """``scales``: 1 to 16 factors that do not fall (default 1, 2, 4); ``quality``: 1..100 (default 60), one for all
-    layers or one for each; ``model``: a profile of weights; ``icc_profile`` (default: the picture's own; one for grey
+    layers or one for each; ``model``: a profile of weights, or
+    ``tune``: "psnr" or "visual"; ``icc_profile`` (default: the picture's own; one for grey
     or CMYK is applied), ``exif`` (the picture is turned as its orientation says) and ``xmp``. Alpha is kept."""
-    from compass_codec import codec, pictures
+    from compass_codec import codec, pictures, weights
 
     options: dict[str, Any] = im.encoderinfo
     scales = container.check_scales(options.get("scales", SCALES))
@@ -155,7 +156,8 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
         raise OSError(f"cannot write mode {im.mode} as CMPS ({e})") from e
     alpha = {k: pictures.alpha_to_bytes(plane) for k, plane in enumerate(alphas)}
     sections = container.Sections(source.icc, source.exif, source.xmp, alpha)
-    chosen, quality = codec.shared(model=options.get("model")), options.get("quality", DEFAULT_QUALITY)
+    chosen = codec.shared(model=weights.tuned(options.get("tune"), options.get("model")))
+    quality = options.get("quality", DEFAULT_QUALITY)
     fp.write(chosen.encode_layers(layers, scales, quality, sections=sections).data)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from compass_codec import backbones
 from compass_codec.container import MODEL_BYTES
-from compass_codec.errors import WeightsError
+from compass_codec.errors import OptionError, WeightsError
 from compass_codec.files import write_file
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from compass_codec.engines import Engine, Predictor
 
 DEFAULT = "lean"  # the profile that encodes when none is named
+TUNES = {"psnr": "lean", "visual": "visual"}  # what encoders aim at, and the profile trained for it
 PATH = "COMPASS_MODELS"  # environment variable: folders of sets, or sets, separated as in PATH
 CARD = "model.json"
 FORMAT = 2  # of model.json
@@ -190,6 +191,18 @@ def choose(folder: Path | None = None, model: str | None = None) -> ModelSet:
     looked = ", ".join(map(_described, candidates))
     where = f"the project's page has sets, and the environment variable {PATH} names folders to look in"
     raise WeightsError(f"{wanted}; looked at: {looked or 'none'}; {where}")
+
+
+def tuned(tune: str | None, model: str | None) -> str | None:
+    """What ``choose`` takes as ``model`` for a tune, a key of TUNES, or for a model; None for neither. Raises
+    OptionError for both or for another tune."""
+    if tune is None:
+        return model
+    if model is not None:
+        raise OptionError("a tune and a model exclude each other")
+    if tune not in TUNES:
+        raise OptionError(f"tune {tune!r}; there are {' and '.join(TUNES)}")
+    return TUNES[tune]
 
 
 def _described(found: ModelSet | WeightsError) -> str:

@@ -28,7 +28,7 @@ from compass_codec.jobs.job import EncodeOptions
 from compass_codec.jobs.paths import STDIO
 from compass_codec.jobs.report import Report
 from compass_codec.jobs.targets import Target
-from compass_codec.weights import DEFAULT
+from compass_codec.weights import DEFAULT, TUNES, tuned
 
 
 @click.command()
@@ -98,6 +98,11 @@ from compass_codec.weights import DEFAULT
 @device_option
 @precision_option
 @weights_option
+@click.option(
+    "--tune",
+    type=click.Choice(list(TUNES)),
+    help="What the picture is made for, in place of --model: the least squared error, or what people see.",
+)
 @click.option("--model", help=f"Profile or identity of a set of weights, see compass models. Default: {DEFAULT}.")
 @json_option
 @quiet_option
@@ -129,6 +134,7 @@ def encode(
     device: str,
     precision: str,
     weights: Path | None,
+    tune: str | None,
     model: str | None,
     as_json: bool,
     quiet: bool,
@@ -185,6 +191,8 @@ def encode(
         raise click.UsageError(f"--layer-weights: {len(layer_weights)} values for {count} layers")
     if time_budget and targets:
         raise click.UsageError("--time-budget and a target exclude each other")
+    if tune and (model or weights):
+        raise click.UsageError("--tune excludes --model and --weights")
     if output is None and images == (STDIO,):
         output = STDIO
     if as_json and output == STDIO:
@@ -206,7 +214,7 @@ def encode(
         precision=precision,
         engine=engine,
         weights=weights,
-        model=model,
+        model=tuned(tune, model),
     )
     from compass_codec.jobs.batch import picture_suffixes
 
