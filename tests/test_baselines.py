@@ -137,7 +137,7 @@ def test_every_set_has_its_rows_in_a_column(tmp_path):
     """Layered, simulcast and a single layer, and the paper's row beside the one that it is about."""
     Image.new("RGB", (64, 32)).save(tmp_path / "a.png")
     source, qualities, scales = Original.of(tmp_path / "a.png"), (1, 30, 60, 100), (1.0, 2.0)
-    models = ["context", "factorized"]
+    models = ["context", "factorized", "mei", "mei-original"]
     records = {
         Task(source, method, layers, q): {
             "layers": [{"bytes": round(100 * s * 1.03**q), "psnr": 28 + q / 10} for s in layers]
