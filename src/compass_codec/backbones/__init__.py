@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from compass_codec.engines import Engine, Predictor
     from compass_codec.networks.arrays import Array
 
-NAMES = {"mean_scale": "compass_codec.backbones.mean_scale", "lean": "compass_codec.backbones.lean"}
+NAMES = {
+    "mean_scale": "compass_codec.backbones.mean_scale",
+    "lean": "compass_codec.backbones.lean",
+    "mei": "compass_codec.backbones.predicted",
+    "rpn": "compass_codec.backbones.predicted",
+}
 
 
 class LayerCodec(Protocol):

@@ -295,6 +295,12 @@ class LeanLayer:
         return done
 
 
+def tables_of(networks: LeanNetworks, tensors: dict[str, Any]) -> entropy.Tables:
+    """The tables among the tensors of a codec."""
+    tables = (np.asarray(tensors[f"tables.{key}"]) for key in ("z", "y", "y_lengths"))
+    return entropy.Tables(*tables, skipped=0 if networks.entropy == FACTORIZED else SKIPPED)
+
+
 def build(
     spec: dict[str, Any], tensors: dict[str, dict[str, Any]], engine: Engine, precision: str
 ) -> tuple[LeanLayer, LeanLayer, Predictor]:
@@ -306,9 +312,7 @@ def build(
 
     def layer(part: str, kind: str) -> LeanLayer:
         networks = engine.lean(spec[part], tensors[part], kind)
-        tables = (np.asarray(tensors[part][f"tables.{key}"]) for key in ("z", "y", "y_lengths"))
-        skipped = 0 if networks.entropy == FACTORIZED else SKIPPED
-        return LeanLayer(networks, entropy.Tables(*tables, skipped=skipped), engine, spec.get("tune", "psnr"))
+        return LeanLayer(networks, tables_of(networks, tensors[part]), engine, spec.get("tune", "psnr"))
 
     liff = engine.lean_liff(spec["liff"], tensors["liff"], precision)
     return layer("base", "float32"), layer("residual", precision), liff

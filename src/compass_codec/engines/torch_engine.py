@@ -57,8 +57,10 @@ class TorchEngine:
     def array(self, x: NDArray[Any]) -> Tensor:
         return to_device(x, self.device)
 
-    def lean(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> TorchLean:
-        codec = fill(lambda: LeanCodec(**dimensions), tensors, self.device)
+    def lean(
+        self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str, kind: type[LeanCodec] = LeanCodec
+    ) -> TorchLean:
+        codec = fill(lambda: kind(**dimensions), tensors, self.device)
         exact = {name.removeprefix(INTEGERS): value for name, value in tensors.items() if name.startswith(INTEGERS)}
         hyper, context = entropy_parts(codec.entropy)
         integers = TorchExact(exact, codec.m, self.device, context) if hyper else None
@@ -102,7 +104,7 @@ class TorchTransforms:
     """See engines.Transforms; those of a LeanCodec at one level. Strips are channels last."""
 
     def __init__(self, codec: LeanCodec, level: Tensor, kind: torch.dtype) -> None:
-        self.kind = kind
+        self.codec, self.level, self.kind = codec, level, kind
         self.gain, self.inverse = gain(codec.log_gain, level), gain(codec.log_inv_gain, level)
         self.a8, self.a16, self.s16, self.s8 = (
             [_block(block, level, kind) for block in blocks] for blocks in (codec.a8, codec.a16, codec.s16, codec.s8)

@@ -12,7 +12,7 @@ computes. What leads to scales and means uses ReLU, and no normalisation, so tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from compass_codec.networks.numbers import EPSILON, LAMBDAS, PHASES, STEPS, UNSHUFFLE, entropy_parts
 from compass_codec.networks.rates import gain
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def _depthwise(channels: int, bias: bool = True) -> nn.Conv2d:
@@ -33,7 +35,7 @@ def _depthwise(channels: int, bias: bool = True) -> nn.Conv2d:
     return layer
 
 
-def from_zero(layer: nn.Conv2d) -> nn.Conv2d:
+def from_zero(layer: Layer) -> Layer:
     """The layer, which adds nothing at first."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)

@@ -22,8 +22,8 @@ CUBIC_COLUMNS, CUBIC_ROWS_WIDENED, CUBIC_ROWS = 64, {"cpu": 64, "cuda": 512}, 16
 Added = Callable[[Array, int, tuple[int, int]], Array]
 
 
-class Parts(Protocol):
-    """What an engine computes of a LeanLIFF."""
+class Arithmetic(Protocol):
+    """What an engine computes of bicubic interpolation."""
 
     @property
     def device(self) -> Device: ...
@@ -33,6 +33,10 @@ class Parts(Protocol):
     def matmul(self, a: Array, b: Array) -> Array:
         """Of two matrices."""
         ...
+
+
+class Parts(Arithmetic, Protocol):
+    """What an engine computes of a LeanLIFF."""
 
     def through(self) -> Sequence[Callable[[Array], Array]]:
         """The blocks, each on [1, C, rows + 2, W / 2] to [1, C, rows, W / 2]."""
@@ -52,7 +56,7 @@ def predict(parts: Parts, low: Array, size: tuple[int, int], rows: tuple[int, in
     """Rows ``rows`` (first, last + 1) of the prediction of a layer of ``size`` from the one below, ``low``
     [1, 3, h, w], uint8 or in 0..1: float32 [1, 3, rows, W]."""
     height, width = low.shape[-2:]
-    out = _cubic(parts, low, size, rows)
+    out = cubic(parts, low, size, rows)
     added = parts.added((height, width), size, rows)
     begin, last = ((2 * i + 1) * height // (2 * size[0]) // 2 for i in (rows[0], rows[1] - 1))
     for i, x in _strips(parts, low, begin, last + 1):
@@ -87,8 +91,8 @@ def in_unit(low: Array) -> Array:
     return cast(low, "float32") / 255 if str(low.dtype).endswith("uint8") else cast(low, "float32")
 
 
-def _cubic(parts: Parts, low: Array, size: tuple[int, int], rows: tuple[int, int]) -> Array:
-    """Bicubic interpolation at ``rows``: [rows, 3, W]."""
+def cubic(parts: Arithmetic, low: Array, size: tuple[int, int], rows: tuple[int, int]) -> Array:
+    """Bicubic interpolation at ``rows``: [rows, 3, W]. The target may be smaller, too."""
     height, width = low.shape[-2:]
     xp, out = space(low), []
     down, taps = bicubic_taps(height, size[0], rows), bicubic_taps(width, size[1], (0, size[1]))

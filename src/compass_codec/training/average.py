@@ -20,6 +20,7 @@ from torch import Tensor
 from compass_codec.backbones.mean_scale import PARTS
 from compass_codec.files import write_file
 from compass_codec.training.data import Pictures
+from compass_codec.training.export import BACKBONE as MEAN_SCALE
 from compass_codec.training.export import describe, export, remember
 from compass_codec.training.lean import BACKBONE as LEAN
 from compass_codec.training.lean import LeanContextStage, LeanLayersStage, LeanResidualStage, LeanStage, start
@@ -56,6 +57,8 @@ def main(old: Path, new: Path, parts: tuple[str, ...], data: tuple[Path, ...], s
     of codecs again afterwards."""
     try:
         spec, means = read_set(new).spec, {}
+        if spec["backbone"] not in (LEAN, MEAN_SCALE):
+            raise ValueError(f"{new}: sets of the backbone {spec['backbone']} are not averaged")
         stage = lean_stage(spec) if spec["backbone"] == LEAN else None
         pictures = None if stage is None else Pictures(list(data), torch.device("cpu"), smallest=256)
         for part in dict.fromkeys(parts):

@@ -16,6 +16,7 @@ import click
 
 from compass_codec.training.command import Integers, carry_out
 from compass_codec.training.lean import LeanContextStage, LeanLayersStage, LeanResidualStage, LeanStage
+from compass_codec.training.predicted import MeiStage, RpnStage
 from compass_codec.training.trainer import Plan
 
 BASE_RATE, LAYERS_RATE, HYPER_RATE = 8e-4, 5e-4, 2.0  # learning rates; that of hyper networks is relative
@@ -52,6 +53,9 @@ SYSTEMS = {
     "residual": System("as context, with residual enhancement layers", layers=LeanResidualStage),
     "bicubic": System("as context, with bicubic interpolation for LIFF", layers=BicubicStage),
     "noisy": System("as context, with noisy latents in the distortion of training", layers=NoisyStage),
+    "mei": System("Mei et al. with the mean-scale hyperprior", entropy="hyperprior", layers=MeiStage),
+    "mei-original": System("Mei et al. with the factorized prior", entropy="factorized", layers=MeiStage),
+    "rpn": System("RPN with the mean-scale hyperprior", entropy="hyperprior", layers=RpnStage),
 }
 
 

@@ -49,11 +49,12 @@ GRAINY, GRAIN, COLOURED = 0.05, 4 / 255, 0.3  # lambda from where crops get grai
 class RatedLean(nn.Module):
     """A LeanCodec with the density of its hyper-latent, or of y if there is none: what training needs beyond coding."""
 
+    kind: type[LeanCodec] = LeanCodec
     noisy = False  # whether training synthesises from y with uniform noise in the place of the rounded y
 
     def __init__(self, **dimensions: Any) -> None:
         super().__init__()
-        self.codec = LeanCodec(**dimensions)
+        self.codec = self.kind(**dimensions)
         if self.codec.entropy == FACTORIZED:
             self.bottleneck = FactorizedDensity(self.codec.m, init_scale=UNIT)
         else:
@@ -158,15 +159,19 @@ class LeanLayersStage(LeanStage):
     """
 
     trains: tuple[str, ...] = ("residual", "liff")
-    writes = PARTS  # a whole set, with the base that the others were trained above
+    writes: tuple[str, ...] = PARTS  # a whole set, with the base that the others were trained above
     layered = True
     with_context = True
     conditional = True
+    rated = RatedLean  # the enhancement codec
 
     def __init__(self, **dimensions: Any) -> None:
         super().__init__(**dimensions)
-        self.residual = RatedLean(**dimensions, conditional=self.conditional)  # type: ignore[assignment]
+        self.residual = self.rated(**dimensions, conditional=self.conditional)  # type: ignore[assignment]
         self.liff = LeanLIFF()  # type: ignore[assignment]
+
+    def begin(self, residual: RatedLean) -> None:
+        """Give what an enhancement codec has beyond the base codec, as which it starts, a start of its own."""
 
     def freeze(self) -> None:
         for name, child in self.named_children():
@@ -366,12 +371,17 @@ def _start_base(stage: LeanStage, weights: Path | None, seed: int) -> str:
 
 def _start_layers(stage: LeanLayersStage, weights: Path) -> list[str]:
     dimensions: dict[str, int] = {**stage.base.codec.dimensions, "conditional": stage.conditional}  # type: ignore
-    residual = RatedLean(**dimensions)
+    residual = stage.rated(**dimensions)
     residual.load_state_dict(stage.base.state_dict(), strict=False)  # all but what sees the prediction
     words = ["residual from base", "liff from bicubic"]
     if (weights / "residual.safetensors").exists():
-        residual, words[0] = _rated(weights, "residual", conditional=stage.conditional), "residual from weights"
-    if (path := weights / "liff.safetensors").exists():
+        residual = _rated(weights, "residual", stage.rated, conditional=stage.conditional)
+        words[0] = "residual from weights"
+    else:
+        stage.begin(residual)
+    if "liff" not in stage.writes:
+        words.pop()
+    elif (path := weights / "liff.safetensors").exists():
         stage.liff = _made(weights, "liff", LeanLIFF)
         fill_module(stage.liff, read_tensors(path), path)
         words[1] = "liff from weights"
@@ -390,10 +400,10 @@ def _made(folder: Path, part: str, kind: Callable[..., Any], **more: bool) -> An
         raise ValueError(f"{folder / CARD}: {part} {found.spec.get(part)!r} cannot be used") from error
 
 
-def _rated(folder: Path, part: str, **more: bool) -> RatedLean:
+def _rated(folder: Path, part: str, kind: type[RatedLean] = RatedLean, **more: bool) -> RatedLean:
     """The codec ``part`` of the set in ``folder``; it starts blind to the prediction where that one is."""
     path = folder / f"{part}.safetensors"
-    rated: RatedLean = _made(folder, part, RatedLean, **more)
+    rated: RatedLean = _made(folder, part, kind, **more)
     tensors = read_tensors(path)
     sees = {name: v for name, v in rated.codec.state_dict().items() if name.startswith(("embed_p.", "p8."))}
     fill_module(rated.codec, sees | tensors, path)
