@@ -19,7 +19,7 @@ from compass_codec import container, engines
 from compass_codec.backbones import lean as lean_codec
 from compass_codec.backbones.lean import LeanLayer
 from compass_codec.codec import Codec, shared
-from compass_codec.engines.onnx_engine import OnnxEngine, OnnxLean, OnnxLIFF
+from compass_codec.engines.onnx_engine import OnnxEngine, OnnxLean, OnnxLeanLIFF
 from compass_codec.errors import OptionError
 from compass_codec.networks import lean_rows
 from compass_codec.networks.lean_liff import LeanLIFF
@@ -115,7 +115,7 @@ def test_liff_is_that_of_pytorch(low, factor, monkeypatch):
     for parameter in theirs.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    ours = OnnxLIFF({name: value.numpy() for name, value in theirs.state_dict().items()}, channels=16, hidden=8)
+    ours = OnnxLeanLIFF({name: value.numpy() for name, value in theirs.state_dict().items()}, channels=16, hidden=8)
     pixels = np.random.default_rng(4).integers(0, 256, (1, 3, *low), np.uint8)
     size = tuple(max(1, round(side * factor)) for side in low)
     whole = theirs.rows(torch.from_numpy(pixels), size, (0, size[0]))
