@@ -37,7 +37,7 @@ from compass_codec.networks.numbers import (
 from compass_codec.networks.places import first, nearest
 
 if TYPE_CHECKING:
-    from compass_codec.engines import MeanScaleNetworks, Predictor
+    from compass_codec.engines.onnx_mean_scale import OnnxLIFF, OnnxMeanScale
 
 Apply = Callable[[Array], Array]
 ONE = np.array([1], np.int64)
@@ -71,12 +71,12 @@ class OnnxEngine:
     def lean_liff(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> OnnxLeanLIFF:
         return OnnxLeanLIFF(tensors, **dimensions)
 
-    def mean_scale(self, tensors: dict[str, Any], precision: str) -> MeanScaleNetworks:
+    def mean_scale(self, tensors: dict[str, Any], precision: str) -> OnnxMeanScale:
         from compass_codec.engines.onnx_mean_scale import OnnxMeanScale
 
         return OnnxMeanScale(tensors)
 
-    def liff(self, tensors: dict[str, Any], precision: str) -> Predictor:
+    def liff(self, tensors: dict[str, Any], precision: str) -> OnnxLIFF:
         from compass_codec.engines.onnx_mean_scale import OnnxLIFF
 
         return OnnxLIFF(tensors)
