@@ -21,7 +21,7 @@ from compass_codec.errors import (
     TruncatedError,
     WeightsError,
 )
-from compass_codec.networks.mean_scale import quality_to_lambda
+from compass_codec.networks.mean_scale_numbers import quality_to_lambda
 from compass_codec.search import CodedLayer
 from compass_codec.training.export import describe
 

@@ -213,7 +213,7 @@ def test_bfloat16_shows_in_a_base_layer():
     """Why that stays in float32: there it changes several times as many samples as in the layers above."""
     short, wrong = (Codec.load("cpu", precision=kind, model="paper") for kind in ("bfloat16", "float32"))
     with torch.inference_mode():  # as weights are made, without which not every convolution takes them
-        wrong.base.codec.pixels_in(torch.bfloat16)
+        wrong.base.networks.codec.pixels_in(torch.bfloat16)
     check_symbols(wrong)
     golden = expected(short, "large")
     above, base = (
@@ -231,12 +231,12 @@ def test_integers_cost_next_to_nothing_in_rate(monkeypatch):
         if name == "float":
             for layer in (codec.base, codec.residual):
 
-                def floating(z, size, layer=layer, exact=layer.hyper):
-                    scales, means = layer.codec.hyper_synthesis(z.float(), size)
+                def floating(z, size, layer=layer, exact=layer.networks.hyper):
+                    scales, means = layer.networks.codec.hyper_synthesis(z.float(), size)
                     bounds = exact.get_buffer("bounds") * 2.0**-12
                     return torch.bucketize(scales.double().contiguous(), bounds), means
 
-                monkeypatch.setattr(layer, "hyper", floating)
+                monkeypatch.setattr(layer.networks, "scales_and_means", floating)
         total[name] = sum(len(codec.encode(image, [1, 2], q).data) for q in (20, 60, 95))
     assert total["integer"] < total["float"] * 1.003, total
 
@@ -262,9 +262,9 @@ def test_hyper_decoder_in_a_batch():
     codec = shared("cpu", model="paper")
     torch.manual_seed(1)
     z = (torch.randn(4, 128, 2, 3) * 3).round()
-    index, means = codec.residual.hyper(z, (7, 11))
+    index, means = codec.residual.networks.hyper(z, (7, 11))
     for i in range(4):
-        one, mean = codec.residual.hyper(z[i : i + 1], (7, 11))
+        one, mean = codec.residual.networks.hyper(z[i : i + 1], (7, 11))
         assert torch.equal(one[0], index[i]) and torch.equal(mean[0], means[i])
 
 

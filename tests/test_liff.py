@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compass_codec.codec import shared
-from compass_codec.networks import liff as module
+from compass_codec.networks import liff_rows
 from compass_codec.networks.liff import LIFF, SIZES, bicubic, nearest
 from compass_codec.networks.places import as_matrix, bicubic_taps
 
@@ -107,9 +107,9 @@ def test_fewer_digits(liff, kind, apart):
 def test_tiles_change_nothing(liff, monkeypatch):
     x = torch.rand(1, 3, 62, 49)
     whole = liff(x, (131, 70))
-    monkeypatch.setitem(module.STRIP_PIXELS, "cpu", 100)
+    monkeypatch.setitem(liff_rows.STRIP_PIXELS, "cpu", 100)
     for tile in (1, 7, 40):
-        monkeypatch.setitem(module.TILE, "cpu", tile)
+        monkeypatch.setitem(liff_rows.TILE, "cpu", tile)
         parts = [liff.rows(x, (131, 70), rows) for rows in ((0, 1), (1, 64), (64, 131))]
         torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-6, rtol=0)
 
@@ -134,4 +134,4 @@ def test_untrained_is_bicubic():
 
 def test_size_is_read_from_the_weights():
     sizes = {"channels": 8, "hidden": 12, "depth": 3, "growth": 4, "blocks": 2, "convs": 5}
-    assert LIFF.dimensions(LIFF(**sizes).state_dict()) == sizes
+    assert liff_rows.dimensions(LIFF(**sizes).state_dict()) == sizes

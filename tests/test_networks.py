@@ -12,7 +12,15 @@ from compass_codec.codec import shared
 from compass_codec.entropy import SCALE_RANGE
 from compass_codec.networks import mean_scale as networks
 from compass_codec.networks.hyper import HyperDecoder
-from compass_codec.networks.mean_scale import GDN, LAMBDAS, ImageCodec, half, quality_to_lambda, stages
+from compass_codec.networks.mean_scale import GDN, ImageCodec
+from compass_codec.networks.mean_scale_numbers import (
+    LAMBDAS,
+    half,
+    hyper_size,
+    latent_size,
+    quality_to_lambda,
+    stages,
+)
 from compass_codec.networks.rates import gain, level_of
 
 
@@ -27,8 +35,8 @@ def test_any_size_survives(image_codec, size):
     level = torch.tensor([2.5])
     y = image_codec.analysis(torch.rand(1, 3, *size), level)
     z = image_codec.hyper_analysis(y)
-    assert tuple(y.shape[-2:]) == ImageCodec.latent_size(size) == stages(size, 4)[-1]
-    assert tuple(z.shape[-2:]) == ImageCodec.hyper_size(size)
+    assert tuple(y.shape[-2:]) == latent_size(size) == stages(size, 4)[-1]
+    assert tuple(z.shape[-2:]) == hyper_size(size)
     scales, means = image_codec.hyper_synthesis(z, tuple(y.shape[-2:]))
     assert scales.shape == means.shape == y.shape
     assert tuple(image_codec.synthesis(y, level, size).shape) == (1, 3, *size)
@@ -58,7 +66,7 @@ def test_weights_say_how_many_channels_they_have():
 
 def test_latent_of_odd_sides_is_the_ceiling():
     assert [half(n) for n in (1, 2, 3, 517)] == [1, 1, 2, 259]
-    assert ImageCodec.latent_size((517, 389)) == (33, 25)
+    assert latent_size((517, 389)) == (33, 25)
 
 
 def test_padding_replicates_the_edge(image_codec):
@@ -140,44 +148,44 @@ class TestHyperDecoder:
     def test_near_the_float_network(self, real, level):
         with torch.inference_mode():
             x = torch.from_numpy(np.array(crop(176, 288))).permute(2, 0, 1)[None] / 255
-            y = real.codec.analysis(x, torch.tensor([level]))
-            z = real.codec.hyper_analysis(y).round()
-            index, means = real.hyper(z, tuple(y.shape[2:]))
-            scales, float_means = real.codec.hyper_synthesis(z, tuple(y.shape[2:]))
+            y = real.networks.codec.analysis(x, torch.tensor([level]))
+            z = real.networks.codec.hyper_analysis(y).round()
+            index, means = real.networks.hyper(z, tuple(y.shape[2:]))
+            scales, float_means = real.networks.codec.hyper_synthesis(z, tuple(y.shape[2:]))
         # what a mean that is off costs a Gaussian symbol, in bits
         lost = ((means - float_means) / scales.clamp_min(SCALE_RANGE[0])).square() / (2 * math.log(2))
         assert lost.mean() < 5e-6 and lost.max() < 1e-3
-        expected = torch.bucketize(scales.double().contiguous(), real.hyper.bounds / 2**12)
+        expected = torch.bucketize(scales.double().contiguous(), real.networks.hyper.bounds / 2**12)
         assert (expected != index).double().mean() < 0.05
         assert (expected - index).abs().max() <= 1
 
     def test_threads_batch_and_layout_change_nothing(self, real):
         z = self.symbols(3)
-        index, means = real.hyper(z, (11, 18))
+        index, means = real.networks.hyper(z, (11, 18))
         threads = torch.get_num_threads()
         try:
             for count in (1, 2):
                 torch.set_num_threads(count)
                 for variant in (z[:1], z.contiguous(memory_format=torch.channels_last)[:1], z[:1].long()):
-                    one, mean = real.hyper(variant, (11, 18))
+                    one, mean = real.networks.hyper(variant, (11, 18))
                     assert torch.equal(one, index[:1]) and torch.equal(mean, means[:1])
         finally:
             torch.set_num_threads(threads)
 
     def test_onednn_off_changes_nothing(self, real):
         z = self.symbols()
-        index, means = real.hyper(z, (9, 17))
+        index, means = real.networks.hyper(z, (9, 17))
         with torch.backends.mkldnn.flags(enabled=False):
-            again, mean = real.hyper(z, (9, 17))
+            again, mean = real.networks.hyper(z, (9, 17))
         assert torch.equal(index, again) and torch.equal(means, mean)
 
     def test_everything_is_an_integer(self, real):
-        assert all((b == b.round()).all() for b in real.hyper.buffers())
-        _, means = real.hyper(self.symbols(), (12, 20))
+        assert all((b == b.round()).all() for b in real.networks.hyper.buffers())
+        _, means = real.networks.hyper(self.symbols(), (12, 20))
         assert (means * 2**12 == (means * 2**12).round()).all()
 
     def test_absurd_symbols_stay_finite(self, real):
-        index, means = real.hyper(self.symbols() * 2**40, (12, 20))
+        index, means = real.networks.hyper(self.symbols() * 2**40, (12, 20))
         assert means.isfinite().all() and index.max() < 64
 
     def test_weights_too_large_for_exactness_are_refused(self):

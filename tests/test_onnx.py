@@ -12,23 +12,28 @@ import torch
 from conftest import compass, crop
 from make_golden import symbol_hashes
 from PIL import Image
-from test_conformance import check_pictures, check_symbols
+from test_conformance import PROFILES, check_pictures, check_symbols
 from test_lean_codec import SMALL, known, made, picture
 
-from compass_codec import container, engines
+from compass_codec import container, engines, weights
 from compass_codec.backbones import lean as lean_codec
 from compass_codec.backbones.lean import LeanLayer
 from compass_codec.codec import Codec, shared
-from compass_codec.engines.onnx_engine import OnnxEngine, OnnxLean, OnnxLIFF
+from compass_codec.engines.onnx_engine import OnnxEngine, OnnxLean, OnnxLeanLIFF
+from compass_codec.engines.torch_engine import TorchEngine
 from compass_codec.errors import OptionError
-from compass_codec.networks import lean_rows
+from compass_codec.networks import lean_rows, liff_rows
 from compass_codec.networks.lean_liff import LeanLIFF
+from compass_codec.networks.liff import LIFF
+from compass_codec.networks.mean_scale import ImageCodec
+from compass_codec.networks.mean_scale_numbers import hyper_size, latent_size
 from compass_codec.networks.numbers import INTEGERS
 
 
-@pytest.fixture(scope="module")
-def onnx() -> Codec:
-    return shared("cpu", engine="onnx")
+@pytest.fixture(scope="module", params=PROFILES)
+def both(request, in_float32) -> tuple[Codec, Codec]:
+    """A profile with PyTorch and with ONNX Runtime."""
+    return shared("cpu", model=request.param), shared("cpu", model=request.param, engine="onnx")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["base", "conditional"])
@@ -115,7 +120,7 @@ def test_liff_is_that_of_pytorch(low, factor, monkeypatch):
     for parameter in theirs.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    ours = OnnxLIFF({name: value.numpy() for name, value in theirs.state_dict().items()}, channels=16, hidden=8)
+    ours = OnnxLeanLIFF({name: value.numpy() for name, value in theirs.state_dict().items()}, channels=16, hidden=8)
     pixels = np.random.default_rng(4).integers(0, 256, (1, 3, *low), np.uint8)
     size = tuple(max(1, round(side * factor)) for side in low)
     whole = theirs.rows(torch.from_numpy(pixels), size, (0, size[0]))
@@ -126,17 +131,74 @@ def test_liff_is_that_of_pytorch(low, factor, monkeypatch):
     assert near(np.concatenate(parts, 2), whole)
 
 
-def test_golden_files(onnx):
-    check_symbols(onnx)
-    check_pictures(onnx)
+@pytest.fixture(scope="module")
+def mean_scale_pair():
+    """The same small random networks of mean_scale with PyTorch and with ONNX Runtime."""
+    torch.manual_seed(6)
+    codec = ImageCodec(n=8, m=12)
+    for name, parameter in codec.named_parameters():
+        if "gain" in name or name.endswith(("beta", "gamma")):
+            parameter.data += 0.2 * torch.rand_like(parameter)
+        if name == "h_s.4.weight":
+            parameter.data *= 20  # so that scales are of many indices
+    tensors = {name: value.half().numpy() for name, value in codec.state_dict().items()}
+    theirs = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    cpu = torch.device("cpu")
+    return TorchEngine(cpu).mean_scale(theirs, "float32"), OnnxEngine().mean_scale(tensors, "float32")
+
+
+@pytest.mark.parametrize("lam", [0.0018, 0.02, 0.0483])
+@pytest.mark.parametrize("size", [(1, 1), (17, 31), (33, 64), (66, 49)])
+def test_mean_scale_is_that_of_pytorch(mean_scale_pair, size, lam):
+    theirs, ours = mean_scale_pair
+    x, y = torch.rand(1, 3, *size) - 0.5, torch.randn(1, 12, *latent_size(size))
+    assert near(ours.analysis(x.numpy(), lam), theirs.analysis(x, lam))
+    assert near(ours.synthesis(y.numpy(), lam, size), theirs.synthesis(y, lam, size))
+    assert near(ours.hyper_analysis(y.numpy()), theirs.hyper_analysis(y))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (70, 200), (513, 130)])
+@pytest.mark.parametrize("largest", [3, 300, 2**20])
+def test_integers_of_mean_scale_are_those_of_pytorch(mean_scale_pair, size, largest):
+    z = np.random.default_rng(7).integers(-largest, largest + 1, (1, 8, *hyper_size(size)), np.int32)
+    (index, means), (own, same) = (
+        layer.scales_and_means(each, latent_size(size))
+        for layer, each in zip(mean_scale_pair, (torch.from_numpy(z), z), strict=True)
+    )
+    assert same.dtype == np.float32 and np.array_equal(own, index) and np.array_equal(same, means)
+    assert len(np.unique(own)) > 1
+
+
+@pytest.mark.parametrize("factor", [1, 1.5, 2.7])
+@pytest.mark.parametrize("low", [(1, 1), (3, 50), (22, 17)])
+def test_liff_of_the_paper_is_that_of_pytorch(low, factor, monkeypatch):
+    torch.manual_seed(3)
+    theirs = LIFF(channels=8, hidden=12, depth=3, growth=4, blocks=2, convs=2).requires_grad_(False)
+    for parameter in (theirs.mlp_last.weight, theirs.mlp_last.bias):
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours = OnnxEngine().liff({name: value.numpy() for name, value in theirs.state_dict().items()}, "float32")
+    pixels = np.random.default_rng(4).integers(0, 256, (1, 3, *low), np.uint8)
+    size = tuple(max(1, round(side * factor)) for side in low)
+    whole = theirs.rows(torch.from_numpy(pixels), size, (0, size[0]))
+    assert near(ours.rows(pixels, size, (0, size[0])), whole)
+    monkeypatch.setitem(liff_rows.TILE, "cpu", 11)
+    monkeypatch.setitem(liff_rows.STRIP_PIXELS, "cpu", 40)
+    cut = size[0] // 2
+    parts = [ours.rows(pixels, size, rows) for rows in ((0, cut), (cut, size[0])) if rows[0] < rows[1]]
+    assert near(np.concatenate(parts, 2), whole)
+
+
+def test_golden_files(both):
+    check_symbols(both[1])
+    check_pictures(both[1])
 
 
 @pytest.mark.parametrize("quality", [10, 95])
-def test_whole_files_both_ways(codec, onnx, quality):
+def test_whole_files_both_ways(both, quality):
     image, scales = crop(97, 61), [1, 1.6, 3.2]
-    for writer, reader in ((codec, onnx), (onnx, codec)):
+    for writer, reader in (both, both[::-1]):
         encoded = writer.encode(image, scales, quality)
-        assert symbol_hashes(codec, encoded.data) == symbol_hashes(onnx, encoded.data)
+        assert symbol_hashes(writer, encoded.data) == symbol_hashes(reader, encoded.data)
         header = container.read_header(encoded.data)
         for seen, found in zip(encoded.layers, reader.decode_layers(encoded.data, header, 2), strict=True):
             difference = np.abs(seen.astype(int) - found)
@@ -168,15 +230,29 @@ def test_weights_that_do_not_fit_are_refused(pair, name):
         OnnxLean({key: value for key, value in good.items() if key != name}, **SMALL, conditional=conditional)
 
 
+@pytest.mark.parametrize(
+    ("part", "name"), [("base", "g_s.0.weight"), ("base", "h_s.4.bias"), ("liff", "mlp_last.bias")]
+)
+def test_weights_of_mean_scale_that_do_not_fit_are_refused(part, name):
+    folder = weights.choose(model="paper").folder
+    good = OnnxEngine().parse((folder / f"{part}.safetensors").read_bytes())
+    make = OnnxEngine().liff if part == "liff" else OnnxEngine().mean_scale
+    with pytest.raises(ValueError, match=name):
+        make(good | {name: good[name][:-1]}, "float32")
+    with pytest.raises(KeyError):
+        make({key: value for key, value in good.items() if key != name}, "float32")
+
+
 CHOICES = {
     ("auto", "lean", "cpu", "auto"): "onnx",
     ("auto", "lean", "auto", "float32"): "onnx",
     ("auto", "lean", "cuda", "auto"): "torch",
     ("auto", "lean", "cpu", "bfloat16"): "torch",
-    ("auto", "mean_scale", "cpu", "auto"): "torch",
+    ("auto", "mean_scale", "cpu", "auto"): "onnx",
+    ("auto", "mei", "cpu", "auto"): "torch",
     ("torch", "lean", "cpu", "auto"): "torch",
     ("onnx", "lean", "auto", "auto"): "onnx",
-    ("onnx", "mean_scale", "auto", "auto"): "no backbone mean_scale; --engine torch has",
+    ("onnx", "mei", "auto", "auto"): "no backbone mei; --engine torch has",
     ("onnx", "lean", "cuda", "auto"): "no --device cuda",
     ("onnx", "lean", "cpu", "float16"): "no --precision float16",
     ("tvm", "lean", "cpu", "auto"): "there are auto, torch, onnx",
@@ -200,7 +276,7 @@ def test_which_engine(asked, monkeypatch):
     [
         (("torch",), ("auto", "lean"), "torch"),
         (("onnx",), ("auto", "lean"), "onnx"),
-        (("onnx",), ("auto", "mean_scale"), "the backbone mean_scale needs PyTorch: pip install torch"),
+        (("onnx",), ("auto", "mei"), "the backbone mei needs PyTorch: pip install torch"),
         (("onnx",), ("auto", "lean", "cpu", "float16"), "--precision float16 needs PyTorch"),
         (("onnx",), ("torch", "lean"), "--engine torch needs PyTorch"),
         (("torch",), ("onnx", "lean"), "--engine onnx needs ONNX Runtime: pip install onnxruntime"),
@@ -217,13 +293,14 @@ def test_what_is_installed_decides(here, asked, expected, monkeypatch):
             choose(*asked)
 
 
-def test_the_command_line_never_imports_pytorch(tmp_path):
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_command_line_never_imports_pytorch(tmp_path, profile):
     """With ``--engine auto``, as conftest.py is not there to ask for PyTorch."""
     crop(24, 16).save(tmp_path / "a.png")
     code = "import sys\nfrom compass_codec import cli\ntry: cli.main(sys.argv[1:])\n"
     code += "except SystemExit as e: sys.exit(e.code or 3 * ('torch' in sys.modules))"
     for command in (
-        ("encode", tmp_path / "a.png", "--scales", "1,2", "--device", "cpu", "--verify"),
+        ("encode", tmp_path / "a.png", "--scales", "1,2", "--device", "cpu", "--verify", "--model", profile),
         ("decode", tmp_path / "a.cmps", "--all", "--device", "cpu"),
         ("view", tmp_path / "a.cmps", "--device", "cpu"),
     ):
@@ -241,13 +318,15 @@ def test_the_option(tmp_path):
         assert result.code == 0, result.err
     refused = compass("encode", tmp_path / "a.png", "--scales", "1", "--engine", "onnx", "--force", "--effort", 1)
     assert refused.code == 1 and "effort 1 needs PyTorch" in refused.err
-    refused = compass("encode", tmp_path / "a.png", "--scales", "1", "--engine", "onnx", "--force", "--model", "paper")
-    assert refused.code == 1 and "--engine onnx has no backbone mean_scale; --engine torch has" in refused.err
+    refused = compass(
+        "encode", tmp_path / "a.png", "--scales", "1", "--engine", "onnx", "--model", "paper", "--force", "--effort", 1
+    )
+    assert refused.code == 1 and "there is no search" in refused.err and "PyTorch" not in refused.err
 
 
-def test_a_file_of_another_backbone_takes_another_engine(monkeypatch):
+def test_a_file_of_another_backbone_takes_the_same_engine(monkeypatch):
     monkeypatch.setattr(engines, "choose", choose)
     monkeypatch.setattr(engines, "may_have_gpu", lambda: False)
     codec, other = shared(), shared(model="paper")
-    assert (codec.engine.name, other.engine.name) == ("onnx", "torch")
+    assert codec.engine.name == other.engine.name == "onnx"
     assert codec.decode(other.encode(crop(24, 16), [1], 50).data).size == (24, 16)

@@ -9,7 +9,7 @@ from conftest import crop
 
 from compass_codec import container
 from compass_codec.codec import Codec, shared
-from compass_codec.networks import liff, strips
+from compass_codec.networks import liff_rows, strips
 
 
 @pytest.mark.parametrize(("length", "largest"), [(1, 5), (5, 5), (6, 5), (100, 7)])
@@ -84,7 +84,7 @@ def small_strips(monkeypatch) -> Codec:
     """A codec that cuts even a small picture into many tiles."""
     for table in (strips.STRIP, strips.TILE):
         monkeypatch.setitem(table, "cpu", 64)
-    monkeypatch.setitem(liff.TILE, "cpu", 40)
+    monkeypatch.setitem(liff_rows.TILE, "cpu", 40)
     return Codec.load("cpu", model="paper")
 
 
@@ -114,12 +114,12 @@ def test_memory_follows_the_strip_and_not_the_height(codec, monkeypatch):
     tiled = small_strips(monkeypatch)
     seen = []
     for layer in (tiled.base, tiled.residual):
-        exact = layer.codec.synthesis
+        exact = layer.networks.codec.synthesis
 
         def synthesis(y, level, size, exact=exact):
             seen.append(size)
             return exact(y, level, size)
 
-        monkeypatch.setattr(layer.codec, "synthesis", synthesis)
+        monkeypatch.setattr(layer.networks.codec, "synthesis", synthesis)
     tiled.encode(crop(90, 600), [1, 2], 60)
     assert len(seen) > 12 and max(max(size) for size in seen) <= 64 + 2 * 2 * 16

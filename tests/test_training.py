@@ -29,8 +29,10 @@ from compass_codec.backbones import mean_scale, symbols
 from compass_codec.backbones.mean_scale import PARTS
 from compass_codec.codec import Codec
 from compass_codec.entropy import PRECISION, scale_levels
+from compass_codec.networks import liff_rows
 from compass_codec.networks.liff import LIFF, SIZES, bicubic
-from compass_codec.networks.mean_scale import LAMBDAS, ImageCodec
+from compass_codec.networks.mean_scale import ImageCodec
+from compass_codec.networks.mean_scale_numbers import LAMBDAS
 from compass_codec.networks.rates import level_of
 from compass_codec.training import stages
 from compass_codec.training.command import train
@@ -458,9 +460,9 @@ class TestExport:
         export(started("liff"), tmp_path)
         stage = make_stage("liff")
         assert load_parts(stage, tmp_path, "paper") == set()
-        assert LIFF.dimensions(stage.liff.state_dict()) == SIZES["paper"]
+        assert liff_rows.dimensions(stage.liff.state_dict()) == SIZES["paper"]
         assert load_parts(stage, tmp_path) == {"liff"}
-        assert LIFF.dimensions(stage.liff.state_dict()) == SIZES["small"]
+        assert liff_rows.dimensions(stage.liff.state_dict()) == SIZES["small"]
 
     def test_weights_of_another_shape(self, small, tmp_path):
         save_file({"first.weight": torch.zeros(3)}, tmp_path / "liff.safetensors")

@@ -167,6 +167,8 @@ class Codec:
             raise OptionError(f"{len(layers)} layers, {len(scales)} scale factors, {len(qualities)} qualities")
         if effort not in EFFORTS:
             raise OptionError(f"effort {effort}; it goes from 0 to 9")
+        if effort and not (self.base.searchable and self.residual.searchable):
+            raise OptionError(f"effort {effort}; there is no search for weights {self.model}, only effort 0")
         if effort and self.engine.name == "onnx":  # which has no gradients
             if self.asked != "auto" or not engines.installed("torch"):
                 raise OptionError(f"effort {effort} needs {engines.INSTALL['torch']}, and --engine auto or torch")
@@ -174,8 +176,6 @@ class Codec:
             return searching.encode_layers(
                 layers, scales, quality, effort, time_budget, progress, layer_weights, sections
             )
-        if effort and not (self.base.searchable and self.residual.searchable):
-            raise OptionError(f"effort {effort}; there is no search for weights {self.model}, only effort 0")
         layer_weights = check_layer_weights(layer_weights or [1.0] * len(layers), len(layers))
         if layers[-1].shape[0] * layers[-1].shape[1] > container.MAX_PIXELS:
             raise LimitError(f"more than {container.MAX_PIXELS} pixels")

@@ -112,6 +112,29 @@ class LeanNetworks(Protocol):
         ...
 
 
+class MeanScaleNetworks(Protocol):
+    """The networks of a mean-scale hyperprior codec, with layer-wise padding at odd sizes; arrays are [1, C, H, W]."""
+
+    m: int
+    n: int
+
+    def analysis(self, x: Array, lam: float) -> Array:
+        """A layer less its prediction to y [1, M, ceil(H/16), ceil(W/16)] at a Lagrangian multiplier."""
+        ...
+
+    def synthesis(self, y: Array, lam: float, size: tuple[int, int]) -> Array:
+        """The quantised latent to what is added to the prediction of a layer of ``size``."""
+        ...
+
+    def hyper_analysis(self, y: Array) -> Array:
+        """y to z [1, N, ceil(h/4), ceil(w/4)], not rounded."""
+        ...
+
+    def scales_and_means(self, z: Array, size: tuple[int, int]) -> tuple[Array, Array]:
+        """Integers z to scale indices (integers of any type) and means (float32) [1, M, *size], in integers."""
+        ...
+
+
 class Predictor(Protocol):
     """Predicts a layer from the one below it, at any ratio of their sizes of at least 1."""
 
@@ -141,15 +164,24 @@ class Engine(Protocol):
         """The same of a predictor."""
         ...
 
+    def mean_scale(self, tensors: dict[str, Any], precision: str) -> MeanScaleNetworks:
+        """The same of a mean-scale codec, whose tensors say its dimensions. ``precision`` is that of analysis and
+        synthesis."""
+        ...
+
+    def liff(self, tensors: dict[str, Any], precision: str) -> Predictor:
+        """The same of the paper's predictor."""
+        ...
+
     def computing(self) -> AbstractContextManager[Any]:
         """What encoding and decoding happen in."""
         ...
 
 
 ENGINES = ("auto", "torch", "onnx")
-LIGHT_BACKBONES = ("lean",)  # that ONNX Runtime computes
 LIBRARIES = {"torch": "torch", "onnx": "onnxruntime"}
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, under Windows
+LIGHT_BACKBONES = ("lean", "mean_scale")  # that ONNX Runtime computes
 INSTALL = {"torch": "PyTorch: pip install torch", "onnx": "ONNX Runtime: pip install onnxruntime"}
 
 

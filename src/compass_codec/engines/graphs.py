@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 IR_VERSION, OPSET = 10, 21
 CONTRIB = "com.microsoft"  # the domain of operators that ONNX Runtime adds
-TYPES = {"float32": 1, "int64": 7}  # TensorProto.DataType
+TYPES = {"float32": 1, "int64": 7, "float64": 11}  # TensorProto.DataType
 
 
 def _varint(value: int) -> bytes:
@@ -45,7 +45,9 @@ def _field(number: int, value: int | float | str) -> bytes:
 
 
 @_once
-def _attribute(name: str, value: int | float | tuple[int, ...]) -> bytes:
+def _attribute(name: str, value: int | float | str | tuple[int, ...]) -> bytes:
+    if isinstance(value, str):
+        return _field(1, name) + _field(4, value) + _field(20, 3)
     if isinstance(value, tuple):
         return _field(1, name) + b"".join(_field(8, item) for item in value) + _field(20, 7)
     number, kind = (2, 1) if isinstance(value, float) else (3, 2)
@@ -92,9 +94,9 @@ class Graph:
         self._parts.append(_bytes(1, node + _field(7, domain)))
         return out
 
-    def model(self, output: str, rank: int, *more: str) -> bytes:
-        """The graph with its outputs, all float32 and of one rank, as a model."""
+    def model(self, output: str, rank: int, *more: str, kind: str = "float32") -> bytes:
+        """The graph with its outputs, all of one type and rank, as a model."""
         graph = b"".join(self._parts) + _field(2, "compass")
-        graph += b"".join(_bytes(12, _info(name, "float32", rank)) for name in (output, *more))
+        graph += b"".join(_bytes(12, _info(name, kind, rank)) for name in (output, *more))
         sets = _bytes(8, _field(1, "") + _field(2, OPSET)) + _bytes(8, _field(1, CONTRIB) + _field(2, 1))
         return _field(1, IR_VERSION) + sets + _bytes(7, graph)

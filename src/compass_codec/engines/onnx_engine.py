@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
-from numpy.typing import NDArray
 
-from compass_codec.engines import threads
 from compass_codec.engines.graphs import CONTRIB, Graph
+from compass_codec.engines.onnx_session import Array, Cpu, Session, Tensors, apart, check_shapes, floats, gain
 from compass_codec.entropy import LEVELS
 from compass_codec.networks import flow, lean_rows
+from compass_codec.networks.arrays import in_unit
 from compass_codec.networks.numbers import (
     ACTIVATION,
     EPSILON,
@@ -39,20 +36,13 @@ from compass_codec.networks.numbers import (
 )
 from compass_codec.networks.places import first, nearest
 
-Array = NDArray[Any]
+if TYPE_CHECKING:
+    from compass_codec.engines.onnx_mean_scale import OnnxLIFF, OnnxMeanScale
+
 Apply = Callable[[Array], Array]
-Tensors = Mapping[str, Array]
 ONE = np.array([1], np.int64)
 # types of a safetensors file
 KINDS = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "U8": "u1"}
-MOST_THREADS = 8  # of each of some sixty sessions; strips are too small for more
-
-
-class Cpu:
-    type = "cpu"
-
-    def __str__(self) -> str:
-        return "cpu"
 
 
 class OnnxEngine:
@@ -78,52 +68,21 @@ class OnnxEngine:
     def lean(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> OnnxLean:
         return OnnxLean(tensors, **dimensions)
 
-    def lean_liff(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> OnnxLIFF:
-        return OnnxLIFF(tensors, **dimensions)
+    def lean_liff(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> OnnxLeanLIFF:
+        return OnnxLeanLIFF(tensors, **dimensions)
+
+    def mean_scale(self, tensors: dict[str, Any], precision: str) -> OnnxMeanScale:
+        from compass_codec.engines.onnx_mean_scale import OnnxMeanScale
+
+        return OnnxMeanScale(tensors)
+
+    def liff(self, tensors: dict[str, Any], precision: str) -> OnnxLIFF:
+        from compass_codec.engines.onnx_mean_scale import OnnxLIFF
+
+        return OnnxLIFF(tensors)
 
     def computing(self) -> AbstractContextManager[None]:
         return nullcontext()
-
-
-class Session:
-    """A graph, ready to run."""
-
-    def __init__(self, model: bytes) -> None:
-        self._session = onnxruntime.InferenceSession(model, _options(), providers=["CPUExecutionProvider"])
-        self._inputs = [each.name for each in self._session.get_inputs()]
-
-    def __call__(self, *arrays: Array) -> Array:
-        return self.all(*arrays)[0]
-
-    def all(self, *arrays: Array) -> list[Array]:
-        """All outputs."""
-        found: list[Array] = self._session.run(None, dict(zip(self._inputs, arrays, strict=True)))
-        return found
-
-
-@cache
-def _options() -> onnxruntime.SessionOptions:
-    """Those of all sessions. They share memory, or each would keep what its largest strip took. Threads are those of
-    each session, as a pool for all would be forced on every other user of ONNX Runtime in this process; they sleep
-    while there is nothing to do."""
-    onnxruntime.disable_telemetry_events()
-    memory = onnxruntime.OrtMemoryInfo(
-        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
-    )
-    onnxruntime.create_and_register_allocator(memory, None)
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    options.enable_mem_pattern = False  # shapes differ from strip to strip
-    options.intra_op_num_threads = threads.count or _threads()
-    return options
-
-
-def _threads() -> int:
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    said = os.environ.get("OMP_NUM_THREADS", "")  # as PyTorch does
-    return min(int(said) if said.isdecimal() and int(said) else cores, MOST_THREADS)
 
 
 # Graphs whose weights are inputs.
@@ -265,21 +224,10 @@ def _together(x: Array, side: int) -> Array:
     return parts.reshape(rows // side, width // side, -1)
 
 
-def _apart(x: Array, side: int) -> Array:
-    """The reverse."""
-    rows, width, channels = x.shape
-    parts = x.reshape(rows, width, side, channels // side).transpose(0, 2, 1, 3)
-    return parts.reshape(rows * side, width * side, -1)
-
-
 def _even(x: Array, side: int) -> Array:
     """The last row and column of [rows, W, C] repeated up to multiples of ``side``."""
     more = [-length % side for length in x.shape[:2]]
     return np.pad(x, ((0, more[0]), (0, more[1]), (0, 0)), "edge") if any(more) else x
-
-
-def _float(x: Array) -> Array:
-    return np.ascontiguousarray(x, np.float32)
 
 
 class Layers:
@@ -288,16 +236,14 @@ class Layers:
 
     def __init__(self, tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.tensors = tensors
-        for name, shape in shapes.items():
-            if tensors[name].shape != shape:
-                raise ValueError(f"{name}: {list(tensors[name].shape)} instead of {list(shape)}")
+        check_shapes(tensors, shapes)
 
     def get(self, name: str) -> Array:
-        return _float(self.tensors[name])
+        return floats(self.tensors[name])
 
     def matrix(self, name: str) -> Array:
         """Of a 1x1 convolution."""
-        return _float(self.tensors[f"{name}.weight"][:, :, 0, 0].T)
+        return floats(self.tensors[f"{name}.weight"][:, :, 0, 0].T)
 
     def bias(self, name: str) -> Array:
         return self.get(f"{name}.bias")
@@ -306,12 +252,12 @@ class Layers:
         """Of a 1x1 convolution of pixels unshuffled by 8, whose columns here are channels last (see _together)."""
         out = self.tensors[f"{name}.weight"].shape[0]
         weight = self.tensors[f"{name}.weight"].reshape(out, 3, UNSHUFFLE, UNSHUFFLE)
-        return _float(weight.transpose(2, 3, 1, 0).reshape(-1, out))
+        return floats(weight.transpose(2, 3, 1, 0).reshape(-1, out))
 
     def down(self, name: str) -> Array:
         """Of a 2x2 convolution with stride 2."""
         weight = self.tensors[f"{name}.weight"]
-        return _float(weight.transpose(2, 3, 1, 0).reshape(-1, len(weight)))
+        return floats(weight.transpose(2, 3, 1, 0).reshape(-1, len(weight)))
 
 
 def _layer(name: str, out: int, size: int, side: int = 1, bias: bool = True) -> dict[str, tuple[int, ...]]:
@@ -431,17 +377,12 @@ class OnnxTransforms:
         p1, b1, p2 = layers.matrix(f"{name}.p1"), layers.bias(f"{name}.p1"), layers.matrix(f"{name}.p2")
         p2 *= self._gain(f"{name}.log_gain")[:, None]
         c = len(p2)
-        halves = (_float(p1[:, :c]), b1[:c], _float(p1[:, c:]), b1[c:])
+        halves = (floats(p1[:, :c]), b1[:c], floats(p1[:, c:]), b1[c:])
         norm, bias = layers.get(f"{name}.norm"), layers.bias(f"{name}.p2")
         return _block(self._networks.gated(name), norm, *halves, p2, bias)
 
     def _gain(self, name: str) -> Array:
-        """Interpolated geometrically, as rates.gain does."""
-        table = self._layers.get(name)
-        i = min(int(self.level), len(table) - 2)
-        t = np.float32(self.level - i)
-        found: Array = np.exp((1 - t) * table[i] + t * table[i + 1])
-        return found
+        return gain(self._layers.get(name), self.level)
 
     @cached_property
     def _weights(self) -> dict[str, tuple[Array, Array]]:
@@ -452,10 +393,10 @@ class OnnxTransforms:
         found["to_y"] = layers.matrix("to_y") * gain, layers.bias("to_y") * gain
         found["from_y"] = layers.matrix("from_y") * self._gain("log_inv_gain")[:, None], layers.bias("from_y")
         up = layers.tensors["up.weight"].transpose(0, 2, 3, 1)
-        found["up"] = _float(up.reshape(len(up), -1)), np.tile(layers.bias("up"), 4)
+        found["up"] = floats(up.reshape(len(up), -1)), np.tile(layers.bias("up"), 4)
         out = layers.tensors["out.weight"][..., 0, 0].reshape(3, UNSHUFFLE, UNSHUFFLE, -1)
         bias = layers.bias("out").reshape(3, UNSHUFFLE, UNSHUFFLE).transpose(1, 2, 0)
-        found["out"] = _float(out.transpose(3, 1, 2, 0).reshape(out.shape[3], -1)), _float(bias.reshape(-1))
+        found["out"] = floats(out.transpose(3, 1, 2, 0).reshape(out.shape[3], -1)), floats(bias.reshape(-1))
         return found
 
     def _pixels(self, name: str, x: Array) -> Array:
@@ -477,13 +418,13 @@ class OnnxTransforms:
         return _strip(_linear(_last(y), *self._weights["from_y"]))
 
     def up(self, f: Array) -> Array:
-        return _strip(_apart(_linear(_last(f), *self._weights["up"]), 2))
+        return _strip(apart(_linear(_last(f), *self._weights["up"]), 2))
 
     def condition(self, f: Array, known: Array) -> Array:
         return _strip(self._pixels("p8", known)) + f
 
     def out(self, f: Array) -> Array:
-        return _strip(_apart(_linear(_last(f), *self._weights["out"]), UNSHUFFLE))
+        return _strip(apart(_linear(_last(f), *self._weights["out"]), UNSHUFFLE))
 
 
 class OnnxExact:
@@ -502,17 +443,17 @@ class OnnxExact:
             check_exact(name, weight, bias, scale)
             if weight.shape != (*shape, side, side):
                 raise ValueError(f"{name}: {list(weight.shape)} instead of {[*shape, side, side]}")
-        self._later, self._known = later, _float(tensors["known"] if context else np.zeros(m))
+        self._later, self._known = later, floats(tensors["known"] if context else np.zeros(m))
         if self._known.shape != (m,):
             raise ValueError(f"known: {list(self._known.shape)} instead of {[m]}")
 
     def _conv(self, name: str) -> tuple[Array, Array, Array]:
         """Weights [in, out], bias and scale of a 1x1 convolution."""
         weight, bias, scale = (self._tensors[f"{name}.{part}"] for part in ("weight", "bias", "scale"))
-        return _float(weight[:, :, 0, 0].T), _float(bias), _float(scale)
+        return floats(weight[:, :, 0, 0].T), floats(bias), floats(scale)
 
     def _block(self, name: str) -> Apply:
-        taps, bias, scale = (_float(self._tensors[f"{name}.dw.{part}"]) for part in ("weight", "bias", "scale"))
+        taps, bias, scale = (floats(self._tensors[f"{name}.dw.{part}"]) for part in ("weight", "bias", "scale"))
         return _block(_exact_block(taps, bias), scale, *self._conv(f"{name}.p1"), *self._conv(f"{name}.p2"))
 
     @cached_property
@@ -529,9 +470,9 @@ class OnnxExact:
 
     @staticmethod
     def _doubled(*conv: Array) -> Apply:
-        # columns of channels, rows, columns as those of _apart
-        weights = [_float(x.reshape(*x.shape[:-1], -1, 4).swapaxes(-1, -2).reshape(x.shape)) for x in conv]
-        return lambda x: _strip(_apart(_positive(_last(x), *weights), 2))
+        # columns of channels, rows, columns as those of apart
+        weights = [floats(x.reshape(*x.shape[:-1], -1, 4).swapaxes(-1, -2).reshape(x.shape)) for x in conv]
+        return lambda x: _strip(apart(_positive(_last(x), *weights), 2))
 
     @cached_property
     def _into(self) -> list[tuple[Array, Array, Array]]:
@@ -546,7 +487,7 @@ class OnnxExact:
     def _first(self) -> list[list[Array]]:
         """Of each quarter of the channels, scales and means."""
         whole = [x.reshape(*x.shape[:-1], 2, STEPS, -1) for x in self._conv("first")]
-        return [[_float(x[..., k, :].reshape(*x.shape[:-3], -1)) for x in whole] for k in range(STEPS)]
+        return [[floats(x[..., k, :].reshape(*x.shape[:-3], -1)) for x in whole] for k in range(STEPS)]
 
     @cached_property
     def _more(self) -> list[list[list[Array]]]:
@@ -554,7 +495,7 @@ class OnnxExact:
         found = []
         for k in range(STEPS - 1):
             whole = [x.reshape(*x.shape[:-1], STEPS, -1) for x in self._conv(f"more.{k}")]
-            found.append([[_float(x[..., phase, :]) for x in whole] for phase in range(STEPS)])
+            found.append([[floats(x[..., phase, :]) for x in whole] for phase in range(STEPS)])
         return found
 
     def scales_and_means(self, step: int, phase: int, features: Array, hidden: Array | None) -> tuple[Array, Array]:
@@ -571,7 +512,7 @@ def _positive(x: Array, *conv: Array) -> Array:
     return _integers()(x.reshape(-1, x.shape[2]), *conv).reshape(*x.shape[:2], -1)
 
 
-class OnnxLIFF:
+class OnnxLeanLIFF:
     """See lean_rows.Parts; made from the dimensions of a LeanLIFF."""
 
     device = Cpu()
@@ -596,7 +537,7 @@ class OnnxLIFF:
         return x
 
     def matmul(self, a: Array, b: Array) -> Array:
-        return _matmul()(_float(a), _float(b))
+        return _matmul()(floats(a), floats(b))
 
     @cached_property
     def _blocks(self) -> list[Apply]:
@@ -611,7 +552,7 @@ class OnnxLIFF:
         does not show."""
         weight = self._layers.get("embed.weight").reshape(self._channels, 3, 4, 3, 3)
         weight = weight - weight.mean((2, 3, 4), keepdims=True)
-        weight = _float(weight.swapaxes(1, 2).reshape(self._channels, 12, 3, 3))
+        weight = floats(weight.swapaxes(1, 2).reshape(self._channels, 12, 3, 3))
         graph = Graph()
         x = graph.node("Transpose", graph.input(4), perm=[0, 3, 1, 2])
         x = graph.node("Conv", x, weight, kernel_shape=[3, 3])
@@ -620,7 +561,7 @@ class OnnxLIFF:
     def embedded(self, low: Array, span: tuple[int, int]) -> Array:
         begin, end = span
         part = low[..., 2 * max(0, begin - 1) : 2 * end + 2, :]
-        x = _together(_even(_last(lean_rows.in_unit(part) - np.float32(0.5)), 2), 2)
+        x = _together(_even(_last(in_unit(part) - np.float32(0.5)), 2), 2)
         half = (low.shape[-2] + 1) // 2
         x = np.pad(x, ((int(begin == 0), int(end == half)), (1, 1), (0, 0)), "edge")
         return _strip(self._embed(x[None])[0])
@@ -631,7 +572,7 @@ class OnnxLIFF:
         h = np.stack([offset, np.full_like(offset, cell), np.full_like(offset, across)], 1)
         for name in ("first", "second", "last"):
             weight, bias = self._layers.get(f"{axis}.{name}.weight"), self._layers.get(f"{axis}.{name}.bias")
-            h = _gemm()(h, _float(weight.T), bias)
+            h = _gemm()(h, floats(weight.T), bias)
             h = h if name == "last" else h / (1 + np.exp(-h))
         found: Array = cosines + h
         return found
@@ -652,7 +593,7 @@ class OnnxLIFF:
         (row, dy), (column, dx) = (nearest(a, b, (0, c)) for a, b, c in zip(low, size, m, strict=True))
         a, b = self._along(low, size, dy, dx)
         weights = self._layers.get("out.weight").reshape(2, 2, 3, self._taps, -1)[row][:, column]
-        weight = _float(np.einsum("yk,xk,yxckd->ycxd", a, b, weights).reshape(-1, self._channels).T)
+        weight = floats(np.einsum("yk,xk,yxckd->ycxd", a, b, weights).reshape(-1, self._channels).T)
 
         def added(x: Array, begin: int, span: tuple[int, int]) -> Array:
             n, width, channels = x.shape
@@ -676,7 +617,7 @@ class OnnxLIFF:
         flat = graph.node("Reshape", x, np.array([-1, self._channels], np.int64))
         n = graph.node("Shape", x, start=0, end=1)
         rows = graph.node("Concat", n, np.array([-1, taps], np.int64), axis=0)
-        halves = [graph.node("Reshape", graph.node("MatMul", flat, _float(weights[:, k])), rows) for k in (0, 1)]
+        halves = [graph.node("Reshape", graph.node("MatMul", flat, floats(weights[:, k])), rows) for k in (0, 1)]
         near = graph.node("Gather", graph.node("Concat", *halves, axis=0), column, axis=1)
         near = graph.node("Transpose", graph.node("Mul", near, along), perm=[0, 2, 1])
         out = graph.node("MatMul", down, near)
@@ -698,6 +639,6 @@ class OnnxLIFF:
             at = (row[k] % 2 * len(x) + row[k] // 2 - begin) * most + place[k]
             down = np.zeros((2 * len(x) * most, 3, 3 * self._taps), np.float32)
             down[at] = (a[k, None, None] * colours).reshape(-1, 3, 3 * self._taps)
-            return self._look_up(_float(x), column, along, down.reshape(2 * len(x), 3 * most, -1), at)
+            return self._look_up(floats(x), column, along, down.reshape(2 * len(x), 3 * most, -1), at)
 
         return added

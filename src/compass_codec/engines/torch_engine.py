@@ -14,10 +14,15 @@ from torch import Tensor, nn
 
 from compass_codec.engines import threads
 from compass_codec.entropy import LEVELS
+from compass_codec.networks import mean_scale_numbers
 from compass_codec.networks.arrays import to_device
 from compass_codec.networks.exact import Block, Conv
+from compass_codec.networks.hyper import HyperDecoder
 from compass_codec.networks.lean import LeanCodec, eighth
 from compass_codec.networks.lean_liff import LeanLIFF
+from compass_codec.networks.liff import LIFF
+from compass_codec.networks.liff_rows import dimensions
+from compass_codec.networks.mean_scale import ImageCodec
 from compass_codec.networks.numbers import (
     ACTIVATION,
     EPSILON,
@@ -69,6 +74,15 @@ class TorchEngine:
     def lean_liff(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> LeanLIFF:
         return fill(lambda: LeanLIFF(**dimensions), tensors, self.device).to(getattr(torch, precision))
 
+    def mean_scale(self, tensors: dict[str, Any], precision: str) -> TorchMeanScale:
+        codec = fill(lambda: ImageCodec.like(tensors), tensors, self.device)
+        hyper = HyperDecoder(codec).to(self.device)
+        codec.pixels_in(getattr(torch, precision))
+        return TorchMeanScale(codec, hyper)
+
+    def liff(self, tensors: dict[str, Any], precision: str) -> LIFF:
+        return fill(lambda: LIFF(**dimensions(tensors)), tensors, self.device).to(getattr(torch, precision))
+
     @contextmanager
     def computing(self) -> Iterator[None]:
         # not TF32, whose 10 bits show in the pixels; nothing changes on a CPU
@@ -98,6 +112,29 @@ class TorchLean:
 
     def hyper_analysis(self, y: Tensor) -> Tensor:
         return self.codec.hyper_analysis(y)
+
+
+class TorchMeanScale:
+    """See engines.MeanScaleNetworks."""
+
+    def __init__(self, codec: ImageCodec, hyper: HyperDecoder) -> None:
+        self.codec, self.hyper, self.m, self.n = codec, hyper, codec.m, codec.n
+
+    def _level(self, lam: float) -> Tensor:
+        return level_of(lam, mean_scale_numbers.LAMBDAS)[None].to(self.codec.log_gain.device, non_blocking=True)
+
+    def analysis(self, x: Tensor, lam: float) -> Tensor:
+        return self.codec.analysis(x, self._level(lam))
+
+    def synthesis(self, y: Tensor, lam: float, size: tuple[int, int]) -> Tensor:
+        return self.codec.synthesis(y, self._level(lam), size)
+
+    def hyper_analysis(self, y: Tensor) -> Tensor:
+        return self.codec.hyper_analysis(y)
+
+    def scales_and_means(self, z: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.hyper(z, size)
+        return found
 
 
 class TorchTransforms:

@@ -33,6 +33,16 @@ def copy(x: Array) -> Array:
     return x.copy() if isinstance(x, np.ndarray) else x.clone()
 
 
+def channels_last(x: Array) -> Array:
+    """``x`` [B, C, H, W] as convolutions of PyTorch want it; of NumPy as it is."""
+    return x if isinstance(x, np.ndarray) else x.contiguous(memory_format=space(x).channels_last)
+
+
+def in_unit(x: Array) -> Array:
+    """Samples, uint8 or in 0..1, in 0..1."""
+    return cast(x, "float32") / 255 if str(x.dtype).endswith("uint8") else cast(x, "float32")
+
+
 def to_tensor(picture: NDArray[np.uint8], device: torch.device) -> Tensor:
     """uint8 [height, width, 3] to uint8 [1, 3, height, width]; on the CPU a view."""
     return to_device(picture, device).permute(2, 0, 1)[None]

@@ -12,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compass_codec.entropy import scale_levels
-from compass_codec.errors import WeightsError
-from compass_codec.networks.mean_scale import LEAK, ImageCodec, stages
-
-ACTIVATION_BITS = 12  # fractional bits of activations, scales and means
-WEIGHT_BITS = 16  # fractional bits of weights
-CLAMP = 2.0**24  # of activations; such integers are exact in float32 too
+from compass_codec.networks.mean_scale import ImageCodec
+from compass_codec.networks.mean_scale_numbers import (
+    ACTIVATION_BITS,
+    CLAMP,
+    LEAK,
+    WEIGHT_BITS,
+    integers,
+    scale_bounds,
+    stages,
+)
 
 
 class HyperDecoder(nn.Module):
@@ -30,18 +33,11 @@ class HyperDecoder(nn.Module):
         for i, layer in enumerate(m for m in codec.h_s if not isinstance(m, nn.LeakyReLU)):
             assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and layer.bias is not None
             transposed = isinstance(layer, nn.ConvTranspose2d)
-            weight = (layer.weight.detach().double() * 2**WEIGHT_BITS).round()
-            bias = (layer.bias.detach().double() * 2 ** (WEIGHT_BITS + ACTIVATION_BITS)).round()
-            reach = weight.abs().sum((0, 2, 3) if transposed else (1, 2, 3)) * CLAMP + bias.abs()
-            if not reach.max() < 2.0**52:
-                raise WeightsError("the hyper-decoder's weights are too large for exact integer arithmetic")
-            self.register_buffer(f"weight{i}", weight)
-            self.register_buffer(f"bias{i}", bias)
+            weight, bias = integers(layer.weight.numpy(force=True), layer.bias.numpy(force=True), transposed)
+            self.register_buffer(f"weight{i}", torch.from_numpy(weight))
+            self.register_buffer(f"bias{i}", torch.from_numpy(bias))
             self.kinds.append(transposed)
-        levels = torch.from_numpy(scale_levels())
-        # the nearer of two neighbouring levels in log scale
-        bounds = ((levels[:-1] * levels[1:]).sqrt() * 2**ACTIVATION_BITS).round()
-        self.register_buffer("bounds", bounds)
+        self.register_buffer("bounds", torch.from_numpy(scale_bounds()))
 
     @torch.inference_mode()
     def forward(self, z: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

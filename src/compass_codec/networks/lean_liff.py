@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compass_codec.networks import lean_rows
-from compass_codec.networks.arrays import to_device
+from compass_codec.networks.arrays import in_unit, to_device
 from compass_codec.networks.lean import PlainBlock, even, from_zero
 from compass_codec.networks.liff import bicubic, nearest
 from compass_codec.networks.places import first as first_of
@@ -128,7 +128,7 @@ class LeanLIFF(nn.Module):
     def embedded(self, low: Tensor, span: tuple[int, int]) -> Tensor:
         first, end = span
         weight, half = self._embedding(), (low.shape[-2] + 1) // 2
-        x = lean_rows.in_unit(low[..., 2 * max(0, first - 1) : 2 * end + 2, :]) - 0.5
+        x = in_unit(low[..., 2 * max(0, first - 1) : 2 * end + 2, :]) - 0.5
         x = F.pixel_unshuffle(even(x.to(weight.dtype)), 2)
         x = F.pad(x, (1, 1, int(first == 0), int(end == half)), mode="replicate")
         return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight)

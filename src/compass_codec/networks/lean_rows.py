@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from compass_codec.networks import flow
-from compass_codec.networks.arrays import Array, cast, space
+from compass_codec.networks.arrays import Array, in_unit, space
 from compass_codec.networks.places import as_matrix, bicubic_taps, first, sources
 from compass_codec.networks.strips import Device, spans
 
@@ -84,11 +84,6 @@ def _strips(parts: Parts, low: Array, begin: int, last: int) -> Iterator[tuple[i
         if len(wanted):
             yield max(begin, top), wanted
         top += len(x)
-
-
-def in_unit(low: Array) -> Array:
-    """Samples, uint8 or in 0..1, in 0..1."""
-    return cast(low, "float32") / 255 if str(low.dtype).endswith("uint8") else cast(low, "float32")
 
 
 def cubic(parts: Arithmetic, low: Array, size: tuple[int, int], rows: tuple[int, int]) -> Array:

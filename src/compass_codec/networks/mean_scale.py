@@ -15,24 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compass_codec.networks.mean_scale_numbers import BETA_LEAST, LAMBDAS, LEAK, PEDESTAL, stages
 from compass_codec.networks.rates import gain
-
-# The rate-distortion trade-offs that have a gain vector of their own; between them gains are interpolated.
-LAMBDAS = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)
-LEAK = 2.0**-7  # a power of two, so that the hyper-decoder has an exact integer form
-
-
-def half(side: int) -> int:
-    """Samples left of ``side`` after a convolution of stride 2 with layer-wise padding."""
-    return (side + 1) // 2
-
-
-def stages(size: tuple[int, int], count: int) -> list[tuple[int, int]]:
-    """Sizes (height, width) before each of ``count`` halvings, and after the last: ``count + 1`` of them."""
-    sizes = [size]
-    for _ in range(count):
-        sizes.append((half(sizes[-1][0]), half(sizes[-1][1])))
-    return sizes
 
 
 class _LowerBound(torch.autograd.Function):
@@ -61,18 +45,16 @@ class GDN(nn.Module):
     ``beta`` and ``gamma`` are stored as square roots above a small pedestal, as CompressAI stores them.
     """
 
-    PEDESTAL = 2.0**-36
-
     def __init__(self, channels: int, inverse: bool = False) -> None:
         super().__init__()
         self.inverse = inverse
-        self.beta = nn.Parameter(torch.full((channels,), math.sqrt(1 + self.PEDESTAL)))
-        gamma = torch.full((channels, channels), math.sqrt(self.PEDESTAL))
-        self.gamma = nn.Parameter(gamma.fill_diagonal_(math.sqrt(0.1 + self.PEDESTAL)))
+        self.beta = nn.Parameter(torch.full((channels,), math.sqrt(1 + PEDESTAL)))
+        gamma = torch.full((channels, channels), math.sqrt(PEDESTAL))
+        self.gamma = nn.Parameter(gamma.fill_diagonal_(math.sqrt(0.1 + PEDESTAL)))
 
     def forward(self, x: Tensor) -> Tensor:
-        beta = lower_bound(self.beta, (1e-6 + self.PEDESTAL) ** 0.5) ** 2 - self.PEDESTAL
-        gamma = lower_bound(self.gamma, self.PEDESTAL**0.5) ** 2 - self.PEDESTAL
+        beta = lower_bound(self.beta, (BETA_LEAST + PEDESTAL) ** 0.5) ** 2 - PEDESTAL
+        gamma = lower_bound(self.gamma, PEDESTAL**0.5) ** 2 - PEDESTAL
         gamma, beta = gamma[:, :, None, None].to(x.dtype), beta.to(x.dtype)
         if torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad):
             normalised: Tensor = _Normalised.apply(x, gamma, beta, self.inverse)
@@ -225,17 +207,3 @@ class ImageCodec(nn.Module):
         """Hyper-latent to scales and means of y, each [B, M, *size]; in float, for training."""
         scales, means = ascend(self.h_s, z_hat, size).chunk(2, dim=1)
         return scales, means
-
-    @staticmethod
-    def latent_size(size: tuple[int, int]) -> tuple[int, int]:
-        return stages(size, 4)[-1]
-
-    @staticmethod
-    def hyper_size(size: tuple[int, int]) -> tuple[int, int]:
-        return stages(size, 6)[-1]
-
-
-def quality_to_lambda(quality: float) -> float:
-    """Quality 1..100 to a Lagrangian multiplier, log-linear over the trained range."""
-    t = (quality - 1) / 99
-    return math.exp((1 - t) * math.log(LAMBDAS[0]) + t * math.log(LAMBDAS[-1]))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from compass_codec.networks.arrays import Array, copy, space
+from compass_codec.networks.arrays import Array, channels_last, copy, space
 
 # What is computed at once, in pixels of the layer: columns of a tile, rows of a strip, and what a strip may hold where
 # the picture is wide. The arrays of a tile take some hundred MB, and what is computed twice at its borders stays small.
@@ -107,7 +107,7 @@ def _columns(network: Network, x: Array, height: int, width: int) -> Array:
     tiles = []
     for left, right in spans(cells, network.tile):
         first, last = max(0, left - network.reach), min(cells, right + network.reach)
-        part = x[..., first * network.cell_in : last * network.cell_in].contiguous(memory_format=space(x).channels_last)
+        part = channels_last(x[..., first * network.cell_in : last * network.cell_in])
         out = network.apply(part, (height, min(width, last * network.cell_out) - first * network.cell_out))
         tiles.append(out[..., (left - first) * network.cell_out : (right - first) * network.cell_out])
     return tiles[0] if len(tiles) == 1 else space(x).concatenate(tiles, 3)

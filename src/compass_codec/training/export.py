@@ -18,6 +18,7 @@ from torch import Tensor
 from compass_codec.backbones.mean_scale import PARTS
 from compass_codec.entropy import frequencies, gaussian_tables
 from compass_codec.files import write_file
+from compass_codec.networks import liff_rows
 from compass_codec.networks.lean import LeanCodec
 from compass_codec.networks.liff import LIFF, SIZES
 from compass_codec.networks.numbers import FACTORIZED, LAMBDAS
@@ -147,7 +148,7 @@ def load_parts(stage: Stage, folder: Path, size: str | None = None) -> set[str]:
 
 def load_liff(stage: Stage, tensors: dict[str, Tensor], path: Path, size: str | None) -> bool:
     try:
-        dimensions = LIFF.dimensions(tensors)
+        dimensions = liff_rows.dimensions(tensors)
     except (KeyError, IndexError) as error:
         raise ValueError(f"{path}: not weights of this architecture (no {error})") from error
     if size is not None and dimensions != SIZES[size]:

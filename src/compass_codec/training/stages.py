@@ -20,7 +20,8 @@ from compass_codec.distortions import Distortion, squared
 from compass_codec.entropy import SCALE_RANGE
 from compass_codec.networks import rates
 from compass_codec.networks.liff import LIFF, SIZES, bicubic
-from compass_codec.networks.mean_scale import LAMBDAS, ImageCodec, lower_bound
+from compass_codec.networks.mean_scale import ImageCodec, lower_bound
+from compass_codec.networks.mean_scale_numbers import LAMBDAS
 from compass_codec.networks.rates import level_of
 from compass_codec.training.data import resize
 from compass_codec.training.density import FactorizedDensity

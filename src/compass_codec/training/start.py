@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compass_codec.networks.mean_scale import GDN, LAMBDAS, ImageCodec
+from compass_codec.networks.mean_scale import GDN, ImageCodec
+from compass_codec.networks.mean_scale_numbers import LAMBDAS, PEDESTAL
 
 # Orthonormal luma/chroma mix and 2x2 Haar packet: rows are basis vectors.
 MIX = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
@@ -63,8 +64,8 @@ def block_transform(codec: ImageCodec, crops: Tensor | None = None, seed: int = 
         x, inputs = y[:, keep], torch.eye(len(keep))
     for layer in [*codec.g_a, *codec.g_s]:
         if isinstance(layer, GDN):
-            layer.beta.fill_((1 + GDN.PEDESTAL) ** 0.5)
-            layer.gamma.copy_((GAMMA * torch.eye(len(layer.beta)) + GDN.PEDESTAL).sqrt())
+            layer.beta.fill_((1 + PEDESTAL) ** 0.5)
+            layer.gamma.copy_((GAMMA * torch.eye(len(layer.beta)) + PEDESTAL).sqrt())
     log_gain = torch.tensor([0.5 * math.log(lam / LAMBDA_0) for lam in LAMBDAS])[:, None]
     codec.log_gain.copy_(log_gain.expand_as(codec.log_gain))
     codec.log_inv_gain.copy_(-log_gain.expand_as(codec.log_inv_gain))
