@@ -3,6 +3,8 @@ pyramid in both profiles."""
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,7 @@ def rated_of(model: str) -> RatedLean:
     return rated.requires_grad_(False).eval()
 
 
+@cache
 def layers_of(model: str, kind: torch.dtype = torch.float32) -> tuple[LeanLayer, LeanLayer]:
     """The same networks with PyTorch and with ONNX Runtime."""
     rated = rated_of(model)
