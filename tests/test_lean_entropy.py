@@ -1,6 +1,9 @@
-"""Entropy models of the lean backbone beside the context model: the mean-scale hyperprior and the factorized prior."""
+"""Entropy models of the lean backbone beside the context model: the mean-scale hyperprior, the factorized prior and the
+pyramid in both profiles."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,18 +14,21 @@ from torch import nn
 from compass_codec import entropy, web
 from compass_codec.backbones import lean as lean_codec
 from compass_codec.backbones.lean import LeanLayer
+from compass_codec.backbones.symbols import LATENT_LIMIT
 from compass_codec.engines.onnx_engine import OnnxEngine, OnnxLean
 from compass_codec.engines.torch_engine import TorchEngine, TorchExact, TorchLean
 from compass_codec.errors import DamagedError, WeightsError
 from compass_codec.networks.lean import LeanCodec
-from compass_codec.networks.numbers import FACTORIZED, INTEGERS, LAMBDAS
+from compass_codec.networks.numbers import FACTORIZED, INTEGERS, LAMBDAS, MEAN_UNIT, entropy_model
+from compass_codec.networks.strips import spans
 from compass_codec.training.exact import integers
 from compass_codec.training.export import export, tables_of
 from compass_codec.training.lean import LeanStage, RatedLean, linear_start
 from compass_codec.training.start import noise_pictures
 from compass_codec.weights import read_set
 
-MODELS = ["hyperprior", FACTORIZED]
+PYRAMIDS = ["pyramid", "pyramid-fast"]
+MODELS = ["hyperprior", FACTORIZED, *PYRAMIDS]
 CPU = torch.device("cpu")
 
 
@@ -36,6 +42,7 @@ def rated_of(model: str) -> RatedLean:
     return rated.requires_grad_(False).eval()
 
 
+@cache
 def layers_of(model: str, kind: torch.dtype = torch.float32) -> tuple[LeanLayer, LeanLayer]:
     """The same networks with PyTorch and with ONNX Runtime."""
     rated = rated_of(model)
@@ -45,7 +52,7 @@ def layers_of(model: str, kind: torch.dtype = torch.float32) -> tuple[LeanLayer,
         exact = integers(codec, [codec.analysis(x, torch.full((2,), float(k))) for k in range(len(LAMBDAS))])
     tables = [tables_of(rated)[f"tables.{name}"].numpy() for name in ("z", "y", "y_lengths")]
     made = entropy.Tables(*tables, skipped=0 if model == FACTORIZED else lean_codec.SKIPPED)
-    twin = TorchExact(exact, codec.m, CPU, False) if exact else None
+    twin = TorchExact(exact, codec.m, CPU, entropy_model(model).networks) if exact else None
     tensors = {name: value.numpy() for name, value in codec.state_dict().items()}
     tensors |= {f"{INTEGERS}{name}": value.numpy() for name, value in exact.items()}
     onnx = LeanLayer(OnnxLean(tensors, **SMALL, entropy=model), made, OnnxEngine())
@@ -114,6 +121,73 @@ def test_garbage_gives_a_picture_or_one_error(pair):
         except DamagedError:
             continue
         assert found.shape == (*size, 3)
+
+
+@pytest.mark.parametrize(("model", "steps"), [("pyramid", 7), ("pyramid-fast", 3)])
+def test_a_pyramid_codes_from_coarse_to_fine(model, steps):
+    """Every latent once, in as many steps for every size, which begin with one place of each z."""
+    order, seen = LeanCodec(**SMALL, entropy=model).order, torch.zeros(1, SMALL["m"], 11, 14)
+    assert len(order) == steps and order[0].stride == 4
+    for step, following in zip(order, [*order[1:], None], strict=True):
+        for part in step.parts:
+            seen[part.of(step.stride)] += 1
+        if following is None or following.stride < step.stride:
+            scale = torch.zeros_like(seen)
+            scale[step.grid] = 1
+            assert torch.equal(seen, scale), "all of the scale, nothing finer"
+
+
+@pytest.mark.parametrize("model", PYRAMIDS)
+def test_a_step_of_a_pyramid_depends_on_those_before_it_alone(model):
+    layer = layers_of(model)[0]
+    rng = np.random.default_rng(4)
+    features = layer.exact.features(torch.from_numpy(rng.integers(-9, 10, (1, SMALL["n"], 3, 4))), (11, 14))
+    y = torch.from_numpy(rng.normal(size=(1, SMALL["m"], 11, 14)).astype(np.float32) * 20)
+
+    def walk(latent: torch.Tensor) -> list[torch.Tensor]:
+        found = []
+
+        def code(index, means, own):
+            found.append(torch.stack([index, means]))
+            return own
+
+        layer.exact.walk(features, latent, code)
+        return found
+
+    told = walk(y.clone())
+    for changed, step in enumerate(layer.exact.order):
+        other = y.clone()
+        for part in step.parts:
+            other[part.of(step.stride)] += 9
+        same = [torch.equal(a, b) for a, b in zip(walk(other), told, strict=True)]
+        assert all(same[: changed + 1]) and not any(same[changed + 1 :])
+
+
+@pytest.mark.parametrize("model", ["hyperprior", *PYRAMIDS])
+def test_a_layer_takes_the_bits_that_training_estimates(model):
+    layer, rated = layers_of(model)[0], rated_of(model)
+    x, size = picture((512, 512)), (512, 512)
+    data, _ = layer.encode(x, zeros(size), 60)
+    pixels = torch.from_numpy(x).permute(2, 0, 1)[None] / 255
+    _, bits = rated(pixels, torch.tensor([3.0]), True)
+    assert 8 * len(data) == pytest.approx(float(bits), rel=0.04)
+
+
+def zeros(size: tuple[int, int]):
+    return lambda: (torch.zeros(1, 3, b - a, size[1]) for a, b in spans(size[0], 10**6))
+
+
+@pytest.mark.parametrize("model", PYRAMIDS)
+def test_extreme_symbols_come_back(model):
+    """Far beyond the tables, where they are escaped."""
+    layer = layers_of(model)[0]
+    rng, size = np.random.default_rng(6), (9, 6)
+    y = torch.from_numpy(rng.choice([-LATENT_LIMIT, -3000, -1, 0, 1, 70, LATENT_LIMIT], (1, SMALL["m"], *size)))
+    y, z = y.float(), torch.from_numpy(rng.choice([-LATENT_LIMIT, -40, 0, 700], (1, SMALL["n"], 3, 2))).float()
+    data = layer.write(z, y)
+    again_z, again = layer.parse(data, (9 * 16, 6 * 16))
+    assert np.array_equal(again_z, z[0].int().numpy())
+    assert np.array_equal(again, (y[0] * MEAN_UNIT).int().numpy()) and np.abs(again).max() > 30_000 * MEAN_UNIT
 
 
 @pytest.mark.parametrize("level", [0, 3, 7])

@@ -20,7 +20,8 @@ from compass_codec.backbones.symbols import LATENT_LIMIT, quantise, thresholds
 from compass_codec.errors import DamagedError
 from compass_codec.networks import flow, strips
 from compass_codec.networks.arrays import Array, cast, space, to_bytes, to_host
-from compass_codec.networks.numbers import ACTIVATION, CELL, FACTORIZED, LAMBDAS, MEAN_UNIT, PHASES, STEPS, UNSHUFFLE
+from compass_codec.networks.numbers import ACTIVATION, CELL, FACTORIZED, LAMBDAS, MEAN_UNIT, UNSHUFFLE
+from compass_codec.networks.order import Step, order_of
 
 if TYPE_CHECKING:
     from compass_codec.engines import Engine, LeanNetworks, Predictor, Transforms
@@ -44,7 +45,7 @@ class Entropy:
     def __init__(self, networks: LeanNetworks, cells: Callable[[], int]) -> None:
         assert networks.exact is not None
         self.networks, self.m, self.n, self.cells = networks.exact, networks.m, networks.n, cells
-        self.analysis = networks.hyper_analysis
+        self.analysis, self.order = networks.hyper_analysis, order_of(networks.entropy, networks.m)
 
     def z_shape(self, h: int, w: int) -> tuple[int, int, int]:
         """Channels, rows and columns of z for y of h rows and w columns."""
@@ -69,48 +70,41 @@ class Entropy:
         return max(1, self.cells() // int(x.shape[-1]))
 
     def walk(self, features: Array, y: Array, code: Callable[[Array, Array, Array], Array]) -> None:
-        """Go through the steps of the context model, as LeanCodec.walk does.
+        """Go through the steps of the entropy model, as LeanCodec.walk does.
 
         ``y`` [1, M, h, w] float32 becomes the latent that the decoder has, place by place. ``code`` is called once a
-        step with scale indices (uint8), means (float32) and what ``y`` holds, each of one dimension: phase by phase,
+        step with scale indices (uint8), means (float32) and what ``y`` holds, each of one dimension: part by part,
         of each the channels, rows and columns in turn. It returns the quantised latents.
         """
-        for step in range(STEPS):
-            hidden = self._hidden(step, features, y) if step and self.networks.context else None
+        for step in self.order:
+            # a latent of few rows or columns lacks some places
+            parts = [part for part in step.parts if 0 not in y[part.of(step.stride)].shape]
+            if not parts:
+                continue
+            hidden = self._hidden(step, features, y) if step.context else None
             found = []
-            for phase in range(len(PHASES)):
-                place = self._place(step, phase)
-                at = (slice(None), slice(None), *place[2:])
-                f = features[at]
-                if 0 in f.shape:
-                    continue  # a latent of one row or column has no place in some phases
-                parameters = self.networks.scales_and_means(step, phase, f, None if hidden is None else hidden[at])
-                found.append((place, *parameters))
-            parts = [[part.reshape(-1) for part in (index, means, y[place])] for place, index, means in found]
-            done, first = code(*(space(y).concatenate(each) for each in zip(*parts, strict=True))), 0
-            for (place, index, _), (flat, *_) in zip(found, parts, strict=True):
+            for part in parts:
+                f = features[(slice(None), slice(None), *part.places(step.stride))]
+                more = None if hidden is None else hidden[(slice(None), slice(None), *part.places())]
+                found.append((part.of(step.stride), *self.networks.scales_and_means(step, part, f, more)))
+            flats = [[each.reshape(-1) for each in (index, means, y[place])] for place, index, means in found]
+            done, first = code(*(space(y).concatenate(each) for each in zip(*flats, strict=True))), 0
+            for (place, index, _), (flat, *_) in zip(found, flats, strict=True):
                 y[place] = done[first : (first := first + len(flat))].reshape(index.shape)
 
-    def _place(self, step: int, phase: int) -> tuple[slice, ...]:
-        """What of y [1, M, h, w] a step codes in a phase."""
-        quarter, group, (row, column) = self.m // STEPS, (phase - step) % STEPS, PHASES[phase]
-        channels = slice(group * quarter, (group + 1) * quarter)
-        return slice(None), channels, slice(row, None, 2), slice(column, None, 2)
-
-    def _hidden(self, step: int, features: Array, y: Array) -> Array:
-        """Hidden activations [1, G, h, w] int16 of a later step, from features and what is known of y."""
+    def _hidden(self, step: Step, features: Array, y: Array) -> Array:
+        """Hidden activations [1, G, ...] int16 of a step's grid, from features and what is known of y."""
+        y, features = y[step.grid], features[step.grid]
         rows = max(2, self._rows(y) // 2 * 2)
 
         def inputs() -> Iterator[flow.Strip]:
             for (strip, last), (part, _) in zip(*(flow.cut(x, rows) for x in (y, features)), strict=True):
                 known = space(strip).zeros_like(strip)
-                for earlier in range(step):
-                    for phase in range(len(PHASES)):
-                        place = self._place(earlier, phase)
-                        known[place] = strip[place]
+                for earlier in step.known:
+                    known[earlier.of()] = strip[earlier.of()]
                 yield self.networks.into(step, known, part), last
 
-        return flow.gather(flow.each(_short, flow.blocks([self.networks.context[step - 1]], inputs())))
+        return flow.gather(flow.each(_short, flow.blocks([self.networks.context[step.network]], inputs())))
 
 
 class Factorized:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from compass_codec.networks.arrays import Array
+    from compass_codec.networks.order import Part, Step
     from compass_codec.networks.strips import Device
 
 Apply = Callable[[Any], Any]  # of arrays
@@ -77,16 +78,17 @@ class Exact(Protocol):
 
     @property
     def context(self) -> Sequence[Apply]:
-        """The block of each later step; none without context model."""
+        """The block of each network of the context model; none without one."""
         ...
 
-    def into(self, step: int, known: Array, features: Array) -> Array:
-        """Latents, 0 where not known, and features (int16) to what the block of a later step begins with."""
+    def into(self, step: Step, known: Array, features: Array) -> Array:
+        """Latents of a step's grid, 0 where not known, and features (int16) to what the block of the step begins
+        with."""
         ...
 
-    def scales_and_means(self, step: int, phase: int, features: Array, hidden: Array | None) -> tuple[Array, Array]:
-        """Features and hidden activations (int16) at the places of a phase to scale indices (uint8) and means (float32)
-        of the channels that the phase codes."""
+    def scales_and_means(self, step: Step, part: Part, features: Array, hidden: Array | None) -> tuple[Array, Array]:
+        """Features and hidden activations (int16) at the places of a part to scale indices (uint8) and means (float32)
+        of the channels of that part."""
         ...
 
 

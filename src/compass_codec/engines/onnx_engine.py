@@ -22,6 +22,7 @@ from compass_codec.networks import flow, lean_rows
 from compass_codec.networks.arrays import in_unit
 from compass_codec.networks.numbers import (
     ACTIVATION,
+    CONTEXT,
     EPSILON,
     EXACT,
     FINE,
@@ -29,11 +30,11 @@ from compass_codec.networks.numbers import (
     LAMBDAS,
     MEAN_LIMIT,
     MEAN_UNIT,
-    STEPS,
     UNSHUFFLE,
     check_exact,
-    entropy_parts,
+    entropy_model,
 )
+from compass_codec.networks.order import Part, Step, order_of
 from compass_codec.networks.places import first, nearest
 
 if TYPE_CHECKING:
@@ -111,9 +112,9 @@ def _integers() -> Session:
 
 
 @cache
-def _parameters(quarter: int, later: bool) -> Session:
-    """See Exact.scales_and_means, of ``quarter`` channels each. Inputs: features [N, in], weights, bias and scale, and
-    in a ``later`` step the same of hidden activations; to indices and means [N, quarter]."""
+def _parameters(channels: int, later: bool) -> Session:
+    """See Exact.scales_and_means, of ``channels`` each. Inputs: features [N, in], weights, bias and scale, and in a
+    ``later`` step the same of hidden activations; to indices and means [N, channels]."""
     graph = Graph()
     least, most, zero, last, limit = (
         np.float32(value).reshape(()) for value in (-EXACT, EXACT, 0, LEVELS - 1, MEAN_LIMIT)
@@ -124,7 +125,7 @@ def _parameters(quarter: int, later: bool) -> Session:
         parts.append(_scaled(graph, sums, graph.input(1), least, most))
     both = graph.node("Add", *parts) if later else parts[0]
     scales, means = (
-        graph.node("Slice", both, *(np.array([at], np.int64) for at in (k * quarter, (k + 1) * quarter, 1)))
+        graph.node("Slice", both, *(np.array([at], np.int64) for at in (k * channels, (k + 1) * channels, 1)))
         for k in (0, 1)
     )
     index = graph.node("Floor", graph.node("Mul", scales, np.float32(1 / FINE).reshape(())))
@@ -293,10 +294,10 @@ class OnnxLean:
         h: int = 128,
         g: int = 128,
         conditional: bool = False,
-        entropy: str = "context",
+        entropy: str = CONTEXT,
     ) -> None:
         self.m, self.n, self.conditional, self.entropy = m, n, conditional, entropy
-        hyper, context = entropy_parts(entropy)
+        hyper = entropy_model(entropy).hyper
         samples, levels = 3 * UNSHUFFLE**2, len(LAMBDAS)
         shapes: dict[str, tuple[int, ...]] = {"log_gain": (levels, m), "log_inv_gain": (levels, m), "y_scale": (m,)}
         shapes |= _layer("embed", c8, samples) | _layer("down", c16, c8, 2) | _layer("to_y", m, c16)
@@ -316,7 +317,7 @@ class OnnxLean:
                 shapes |= _layer(f"{name}.dw", c, 1, 3) | _layer(f"{name}.p1", 2 * c, c) | _layer(f"{name}.p2", c, c)
         self.layers = Layers(tensors, shapes)
         exact = {name.removeprefix(INTEGERS): value for name, value in tensors.items() if name.startswith(INTEGERS)}
-        self.exact = OnnxExact(exact, m, n, h, g, context) if hyper else None
+        self.exact = OnnxExact(exact, m, n, h, g, entropy) if hyper else None
         self._sessions: dict[str, Session] = {}
         self._last: OnnxTransforms | None = None
 
@@ -430,12 +431,12 @@ class OnnxTransforms:
 class OnnxExact:
     """See engines.Exact. Raises ValueError for weights that are not exact."""
 
-    def __init__(self, tensors: Tensors, m: int, n: int, h: int, g: int, context: bool = True) -> None:
-        self.m, self._tensors, later = m, tensors, range(STEPS - 1 if context else 0)
+    def __init__(self, tensors: Tensors, m: int, n: int, h: int, g: int, entropy: str = CONTEXT) -> None:
+        self.m, self._tensors, context = m, tensors, range(entropy_model(entropy).networks)
         shapes = {"up.0": (4 * h, n), "up.1": (4 * h, h), "first": (2 * m, h)}
-        for k in later:
-            shapes |= {f"into.{k}": (g, m + h), f"more.{k}": (2 * m, g)}
-        for block, c in (*((f"block.{k}", h) for k in range(2)), *((f"context.{k}", g) for k in later)):
+        for k in context:
+            shapes |= {f"into.{k}": (g, m + order_of(entropy, m)[-1].marks + h), f"more.{k}": (2 * m, g)}
+        for block, c in (*((f"block.{k}", h) for k in range(2)), *((f"context.{k}", g) for k in context)):
             shapes |= {f"{block}.p1": (2 * c, c), f"{block}.p2": (c, 2 * c), f"{block}.dw": (c, 1)}
         for name, shape in shapes.items():
             side = 3 if name.endswith("dw") else 1
@@ -443,7 +444,8 @@ class OnnxExact:
             check_exact(name, weight, bias, scale)
             if weight.shape != (*shape, side, side):
                 raise ValueError(f"{name}: {list(weight.shape)} instead of {[*shape, side, side]}")
-        self._later, self._known = later, floats(tensors["known"] if context else np.zeros(m))
+        self._networks, self._known = context, floats(tensors["known"] if context else np.zeros(m))
+        self._cut: dict[tuple[Any, ...], list[Array]] = {}
         if self._known.shape != (m,):
             raise ValueError(f"known: {list(self._known.shape)} instead of {[m]}")
 
@@ -462,7 +464,7 @@ class OnnxExact:
 
     @cached_property
     def context(self) -> list[Apply]:
-        return [self._block(f"context.{k}") for k in self._later]
+        return [self._block(f"context.{k}") for k in self._networks]
 
     @cached_property
     def up(self) -> list[Apply]:
@@ -476,33 +478,27 @@ class OnnxExact:
 
     @cached_property
     def _into(self) -> list[tuple[Array, Array, Array]]:
-        return [self._conv(f"into.{k}") for k in range(STEPS - 1)]
+        return [self._conv(f"into.{k}") for k in self._networks]
 
-    def into(self, step: int, known: Array, features: Array) -> Array:
+    def into(self, step: Step, known: Array, features: Array) -> Array:
         scaled = _last(known) * self._known
         scaled = np.floor(scaled + np.float32(0.5)).clip(-ACTIVATION, ACTIVATION)
-        return _strip(_positive(np.concatenate([scaled, _last(features)], 2), *self._into[step - 1]))
+        seen = [*step.marked(_strip(scaled), ACTIVATION), features]
+        return _strip(_positive(np.concatenate([_last(x) for x in seen], 2), *self._into[step.network]))
 
-    @cached_property
-    def _first(self) -> list[list[Array]]:
-        """Of each quarter of the channels, scales and means."""
-        whole = [x.reshape(*x.shape[:-1], 2, STEPS, -1) for x in self._conv("first")]
-        return [[floats(x[..., k, :].reshape(*x.shape[:-3], -1)) for x in whole] for k in range(STEPS)]
+    def _outputs(self, name: str, *rows: slice) -> list[Array]:
+        """Weights, bias and scale of some outputs of a 1x1 convolution, made once."""
+        key = (name, *((each.start, each.stop) for each in rows))
+        if key not in self._cut:
+            self._cut[key] = [floats(np.concatenate([x[..., each] for each in rows], -1)) for x in self._conv(name)]
+        return self._cut[key]
 
-    @cached_property
-    def _more(self) -> list[list[list[Array]]]:
-        """Of each later step and phase, the same."""
-        found = []
-        for k in range(STEPS - 1):
-            whole = [x.reshape(*x.shape[:-1], STEPS, -1) for x in self._conv(f"more.{k}")]
-            found.append([[floats(x[..., phase, :]) for x in whole] for phase in range(STEPS)])
-        return found
-
-    def scales_and_means(self, step: int, phase: int, features: Array, hidden: Array | None) -> tuple[Array, Array]:
-        inputs = [_flat(features), *self._first[(phase - step) % STEPS]]
+    def scales_and_means(self, step: Step, part: Part, features: Array, hidden: Array | None) -> tuple[Array, Array]:
+        first, last = part.channels.start, part.channels.stop
+        inputs = [_flat(features), *self._outputs("first", part.channels, slice(self.m + first, self.m + last))]
         if hidden is not None:
-            inputs += [_flat(hidden), *self._more[step - 1][phase]]
-        found = _parameters(self.m // STEPS, hidden is not None).all(*inputs)
+            inputs += [_flat(hidden), *self._outputs(f"more.{step.network}", part.outputs)]
+        found = _parameters(last - first, hidden is not None).all(*inputs)
         index, means = (each.reshape(*features.shape[2:], -1) for each in found)
         return _strip(index.astype(np.uint8)), _strip(means)
 

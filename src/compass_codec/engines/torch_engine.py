@@ -33,8 +33,9 @@ from compass_codec.networks.numbers import (
     MEAN_UNIT,
     STEPS,
     UNSHUFFLE,
-    entropy_parts,
+    entropy_model,
 )
+from compass_codec.networks.order import Part, Step
 from compass_codec.networks.rates import gain, level_of
 
 N = TypeVar("N", bound=nn.Module)
@@ -67,8 +68,8 @@ class TorchEngine:
     ) -> TorchLean:
         codec = fill(lambda: kind(**dimensions), tensors, self.device)
         exact = {name.removeprefix(INTEGERS): value for name, value in tensors.items() if name.startswith(INTEGERS)}
-        hyper, context = entropy_parts(codec.entropy)
-        integers = TorchExact(exact, codec.m, self.device, context) if hyper else None
+        model = entropy_model(codec.entropy)
+        integers = TorchExact(exact, codec.m, self.device, model.networks) if model.hyper else None
         return TorchLean(codec, integers, getattr(torch, precision))
 
     def lean_liff(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> LeanLIFF:
@@ -202,33 +203,34 @@ def _block(block: Any, level: Tensor, kind: torch.dtype) -> Callable[[Tensor], T
 class TorchExact:
     """See engines.Exact."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], m: int, device: torch.device, context: bool = True) -> None:
-        self.tensors, self.m, later = tensors, m, range(STEPS - 1 if context else 0)
+    def __init__(self, tensors: Mapping[str, Tensor], m: int, device: torch.device, networks: int = STEPS - 1) -> None:
+        self.tensors, self.m, context = tensors, m, range(networks)
         self.up = [self._doubled(Conv(tensors, f"up.{k}", 0, ACTIVATION).to(device)) for k in range(2)]
         self.blocks = [Block(tensors, f"block.{k}").to(device) for k in range(2)]
         self.first = Conv(tensors, "first").to(device)
-        self._into = [Conv(tensors, f"into.{k}", 0, ACTIVATION).to(device) for k in later]
-        self.context = [Block(tensors, f"context.{k}").to(device) for k in later]
-        self.more = [Conv(tensors, f"more.{k}").to(device) for k in later]
-        if context:
+        self._into = [Conv(tensors, f"into.{k}", 0, ACTIVATION).to(device) for k in context]
+        self.context = [Block(tensors, f"context.{k}").to(device) for k in context]
+        self.more = [Conv(tensors, f"more.{k}").to(device) for k in context]
+        if networks:
             self.known = tensors["known"].float()[:, None, None].to(device)
 
     @staticmethod
     def _doubled(up: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda x: F.pixel_shuffle(up(x), 2)
 
-    def into(self, step: int, known: Tensor, features: Tensor) -> Tensor:
+    def into(self, step: Step, known: Tensor, features: Tensor) -> Tensor:
         known = (known * self.known).add_(0.5).floor_().clamp_(-ACTIVATION, ACTIVATION)
-        found: Tensor = self._into[step - 1](torch.cat([known, features.float()], 1))
+        seen = [*step.marked(known, ACTIVATION), features.float()]
+        found: Tensor = self._into[step.network](torch.cat(seen, 1))
         return found
 
-    def scales_and_means(self, step: int, phase: int, features: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        quarter = self.m // STEPS
-        first, f = (phase - step) % STEPS * quarter, features.float()
-        scales, means = (self.first(f, slice(k * self.m + first, k * self.m + first + quarter)) for k in (0, 1))
+    def scales_and_means(
+        self, step: Step, part: Part, features: Tensor, hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        first, last, f = part.channels.start, part.channels.stop, features.float()
+        scales, means = (self.first(f, slice(k * self.m + first, k * self.m + last)) for k in (0, 1))
         if hidden is not None:
-            rows = slice(2 * quarter * phase, 2 * quarter * (phase + 1))
-            more = self.more[step - 1](hidden.float(), rows).chunk(2, 1)
+            more = self.more[step.network](hidden.float(), part.outputs).chunk(2, 1)
             scales, means = (a.add_(b) for a, b in zip((scales, means), more, strict=True))
         index = scales.mul_(1 / FINE).floor_().clamp_(0, LEVELS - 1).to(torch.uint8)
         return index, means.clamp_(-MEAN_LIMIT, MEAN_LIMIT).mul_(1 / MEAN_UNIT)

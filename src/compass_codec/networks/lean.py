@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compass_codec.networks.numbers import EPSILON, LAMBDAS, PHASES, STEPS, UNSHUFFLE, entropy_parts
+from compass_codec.networks.numbers import CONTEXT, EPSILON, LAMBDAS, STEPS, UNSHUFFLE, entropy_model
+from compass_codec.networks.order import Part, Step, order_of
 from compass_codec.networks.rates import gain
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -118,8 +119,9 @@ class LeanCodec(nn.Module):
     synthesis also see that prediction, centred on zero, through convolutions that start at zero. So it starts as the
     codec of the residual. The entropy model never sees the prediction, which is floating point.
 
-    ``entropy`` names the entropy model: "context" as described above; "hyperprior", hyper networks alone; "factorized",
-    neither, in which case each channel of y has a learned density (training/density.py) of y over exp(log_scale).
+    ``entropy`` names the entropy model: "context" as described above; "pyramid" and "pyramid-fast", from coarse to fine
+    in more or fewer steps (order.py); "hyperprior", hyper networks alone; "factorized", neither, in which case each
+    channel of y has a learned density (training/density.py) of y over exp(log_scale).
     """
 
     def __init__(
@@ -133,15 +135,16 @@ class LeanCodec(nn.Module):
         h: int = 128,
         g: int = 128,
         conditional: bool = False,
-        entropy: str = "context",
+        entropy: str = CONTEXT,
     ) -> None:
         super().__init__()
-        hyper, context = entropy_parts(entropy)
+        hyper, networks, _ = entropy_model(entropy)
         if m % STEPS:
             raise ValueError(f"{m} channels of y; the context model needs a multiple of {STEPS}")
         self.dimensions: dict[str, Any] = {"c8": c8, "c16": c16, "n8": n8, "n16": n16, "m": m, "n": n, "h": h, "g": g}
-        self.dimensions |= {"conditional": conditional} | ({} if context else {"entropy": entropy})
+        self.dimensions |= {"conditional": conditional} | ({} if entropy == CONTEXT else {"entropy": entropy})
         self.m, self.n, self.conditional, self.entropy = m, n, conditional, entropy
+        self.order = order_of(entropy, m)
         samples = 3 * UNSHUFFLE**2
         self.embed = nn.Conv2d(samples, c8, 1)
         self.a8 = nn.ModuleList(GatedBlock(c8) for _ in range(n8))
@@ -169,7 +172,7 @@ class LeanCodec(nn.Module):
         self.h_s = nn.ModuleList([nn.ConvTranspose2d(n, h, 2, 2), nn.ConvTranspose2d(h, h, 2, 2)])
         self.h_s_blocks = nn.ModuleList(PlainBlock(h) for _ in range(2))
         self.h_p = nn.Conv2d(h, 2 * m, 1)
-        self.context = ContextModel(m, h, g) if context else None
+        self.context = ContextModel(m, h, g, networks, self.order[-1].marks) if networks else None
 
     def analysis(self, x: Tensor, level: Tensor, prediction: Tensor | None = None) -> Tensor:
         """Picture [B, 3, H, W] to latent y [B, M, ceil(H/16), ceil(W/16)], gain of ``level`` [B] applied.
@@ -227,68 +230,58 @@ class LeanCodec(nn.Module):
         code: Callable[[int, Tensor, Tensor, tuple[slice, ...]], Tensor],
         with_context: bool = True,
     ) -> Tensor:
-        """Go through the four steps of the context model; returns the latent that the decoder has, [B, M, h, w].
+        """Go through the steps of the entropy model; returns the latent that the decoder has, [B, M, h, w].
 
-        ``code`` is called for every step and phase with the step, log scales and means [B, M/4, rows, columns] of
-        symbols, and the part of [B, M, h, w] that they are; it returns the quantised latents there. Without context
+        ``code`` is called for every part of every step with the step, log scales and means [B, channels, rows, columns]
+        of symbols, and the part of [B, M, h, w] that they are; it returns the quantised latents there. Without context
         model, or ``with_context``, all scales and means come from ``features`` alone.
         """
         size = features.shape[-2:]
         scales, means = self.h_p(features).float().chunk(2, 1)
         y_scale, model = self.y_scale[:, None, None], self.context if with_context else None
         known = features.new_zeros((len(features), self.m, *size), dtype=torch.float32)
-        for step in range(STEPS):
-            hidden = model(step, known * y_scale, features) if step and model else None
-            found = []
-            for phase, part in self.parts(step):
-                s, mean = scales[part], means[part]
-                if not s.numel():
-                    continue  # a latent of one row or column has no place in some phases
+        for number, step in enumerate(self.order):
+            # a latent of few rows or columns lacks some places
+            parts = [part for part in step.parts if known[part.of(step.stride)].numel()]
+            hidden, found = None, []
+            if model and parts and step.context:
+                hidden = model(step, known[step.grid] * y_scale, features[step.grid])
+            for part in parts:
+                place = part.of(step.stride)
+                s, mean = scales[place], means[place]
                 if model and hidden is not None:
-                    more = model.parameters_of(step, phase, hidden[(..., *part[2:])]).float()
+                    more = model.parameters_of(step, part, hidden[(..., *part.places())]).float()
                     s, mean = (a + b for a, b in zip((s, mean), more.chunk(2, 1), strict=True))
-                found.append((part, code(step, s, mean / y_scale[part[1]], part)))
+                found.append((place, code(number, s, mean / y_scale[part.channels], place)))
             known = known.clone()  # the steps before need what they saw for their gradients
-            for part, values in found:
-                known[part] = values
+            for place, values in found:
+                known[place] = values
         return known
-
-    def parts(self, step: int) -> list[tuple[int, tuple[slice, ...]]]:
-        """The phases of a step, and what of [B, M, h, w] is coded in each: channel group g at phase (step + g) % 4."""
-        quarter = self.m // STEPS
-        found: list[tuple[int, tuple[slice, ...]]] = []
-        for phase, (row, column) in enumerate(PHASES):
-            first = (phase - step) % STEPS * quarter
-            channels = slice(first, first + quarter)
-            found.append((phase, (slice(None), channels, slice(row, None, 2), slice(column, None, 2))))
-        return found
 
 
 class ContextModel(nn.Module):
-    """What the latents of earlier steps add to log scales and means; each step after the first has its own network."""
+    """What the latents of earlier steps add to log scales and means: networks for the steps, see order.py."""
 
-    def __init__(self, m: int, h: int, g: int) -> None:
+    def __init__(self, m: int, h: int, g: int, networks: int, marks: int) -> None:
         super().__init__()
-        self.quarter = m // STEPS
-        later = range(STEPS - 1)
-        self.known = nn.ModuleList(nn.Conv2d(m, g, 1, bias=False) for _ in later)
-        self.features = nn.ModuleList(nn.Conv2d(h, g, 1) for _ in later)
-        self.blocks = nn.ModuleList(PlainBlock(g) for _ in later)
-        # scales and means of the group of channels that each phase codes
-        self.out = nn.ModuleList(from_zero(nn.Conv2d(g, STEPS * 2 * self.quarter, 1)) for _ in later)
+        self.known = nn.ModuleList(nn.Conv2d(m + marks, g, 1, bias=False) for _ in range(networks))
+        self.features = nn.ModuleList(nn.Conv2d(h, g, 1) for _ in range(networks))
+        self.blocks = nn.ModuleList(PlainBlock(g) for _ in range(networks))
+        # scales and means of each part of a step
+        self.out = nn.ModuleList(from_zero(nn.Conv2d(g, 2 * m, 1)) for _ in range(networks))
 
-    def forward(self, step: int, known: Tensor, features: Tensor) -> Tensor:
-        """Known latents [B, M, h, w] (0 where unknown) and features [B, h, h, w] to hidden activations [B, g, h, w]."""
-        x = F.relu(self.known[step - 1](known) + self.features[step - 1](features))
-        hidden: Tensor = self.blocks[step - 1](x)
+    def forward(self, step: Step, known: Tensor, features: Tensor) -> Tensor:
+        """Known latents [B, M, h, w] (0 where unknown) and features [B, h, h, w] of a step's grid to hidden activations
+        [B, g, h, w]."""
+        seen, k = torch.cat(step.marked(known, 1.0), 1), step.network
+        hidden: Tensor = self.blocks[k](F.relu(self.known[k](seen) + self.features[k](features)))
         return hidden
 
-    def parameters_of(self, step: int, phase: int, hidden: Tensor) -> Tensor:
-        """Hidden activations at the places of a phase to what is added to log scales and means [B, 2 M/4, ...]."""
-        layer = self.out[step - 1]
-        rows = slice(phase * 2 * self.quarter, (phase + 1) * 2 * self.quarter)
+    def parameters_of(self, step: Step, part: Part, hidden: Tensor) -> Tensor:
+        """Hidden activations at the places of a part to what is added to its log scales and means."""
+        layer = self.out[step.network]
         assert isinstance(layer, nn.Conv2d) and layer.bias is not None
-        return F.conv2d(hidden, layer.weight[rows], layer.bias[rows])
+        return F.conv2d(hidden, layer.weight[part.outputs], layer.bias[part.outputs])
 
 
 def multiply_accumulates(codec: LeanCodec, side: int = 256) -> dict[str, float]:
@@ -297,6 +290,11 @@ def multiply_accumulates(codec: LeanCodec, side: int = 256) -> dict[str, float]:
     names["p8"] = "synthesis"
     names |= {"h_a": "hyper", "h_a_blocks": "hyper", "h_s": "hyper", "h_s_blocks": "hyper", "h_p": "hyper"}
     counted = dict.fromkeys(("analysis", "synthesis", "hyper", "context"), 0.0)
+
+    def share(step: Step) -> float:
+        channels: int = sum(part.channels.stop - part.channels.start for part in step.parts)
+        return channels / codec.m / float(2 * step.stride) ** 2
+
     for name, layer in codec.named_modules():
         if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             continue
@@ -305,7 +303,9 @@ def multiply_accumulates(codec: LeanCodec, side: int = 256) -> dict[str, float]:
         if first in ("h_a", "h_s", "h_a_blocks", "h_s_blocks"):
             at = {"h_a": (16, 32, 64), "h_s": (64, 32), "h_a_blocks": (16, 32), "h_s_blocks": (32, 16)}[first]
             places = at[int(rest[0])]
-        share = STEPS if first == "context" and rest[0] == "out" else 1  # a phase has a quarter of the places
-        kind = names.get(first, "context" if first == "context" else "analysis")
-        counted[kind] += layer.weight.numel() / places**2 / share / 1000
+        kind, runs = names.get(first, "context" if first == "context" else "analysis"), 1.0
+        if first == "context":
+            steps = [step for step in codec.order if step.context and step.network == int(rest[1])]
+            runs = sum(share(step) if rest[0] == "out" else 1 / step.stride**2 for step in steps)
+        counted[kind] += layer.weight.numel() / places**2 * runs / 1000
     return counted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,8 @@ CELL = 16  # pixels along the side of a cell of y
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))  # first row and column of a phase: every second row and column from there
 STEPS = len(PHASES)
 EPSILON = 1e-6  # of the mean square in the norm
-FACTORIZED = "factorized"
-# Entropy models by their names in model.json: whether they have hyper networks, and whether they have a context model.
-ENTROPY = {"context": (True, True), "hyperprior": (True, False), FACTORIZED: (False, False)}
+CONTEXT, FACTORIZED = "context", "factorized"
+POOLINGS = 2  # by 2, from y to the coarsest scale of a pyramid: a place of that lies on each of z
 # of integer networks, see exact.py
 INTEGERS = "exact."  # what the names of their tensors start with in a set of weights
 ACTIVATION = 511  # largest magnitude of an activation
@@ -27,7 +26,26 @@ MEAN_UNIT = 64  # means are multiples of one over it
 MEAN_LIMIT = 2**15 - 1  # of means in these units
 
 
-def entropy_parts(name: str) -> tuple[bool, bool]:
+class EntropyModel(NamedTuple):
+    """Whether it has hyper networks, how many networks its context model has, and in how many groups of channels the
+    places of a scale are coded if it is a pyramid; see order.py."""
+
+    hyper: bool
+    networks: int = 0
+    groups: int = 0
+
+
+# Entropy models by their names in model.json.
+ENTROPY = {
+    CONTEXT: EntropyModel(True, STEPS - 1),
+    "hyperprior": EntropyModel(True),
+    FACTORIZED: EntropyModel(False),
+    "pyramid": EntropyModel(True, 1, 3),
+    "pyramid-fast": EntropyModel(True, 1, 1),
+}
+
+
+def entropy_model(name: str) -> EntropyModel:
     """Of ENTROPY. Raises ValueError for a name that it lacks."""
     if name not in ENTROPY:
         raise ValueError(f"entropy model {name!r}; this version has {', '.join(ENTROPY)}")

@@ -50,6 +50,8 @@ SYSTEMS = {
     "context": System("COMPASS with the context model in four steps"),
     "hyperprior": System("COMPASS with the mean-scale hyperprior", entropy="hyperprior"),
     "factorized": System("COMPASS with the factorized prior", entropy="factorized"),
+    "msp": System("COMPASS with a multi-scale progressive model in seven steps", entropy="pyramid"),
+    "msp-fast": System("COMPASS with a multi-scale progressive model in three steps", entropy="pyramid-fast"),
     "residual": System("as context, with residual enhancement layers", layers=LeanResidualStage),
     "bicubic": System("as context, with bicubic interpolation for LIFF", layers=BicubicStage),
     "noisy": System("as context, with noisy latents in the distortion of training", layers=NoisyStage),

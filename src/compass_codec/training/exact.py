@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compass_codec.entropy import LEVELS, SCALE_RANGE
 from compass_codec.networks.exact import pack
 from compass_codec.networks.lean import LeanCodec, PlainBlock
-from compass_codec.networks.numbers import ACTIVATION, FACTORIZED, FINE, INTEGERS, LAMBDAS, MEAN_UNIT, PHASES, STEPS
+from compass_codec.networks.numbers import ACTIVATION, FACTORIZED, FINE, INTEGERS, LAMBDAS, MEAN_UNIT
 
 KEPT = 0.9999  # of an activation's values lie within its range; the rest is clamped
 SCALE_STEP = math.log(SCALE_RANGE[1] / SCALE_RANGE[0]) / (LEVELS - 1)
@@ -116,7 +116,7 @@ def _pack(codec: Any, ranges: Ranges, known: Tensor) -> dict[str, Tensor]:
     for k, up in enumerate(codec.h_s):  # as 1x1 convolutions, of which pixel_shuffle makes rows and columns
         weight = up.weight.permute(1, 2, 3, 0).reshape(-1, up.weight.shape[0], 1, 1)
         put(f"up.{k}", weight, up.bias.repeat_interleave(4), unit, unit := ranges.unit(f"block.{k}"))
-    m, quarter = codec.m, codec.m // STEPS
+    m = codec.m
     scale_units, mean_units = torch.full((m,), SCALE_STEP / FINE), codec.y_scale / MEAN_UNIT
     # log scales as indices: the lowest is 0, and half a level rounds to the nearest
     offset = torch.cat([torch.full((m,), SCALE_STEP / 2 - math.log(SCALE_RANGE[0])), torch.zeros(m)])
@@ -124,11 +124,12 @@ def _pack(codec: Any, ranges: Ranges, known: Tensor) -> dict[str, Tensor]:
     if (model := codec.context) is None:
         return tensors
     tensors["known"] = codec.y_scale / known
-    for k in range(STEPS - 1):
-        weight = torch.cat([model.known[k].weight, model.features[k].weight], 1)
-        units = torch.cat([known, known.new_full((model.features[k].weight.shape[1],), unit)])
-        put(f"into.{k}", weight, model.features[k].bias, units, ranges.unit(f"context.{k}"))
-        groups = [(phase - k - 1) % STEPS for phase in range(len(PHASES))]
-        rows = [u[g * quarter : (g + 1) * quarter] for g in groups for u in (scale_units, mean_units)]
-        put(f"more.{k}", model.out[k].weight, model.out[k].bias, ranges.unit(f"context.{k}"), torch.cat(rows))
+    for k, (seen, features, out) in enumerate(zip(model.known, model.features, model.out, strict=True)):
+        marks, rows = seen.weight.shape[1] - m, torch.zeros(2 * m)
+        units = [known, torch.full((marks,), 1 / ACTIVATION), torch.full((features.weight.shape[1],), unit)]
+        weight = torch.cat([seen.weight, features.weight], 1)
+        put(f"into.{k}", weight, features.bias, torch.cat(units), ranges.unit(f"context.{k}"))
+        for part in (part for step in codec.order if step.context and step.network == k for part in step.parts):
+            rows[part.outputs] = torch.cat([scale_units[part.channels], mean_units[part.channels]])
+        put(f"more.{k}", out.weight, out.bias, ranges.unit(f"context.{k}"), rows)
     return tensors

@@ -33,12 +33,13 @@ def weights_of(found: ModelSet) -> bytes:
     of another backbone than lean, and for files that cannot be read."""
     from safetensors.numpy import load, save
 
+    from compass_codec.networks.numbers import CONTEXT
     from compass_codec.weights import tensors_of
 
     if found.backbone != "lean":
         raise WeightsError(f"{found.folder}: browsers decode with the backbone lean, not with {found.backbone}")
     parts = tensors_of(found, load)
-    if any(part != "liff" and "exact.known" not in tensors for part, tensors in parts.items()):
+    if any(found.spec.get(part, {}).get("entropy", CONTEXT) != CONTEXT for part in parts):
         raise WeightsError(f"{found.folder}: browsers decode with the context model of four steps alone")
     kept = {
         f"{part}.{name}": value
