@@ -10,6 +10,7 @@ import compass_codec
 from compass_codec import container
 from compass_codec.backbones.symbols import MAGNITUDES, MOST_BEYOND, quantise
 from compass_codec.codec import Codec, layer_sizes, shared
+from compass_codec.distortions import squared
 from compass_codec.errors import (
     CompassError,
     DamagedError,
@@ -73,7 +74,7 @@ def test_symbols_are_rounded_by_what_they_cost(codec, monkeypatch):
     picture = np.array(crop(160, 120))
 
     def cost() -> float:
-        return CodedLayer.of(codec.encode_layer(picture, None, 40), picture, quality_to_lambda(40)).cost
+        return CodedLayer.of(codec.encode_layer(picture, None, 40), picture, quality_to_lambda(40), squared).cost
 
     before = cost()
     monkeypatch.setattr(layer, "thresholds", torch.full_like(layer.thresholds, 0.5))

@@ -15,6 +15,8 @@ from conftest import GOLDEN, crop
 from PIL import Image
 from test_wheel import ENVIRONMENT, PIP, ROOT, build_wheel, run
 
+from compass_codec import container
+
 MB = 10**6
 pytestmark = pytest.mark.slow
 
@@ -107,7 +109,12 @@ def test_serving(light, work):
             server.terminate()
 
 
-def test_the_networks_of_the_paper(light, work):
+def test_the_networks_of_the_paper(light, work, monkeypatch):
+    """Which a wheel does not have."""
+    small = GOLDEN.parent / "paper" / "small.cmps"
+    identity = container.read_header(small.read_bytes()).model
+    assert f"weights {identity} are not here" in failed(light / "compass", "decode", small, "-o", work / "x.png")
+    monkeypatch.setitem(ENVIRONMENT, "COMPASS_MODELS", str(ROOT / "models" / "paper"))
     for name in ("portrait", "small"):
         golden = GOLDEN.parent / "paper" / f"{name}.cmps"
         run(light / "compass", "decode", golden, "--layer", 1, "-o", work / f"paper.{name}.png")

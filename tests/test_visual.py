@@ -148,7 +148,7 @@ def test_a_search_lowers_the_distortion_of_the_tune(tmp_path):
     plain = weights.choose(model="lean").folder
     shutil.copytree(plain, tmp_path / "visual")
     weights.write_card(tmp_path / "visual", weights.read_set(plain).spec | {"profile": "visual", "tune": "visual"})
-    picture = np.asarray(crop(96, 80))
+    picture = np.asarray(crop(192, 160))
     x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
 
     def price(encoded) -> float:

@@ -87,6 +87,10 @@ def _quality(setting: float) -> dict[str, Any]:
     return {"quality": round(setting)}
 
 
+def _full_chroma(setting: float) -> dict[str, Any]:
+    return _quality(setting) | {"subsampling": "4:4:4", "speed": 4}
+
+
 def _ratio(setting: float) -> dict[str, Any]:
     # Pillow's own defaults are lossless and code R, G and B apart, which nobody who wants small files would keep
     return {"quality_mode": "rates", "quality_layers": [setting], "irreversible": True, "mct": 1}
@@ -189,6 +193,9 @@ J2K = "jpeg2000"
 _RATIOS = [r / 10 for r in range(4000, 15, -1)]
 PEERS = {
     "avif": Peer("AVIF", "AVIF", (5, 15, 25, 35, 45, 55, 65, 75), range(100), _quality, feature="avif"),
+    "avif-444": Peer(
+        "AVIF 4:4:4, speed 4", "AVIF", (5, 15, 25, 35, 45, 55, 65, 75), range(100), _full_chroma, feature="avif"
+    ),
     "jxl": Peer(
         "JPEG XL", "JXL", (1, 10, 25, 40, 55, 70, 80, 90), range(100), _quality, "pillow_jxl", "pillow-jxl-plugin"
     ),
