@@ -38,8 +38,8 @@ CROPS, QUALITIES = ((180, 60), (60, 330), (300, 450)), (15, 60, 95)  # what rate
 
 
 def symbol_hashes(codec: Codec, data: bytes) -> list[str]:
-    """SHA-256 over the symbols of z, then of y, as little-endian int32, of each layer; over the bytes of one that has no
-    symbols, being of one colour."""
+    """SHA-256 over the symbols of z, then of y, as little-endian int32, of each layer; over the bytes of one without
+    symbols, of one colour."""
     header, hashes = container.read_header(data), []
     for k, entry in enumerate(header.layers):
         layer, part = codec.residual if k else codec.base, container.payload(header, data, k)
