@@ -3,6 +3,8 @@ are enough for that."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,28 @@ from compass_codec.training.exact import SCALE_STEP, integers
 from compass_codec.training.export import z_table
 
 SMALL = {"c8": 16, "c16": 24, "n8": 3, "n16": 2, "m": 16, "n": 8, "h": 16, "g": 16}
+
+
+def check_symbols_with(threads: int, codec: LeanLayer, data: bytes, size: tuple[int, int], z, y) -> None:
+    """Another codec with so many threads reads these symbols."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    again = codec.parse(data, size)
+    torch.set_num_threads(before)
+    assert np.array_equal(again[0], z) and np.array_equal(again[1], y)
+
+
+def check_garbage(data: bytes, count: int, size: tuple[int, int], decode: Callable[[bytes], np.ndarray]) -> None:
+    """Layers that are cut off, with a byte that is wrong, give a picture or one error."""
+    rng = np.random.default_rng(3)
+    for _ in range(count):
+        broken = bytearray(data)
+        broken[rng.integers(len(broken))] ^= int(rng.integers(1, 256))
+        try:
+            found = decode(bytes(broken[: rng.integers(1, len(data) + 1)]))
+        except DamagedError:
+            continue
+        assert found.shape == (*size, 3)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["base", "conditional"])
@@ -167,11 +191,7 @@ def test_symbols_do_not_depend_on_strips_threads_or_the_pixel_path(layer, monkey
     other = made(layer.networks.codec.conditional, torch.bfloat16)
     for codec, cells, threads in ((layer, 4, 1), (layer, 14, 2), (other, 1024, 1)):
         monkeypatch.setitem(lean_codec.CELLS, "cpu", cells)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        again = codec.parse(data, size)
-        torch.set_num_threads(before)
-        assert np.array_equal(again[0], z) and np.array_equal(again[1], y)
+        check_symbols_with(threads, codec, data, size, z, y)
 
 
 def test_strips_write_the_same_bytes(layer, monkeypatch):

@@ -10,7 +10,7 @@ import test_baselines
 import torch
 from click.testing import CliRunner
 from conftest import crop
-from test_lean_codec import SMALL, picture
+from test_lean_codec import SMALL, check_garbage, check_symbols_with, picture
 from torch import nn
 
 from compass_codec import engines, entropy, web
@@ -203,29 +203,18 @@ def test_symbols_do_not_depend_on_strips_threads_or_the_pixel_path(kind, monkeyp
     assert len(np.unique(y)) > 20
     for codec, cells, threads in ((layer, 14, 2), (other, 1024, 1)):
         monkeypatch.setitem(lean_codec.CELLS, "cpu", cells)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        again = codec.parse(data, size)
-        torch.set_num_threads(before)
-        assert np.array_equal(again[0], z) and np.array_equal(again[1], y)
+        check_symbols_with(threads, codec, data, size, z, y)
 
 
 @pytest.mark.parametrize(
     ("kind", "model"), [(RatedMei, "hyperprior"), (RatedMei, FACTORIZED), (RatedRpn, "hyperprior")]
 )
 def test_garbage_gives_a_picture_or_one_error(kind, model):
-    size, rng, layer = (40, 56), np.random.default_rng(3), layer_of(kind, model)
+    size, layer = (40, 56), layer_of(kind, model)
     data, _ = layer.encode(picture(size), below(size), 70)
     with pytest.raises(DamagedError):  # more escapes than symbols
         layer.decode(b"\xfe\xff\xff\x7f" + data, size, below(size)(), 70)
-    for _ in range(12):
-        broken = bytearray(data)
-        broken[rng.integers(len(broken))] ^= int(rng.integers(1, 256))
-        try:
-            found = layer.decode(bytes(broken[: rng.integers(1, len(data) + 1)]), size, below(size)(), 70)
-        except DamagedError:
-            continue
-        assert found.shape == (*size, 3)
+    check_garbage(data, 12, size, lambda broken: layer.decode(broken, size, below(size)(), 70))
 
 
 @pytest.mark.parametrize("kind", [RatedMei, RatedRpn])

@@ -1,10 +1,10 @@
 """Search in the encoder: symbols that cost less in rate and distortion than those which rounding gives.
 
-What is lowered is R + lambda * 255^2 * MSE, summed over the layers; with weights for another tune, its distortion is in
-the place of the MSE. Effort 1 analyses what the decoder would see, too:
-how that differs from the layer's own latent says which way its quantisation errors should go. Higher efforts follow
-gradients. Each step quantises y in the walk of the context model, as the encoder does, and moves y towards a Newton
-step from the quantised latent; z follows its gradient. The decoder knows nothing of all this.
+What is lowered is R + lambda * 255^2 * MSE, summed over the layers; with weights of another tune, its distortion is in
+the place of the MSE. Effort 1 analyses what the decoder would see, too: how that differs from the layer's own latent
+says which way its quantisation errors should go. Higher efforts follow gradients. Each step quantises y in the walk of
+the context model, as the encoder does, and moves y towards a Newton step from the quantised latent; z follows its
+gradient. The decoder knows nothing of all this.
 """
 
 from __future__ import annotations
