@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from test_lean_codec import SMALL, check_garbage, known, picture
+from test_lean_codec import SMALL, check_garbage, check_symbols_with, known, picture
 from torch import nn
 
 from compass_codec import entropy, web
@@ -103,11 +103,7 @@ def test_symbols_do_not_depend_on_strips_threads_or_the_pixel_path(pair, monkeyp
     other = layers_of(layer.networks.entropy, torch.bfloat16)[0]
     for codec, cells, threads in ((layer, 14, 2), (other, 1024, 1)):
         monkeypatch.setitem(lean_codec.CELLS, "cpu", cells)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        again = codec.parse(data, size)
-        torch.set_num_threads(before)
-        assert np.array_equal(again[0], z) and np.array_equal(again[1], y)
+        check_symbols_with(threads, codec, data, size, z, y)
 
 
 def test_garbage_gives_a_picture_or_one_error(pair):
