@@ -80,7 +80,7 @@ train-paper: install  ## train the networks of the paper
 	$(BIN)/python -m compass_codec.training.tables $(RUN)/weights $(PHOTOS)
 
 baselines: install  ## train the systems of the papers for STEPS steps each; docs/baselines.md
-	$(BIN)/python -m compass_codec.training.baselines $(BASELINES) $(PHOTOS) --steps $(STEPS)
+	$(BIN)/python -m compass_codec.training.baselines $(BASELINES) $(PHOTOS) --steps $(STEPS) $(if $(START),--weights $(START))
 
 fuzz: install  ## 100,000 broken files, 20,000 damaged pictures, then the coverage-guided fuzzer on the container
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0

@@ -120,6 +120,18 @@ def test_weights_that_are_not_exact_are_refused():
         exact.Conv(tensors, "a")
 
 
+def steps_of(layer, features, y) -> list[np.ndarray]:
+    """Scale indices and means [2, places] of each step, where the latents are ``y``, which changes."""
+    steps: list[list[np.ndarray]] = [[]]
+
+    def choose(index, means, own):
+        steps[-1].append(np.stack([np.asarray(each, np.float32).ravel() for each in (index, means)]))
+        return own - means
+
+    layer.exact.walk(features, y, choose, lambda index, symbols: steps.append([]))
+    return [np.concatenate(parts, 1) for parts in steps[:-1]]
+
+
 def test_the_integer_twin_is_near_the_networks(layer):
     """Indices and means of all four steps, from the same z and the same known latents."""
     codec, found = layer.networks.codec, []
@@ -132,16 +144,10 @@ def test_the_integer_twin_is_near_the_networks(layer):
         return y[part]
 
     codec.walk(codec.hyper_synthesis(z, (8, 8)), symbols)
-    twin: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def code(index, means, own):
-        twin.append((index.float(), means.clone()))
-        return own
-
-    layer.exact.walk(layer.exact.features(z, (8, 8)), y.clone(), code)
-    for real, ours in zip(zip(*found, strict=True), zip(*twin, strict=True), strict=True):
-        difference = (torch.cat(real) - torch.cat(ours)).abs()
-        spread = torch.cat(real).std()
+    twin = torch.from_numpy(np.concatenate(steps_of(layer, layer.exact.features(z, (8, 8)), y.clone()), 1))
+    for parts, ours in zip(zip(*found, strict=True), twin, strict=True):
+        real = torch.cat(parts)
+        difference, spread = (real - ours).abs(), real.std()
         assert difference.mean() < 0.05 * spread + 0.3  # an index is a whole number
 
 
@@ -157,8 +163,10 @@ def test_strips_are_the_whole(layer, monkeypatch):
         cuts = strips.spans(-(-size[0] // 16), layer._rows(size[1]))
         rows = [slice(a * 16, min(size[0], b * 16)) for a, b in cuts]
         pixels = ((x[:, :, r], prediction[:, :, r], r.stop == size[0]) for r in rows)
-        y = flow.gather(lean_codec.analysis(networks, pixels))
+        y = flow.gather(11, lean_codec.analysis(networks, pixels))
         assert (y - whole).abs().max() < 1e-3 * whole.abs().max()
+        z = layer.networks.codec.hyper_analysis(whole)
+        assert (layer.exact.z(whole, 0.02) - z).abs().max() < 0.501
         shown = lean_codec.synthesis(networks, flow.cut(whole, 2), [prediction + 0.5], size, bool(more))
         back = torch.cat(list(shown), 2)
         expected = layer.networks.codec.synthesis(whole, level, size, *more) + prediction + 0.5

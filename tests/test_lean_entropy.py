@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from test_lean_codec import SMALL, check_garbage, check_symbols_with, known, picture
+from test_lean_codec import SMALL, check_garbage, check_symbols_with, known, picture, steps_of
 from torch import nn
 
 from compass_codec import entropy, web
@@ -133,22 +133,12 @@ def test_a_step_of_a_pyramid_depends_on_those_before_it_alone(model):
     features = layer.exact.features(torch.from_numpy(rng.integers(-9, 10, (1, SMALL["n"], 3, 4))), (11, 14))
     y = torch.from_numpy(rng.normal(size=(1, SMALL["m"], 11, 14)).astype(np.float32) * 20)
 
-    def walk(latent: torch.Tensor) -> list[torch.Tensor]:
-        found = []
-
-        def code(index, means, own):
-            found.append(torch.stack([index, means]))
-            return own
-
-        layer.exact.walk(features, latent, code)
-        return found
-
-    told = walk(y.clone())
+    told = steps_of(layer, features, y.clone())
     for changed, step in enumerate(layer.exact.order):
         other = y.clone()
         for part in step.parts:
             other[part.of(step.stride)] += 9
-        same = [torch.equal(a, b) for a, b in zip(walk(other), told, strict=True)]
+        same = [np.array_equal(a, b) for a, b in zip(steps_of(layer, features, other), told, strict=True)]
         assert all(same[: changed + 1]) and not any(same[changed + 1 :])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from conftest import compass, crop
 from make_golden import symbol_hashes
 from PIL import Image
 from test_conformance import PROFILES, check_pictures, check_symbols
-from test_lean_codec import SMALL, known, made, picture
+from test_lean_codec import SMALL, known, made, picture, steps_of
 
-from compass_codec import container, engines, weights
+from compass_codec import container, engines, entropy, weights
 from compass_codec.backbones import lean as lean_codec
 from compass_codec.backbones.lean import LeanLayer
 from compass_codec.codec import Codec, shared
@@ -67,9 +68,11 @@ def test_transforms_are_those_of_pytorch(pair, lam):
     if ours.conditional:
         pixels = torch.randn(1, 3, 43, 60)
         assert near(ours.condition(f8.numpy(), pixels.numpy()), theirs.condition(f8, pixels))
-    y = torch.randn(1, 16, 5, 7)
-    theirs, ours = (layer.networks.hyper_analysis for layer in pair)
-    assert near(ours(y.numpy()), theirs(y))
+    theirs, ours = (layer.networks.hyper for layer in pair)
+    h, y = torch.randn(1, 16, 6, 8), torch.randn(1, 16, 5, 7)
+    assert near(ours.first(y.numpy()), theirs.first(y))
+    for a, b in zip([*ours.blocks, *ours.down], [*theirs.blocks, *theirs.down], strict=True):
+        assert near(a(h.numpy()), b(h))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (9, 12)])
@@ -83,14 +86,7 @@ def test_integers_are_those_of_pytorch(pair, size, cells, monkeypatch):
     found: list[list[np.ndarray]] = []
     for layer in pair:
         features = layer.exact.features(layer.engine.array(z), size)
-        seen = [np.asarray(features)]
-
-        def code(index, means, own, seen=seen):
-            seen.extend((np.asarray(index), np.array(means)))
-            return own
-
-        layer.exact.walk(features, layer.engine.array(y.copy()), code)
-        found.append(seen)
+        found.append([np.asarray(features), *steps_of(layer, features, layer.engine.array(y.copy()))])
     for theirs, ours in zip(*found, strict=True):
         assert theirs.dtype == ours.dtype and np.array_equal(theirs, ours)
     assert len(np.unique(found[0][1])) > 1
@@ -330,3 +326,21 @@ def test_a_file_of_another_backbone_takes_the_same_engine(monkeypatch):
     codec, other = shared(), shared(model="paper")
     assert codec.engine.name == other.engine.name == "onnx"
     assert codec.decode(other.encode(crop(24, 16), [1], 50).data).size == (24, 16)
+
+
+def test_memory_grows_by_little_with_height(monkeypatch):
+    """A pixel more takes 3 bytes of the layer, 4 of the latent and little else; see notes/engines.md."""
+    monkeypatch.setitem(lean_codec.CELLS, "cpu", 64)
+    monkeypatch.setattr(entropy, "PIECE", 4096)
+    codec, peaks = Codec.load("cpu", engine="onnx"), []
+    for height in (1024, 2048, 8192):  # the first makes what is kept
+        layer, size = np.array(crop(64, 64)).repeat(height // 64, 0), (height, 64)
+        tracemalloc.start()
+        data = codec.base.encode(layer, lambda size=size: codec.predict(None, size), 60)[0]
+        encoding = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        codec.base.decode(data, size, codec.predict(None, size), 60)
+        peaks.append((encoding, tracemalloc.get_traced_memory()[1]))
+        tracemalloc.stop()
+    for first, last in zip(*peaks[1:], strict=True):
+        assert (last - first) / (64 * (8192 - 2048)) < 9.5

@@ -22,7 +22,7 @@ PRECISION = 24  # frequencies of a table sum to 2**24, constriction's own precis
 LEVELS = 64
 SCALE_RANGE = (0.11, 256.0)
 SYMBOL_LIMIT = 2**20  # no encoder writes larger ones; corrupt data must not overflow integers
-PIECE = 2**22  # symbols coded in one call, which bounds the memory of the calls
+PIECE = 2**20  # symbols sorted or coded in one call, which bounds the memory of the calls
 
 Symbols = NDArray[np.signedinteger[Any]]  # of any width
 
@@ -112,17 +112,24 @@ def _zigzag(values: Symbols) -> bytes:
     return bytes(out)
 
 
-def groups(index: NDArray[Any], tables: int = LEVELS) -> Iterator[tuple[int, NDArray[np.intp] | NDArray[np.bool_]]]:
-    """The scale indices below ``tables`` that occur, and where in the flat array: positions, or bools for all."""
+def groups(index: NDArray[Any], tables: int = LEVELS) -> Iterator[tuple[int, NDArray[np.int32]]]:
+    """The scale indices below ``tables`` that occur, and their positions in the flat array."""
     flat = index.ravel()
-    pieces = (flat[at : at + PIECE] for at in range(0, max(1, len(flat)), PIECE))
-    counts = np.sum([np.bincount(piece, minlength=tables) for piece in pieces], 0)
-    # positions are quick where there are many groups; of a whole large layer they would take a gigabyte
-    order = np.argsort(flat, kind="stable") if len(flat) <= PIECE else None
-    ends = np.cumsum(counts)
-    for number in np.flatnonzero(counts).tolist():
-        where = flat == number if order is None else order[ends[number] - counts[number] : ends[number]]
-        yield number, where
+    starts = range(0, len(flat), PIECE)
+    counts = [np.bincount(flat[at : at + PIECE], minlength=tables) for at in starts]
+    # sorted a piece at a time, into positions of half the width: a large layer has a quarter as many as pixels
+    order, total = np.empty(len(flat), np.int32), np.sum([np.zeros(tables, int), *counts], 0)
+    first = np.cumsum(total) - total
+    ends = first.copy()
+    for at, count in zip(starts, counts, strict=True):
+        found, here = np.argsort(flat[at : at + PIECE], kind="stable"), 0
+        for number in np.flatnonzero(count).tolist():
+            more = count[number]
+            order[ends[number] : ends[number] + more] = found[here : here + more] + at
+            ends[number] += more
+            here += more
+    for number in np.flatnonzero(total).tolist():
+        yield number, order[first[number] : ends[number]]
 
 
 class Encoder:
@@ -217,6 +224,5 @@ class Decoder:
         symbols = np.zeros(index.size, np.int32)
         for number, where in groups(index, len(self.tables.y)):
             if number >= self.tables.skipped:
-                count = len(where) if where.dtype != bool else np.count_nonzero(where)
-                symbols[where] = self._group(self.tables.y[number], count)
+                symbols[where] = self._group(self.tables.y[number], len(where))
         return symbols.reshape(index.shape)

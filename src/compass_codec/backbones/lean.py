@@ -8,7 +8,7 @@ from engines/; all here takes its arrays, of NumPy or PyTorch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +38,18 @@ def quality_to_lambda(quality: float) -> float:
     return math.exp(math.log(LAMBDAS[0]) + 1.417 * t + 3.188 * t * t)
 
 
-class Entropy:
-    """What leads from z and known latents to scale indices and means of y, in integers. ``cells`` of y are in a
-    strip."""
+Choose = Callable[[Array, Array, Array], Array]  # scale indices, means and latents of a strip to symbols
+Code = Callable[[Array, Array], Array | None]  # scale indices and symbols of a step; of a decoder to these symbols
 
-    def __init__(self, networks: LeanNetworks, cells: Callable[[], int]) -> None:
+
+class Entropy:
+    """What leads from z and known latents to scale indices and means of y, in integers, a strip of ``cells`` of y at a
+    time."""
+
+    def __init__(self, networks: LeanNetworks, engine: Engine, cells: Callable[[], int]) -> None:
         assert networks.exact is not None
         self.networks, self.m, self.n, self.cells = networks.exact, networks.m, networks.n, cells
-        self.analysis, self.order = networks.hyper_analysis, order_of(networks.entropy, networks.m)
+        self.lean, self.engine, self.order = networks, engine, order_of(networks.entropy, networks.m)
 
     def z_shape(self, h: int, w: int) -> tuple[int, int, int]:
         """Channels, rows and columns of z for y of h rows and w columns."""
@@ -53,7 +57,11 @@ class Entropy:
 
     def z(self, y: Array, lam: float) -> Array:
         """The symbols of z for a latent at a Lagrangian multiplier, float32 [1, *z_shape]."""
-        z = self.analysis(y)
+        hyper = self.lean.hyper
+        at: Iterator[flow.Strip] = flow.each(hyper.first, flow.cut(y, self._rows(y)))
+        for block, down in zip(hyper.blocks, hyper.down, strict=True):
+            at = flow.each(down, flow.even(flow.blocks([block], at)))
+        z = flow.gather(self.z_shape(y.shape[2], y.shape[3])[1], at)
         return space(z).round(z).clip(-LATENT_LIMIT, LATENT_LIMIT)
 
     def features(self, z: Array, size: tuple[int, int]) -> Array:
@@ -64,54 +72,86 @@ class Entropy:
         for up, block, (rows, columns) in zip(self.networks.up, self.networks.blocks, (half, size), strict=True):
             at = flow.within(rows, columns, flow.each(up, at))
             at = flow.blocks([block], at)
-        return flow.gather(flow.each(_short, at))
+        return flow.gather(size[0], flow.each(_short, at))
 
     def _rows(self, x: Array) -> int:
         return max(1, self.cells() // int(x.shape[-1]))
 
-    def walk(self, features: Array, y: Array, code: Callable[[Array, Array, Array], Array]) -> None:
+    def walk(self, features: Array, y: Array, choose: Choose | None, code: Code) -> None:
         """Go through the steps of the entropy model, as LeanCodec.walk does.
 
-        ``y`` [1, M, h, w] float32 becomes the latent that the decoder has, place by place. ``code`` is called once a
-        step with scale indices (uint8), means (float32) and what ``y`` holds, each of one dimension: part by part,
-        of each the channels, rows and columns in turn. It returns the quantised latents.
+        ``y`` [1, M, h, w] float32 becomes the latent that the decoder has, place by place. An encoder's ``choose``
+        takes scale indices (uint8), means (float32) and what ``y`` holds, of places of a strip, and returns symbols.
+        ``code`` is called once a step with scale indices (uint8) and symbols (int16), each of one dimension: part by
+        part, of each the channels, rows and columns in turn. A decoder's returns the symbols, of any integers.
         """
         for step in self.order:
             # a latent of few rows or columns lacks some places
             parts = [part for part in step.parts if 0 not in y[part.of(step.stride)].shape]
             if not parts:
                 continue
-            hidden = self._hidden(step, features, y) if step.context else None
-            found = []
-            for part in parts:
-                f = features[(slice(None), slice(None), *part.places(step.stride))]
-                more = None if hidden is None else hidden[(slice(None), slice(None), *part.places())]
-                found.append((part.of(step.stride), *self.networks.scales_and_means(step, part, f, more)))
-            flats = [[each.reshape(-1) for each in (index, means, y[place])] for place, index, means in found]
-            done, first = code(*(space(y).concatenate(each) for each in zip(*flats, strict=True))), 0
-            for (place, index, _), (flat, *_) in zip(found, flats, strict=True):
-                y[place] = done[first : (first := first + len(flat))].reshape(index.shape)
+            own = [y[part.of(step.stride)] for part in parts]
+            flat_index, index = self._flat(own, np.uint8)
+            flat_symbols, symbols = self._flat(own if choose else [], np.int16)
+            row = 0
+            for f, hidden in self._strips(step, features[step.grid], y[step.grid]):
+                for k, part in enumerate(parts):
+                    places = slice(None), slice(None), *part.places(row=row)
+                    if not f[places].shape[2]:
+                        continue
+                    more = None if hidden is None else hidden[places]
+                    found, means = self.networks.scales_and_means(step, part, f[places], more)
+                    first = -((part.row - row) // part.every)
+                    at = slice(None), slice(None), slice(first, first + found.shape[2])
+                    index[k][at] = found
+                    if choose:
+                        chosen = choose(found, means, own[k][at])
+                        symbols[k][at] = cast(chosen, "int16")
+                        means += chosen
+                    own[k][at] = means
+                row += f.shape[2]
+            if (read := code(flat_index, flat_symbols)) is None:
+                continue
+            for latents in own:
+                count = math.prod(latents.shape)
+                latents += cast(read[:count].reshape(latents.shape), "float32")
+                read = read[count:]
 
-    def _hidden(self, step: Step, features: Array, y: Array) -> Array:
-        """Hidden activations [1, G, ...] int16 of a step's grid, from features and what is known of y."""
-        y, features = y[step.grid], features[step.grid]
+    def _flat(self, like: Sequence[Array], kind: Any) -> tuple[Array, list[Array]]:
+        """An array of one dimension, and the parts of it that have the shapes of ``like``."""
+        counts = [math.prod(each.shape) for each in like]
+        whole, first = self.engine.array(np.empty(sum(counts), kind)), 0
+        return whole, [
+            whole[first : (first := first + count)].reshape(each.shape)
+            for each, count in zip(like, counts, strict=True)
+        ]
+
+    def _strips(self, step: Step, features: Array, y: Array) -> Iterator[tuple[Array, Array | None]]:
+        """Features and y of a step's grid to strips: features, and hidden activations [1, G, rows, W] where the step
+        has a context model."""
         rows = max(2, self._rows(y) // 2 * 2)
+        if not step.context:
+            for strip, _ in flow.cut(features, rows):
+                yield strip, None
+            return
 
         def inputs() -> Iterator[flow.Strip]:
             for (strip, last), (part, _) in zip(*(flow.cut(x, rows) for x in (y, features)), strict=True):
                 known = space(strip).zeros_like(strip)
                 for earlier in step.known:
                     known[earlier.of()] = strip[earlier.of()]
-                yield self.networks.into(step, known, part), last
+                yield self.networks.into(step, known, part), last  # strips begin at even rows, as known ones do
 
-        return flow.gather(flow.each(_short, flow.blocks([self.networks.context[step.network]], inputs())))
+        row = 0
+        for hidden, _ in flow.blocks([self.networks.context[step.network]], inputs()):
+            yield features[:, :, row : (row := row + hidden.shape[2])], hidden
 
 
 class Factorized:
     """The same without hyper networks: each channel of y has a table for every level of LAMBDAS, and z is one number,
     the level whose tables are used."""
 
-    def __init__(self, networks: LeanNetworks, cells: Callable[[], int]) -> None:
+    def __init__(self, networks: LeanNetworks, engine: Engine, cells: Callable[[], int]) -> None:
         self.m = networks.m
 
     def z_shape(self, h: int, w: int) -> tuple[int, int, int]:
@@ -127,11 +167,14 @@ class Factorized:
             raise DamagedError("corrupt layer: invalid symbol stream")
         return level
 
-    def walk(self, features: Array, y: Array, code: Callable[[Array, Array, Array], Array]) -> None:
+    def walk(self, features: Array, y: Array, choose: Choose | None, code: Code) -> None:
         xp = space(y)
         tables = features * self.m - 1 + xp.cumsum(xp.ones_like(y[:, :, :1, :1]), 1)  # an integer for each channel
         index = xp.broadcast_to(cast(tables, "int32"), y.shape)
-        y[:] = code(index.reshape(-1), 0.0, y.reshape(-1)).reshape(y.shape)
+        if choose:
+            y[:] = choose(index, xp.zeros_like(tables), y)
+        if (read := code(index.reshape(-1), cast(y, "int16").reshape(-1))) is not None:
+            y[:] = cast(read.reshape(y.shape), "float32")
 
 
 def _short(x: Array) -> Array:
@@ -182,7 +225,7 @@ class LeanLayer:
     def __init__(self, networks: LeanNetworks, tables: entropy.Tables, engine: Engine, tune: str = "psnr") -> None:
         self.networks, self.tables, self.engine, self.tune = networks, tables, engine, tune
         self.searchable = tune in SEARCHED and networks.entropy != FACTORIZED
-        self.exact = (Factorized if networks.entropy == FACTORIZED else Entropy)(networks, self._cells)
+        self.exact = (Factorized if networks.entropy == FACTORIZED else Entropy)(networks, engine, self._cells)
 
     @cached_property
     def thresholds(self) -> Array:
@@ -208,7 +251,9 @@ class LeanLayer:
     def analysis(self, networks: Transforms, picture: NDArray[np.uint8], prediction: Iterable[Array]) -> Array:
         """The latent [1, M, h, w] of a layer."""
         size = (picture.shape[0], picture.shape[1])
-        return flow.gather(analysis(networks, self._pixels(picture, strips.Rows(prediction), size)))
+        return flow.gather(
+            -(-size[0] // CELL), analysis(networks, self._pixels(picture, strips.Rows(prediction), size))
+        )
 
     def write(self, z: Array, y: Array, least: Array | None = None) -> bytes:
         """The symbols of z and a latent to bytes; ``least`` are its thresholds if they are others (symbols.thresholds).
@@ -216,12 +261,15 @@ class LeanLayer:
         coder = entropy.Encoder(self.tables)
         coder.z(to_host(z[0]).astype(np.int32))
 
-        def code(index: Array, means: Array, own: Array) -> Array:
-            symbols = self._quantise(own - means, index, self.thresholds if least is None else least)
-            coder.y(to_host(index), to_host(cast(symbols, "int32")))
-            return symbols + means
+        least = self.thresholds if least is None else least
 
-        self.exact.walk(self.exact.features(z, (y.shape[2], y.shape[3])), y, code)
+        def choose(index: Array, means: Array, own: Array) -> Array:
+            return self._quantise(own - means, index, least)
+
+        def code(index: Array, symbols: Array) -> None:
+            coder.y(to_host(index), to_host(symbols))
+
+        self.exact.walk(self.exact.features(z, (y.shape[2], y.shape[3])), y, choose, code)
         return coder.data()
 
     def decode(
@@ -247,10 +295,10 @@ class LeanLayer:
         # channels last, as networks take it
         y = self.engine.array(np.zeros((1, h, w, self.networks.m), np.float32).transpose(0, 3, 1, 2))
 
-        def code(index: Array, means: Array, _: Array) -> Array:
-            return means + self.engine.array(decoder.y(to_host(index)).astype(np.float32))
+        def code(index: Array, _: Array) -> Array:
+            return self.engine.array(decoder.y(to_host(index)))
 
-        self.exact.walk(self.exact.features(self.engine.array(z[None]), (h, w)), y, code)
+        self.exact.walk(self.exact.features(self.engine.array(z[None]), (h, w)), y, None, code)
         return z, y
 
     def _cells(self) -> int:

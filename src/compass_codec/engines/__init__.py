@@ -87,9 +87,21 @@ class Exact(Protocol):
         ...
 
     def scales_and_means(self, step: Step, part: Part, features: Array, hidden: Array | None) -> tuple[Array, Array]:
-        """Features and hidden activations (int16) at the places of a part to scale indices (uint8) and means (float32)
+        """Features (int16) and hidden activations at the places of a part to scale indices (uint8) and means (float32)
         of the channels of that part."""
         ...
+
+
+class HyperAnalysis(Protocol):
+    """Strips of y to strips of z, float32, not rounded: ``first``, then each of ``blocks``, which take a row more above
+    and one below, followed by that of ``down``, which takes even rows and columns."""
+
+    @property
+    def blocks(self) -> Sequence[Apply]: ...
+    @property
+    def down(self) -> Sequence[Apply]: ...
+
+    def first(self, y: Array) -> Array: ...
 
 
 class LeanNetworks(Protocol):
@@ -109,9 +121,8 @@ class LeanNetworks(Protocol):
         """The transforms at a Lagrangian multiplier."""
         ...
 
-    def hyper_analysis(self, y: Array) -> Array:
-        """All of y to z [1, N, ceil(h/4), ceil(w/4)], float32, not rounded."""
-        ...
+    @property
+    def hyper(self) -> HyperAnalysis: ...
 
 
 class MeanScaleNetworks(Protocol):

@@ -18,7 +18,7 @@ import numpy as np
 from compass_codec.engines.graphs import CONTRIB, Graph
 from compass_codec.engines.onnx_session import Array, Cpu, Session, Tensors, apart, check_shapes, floats, gain
 from compass_codec.entropy import LEVELS
-from compass_codec.networks import flow, lean_rows
+from compass_codec.networks import lean_rows
 from compass_codec.networks.arrays import in_unit
 from compass_codec.networks.numbers import (
     ACTIVATION,
@@ -334,17 +334,25 @@ class OnnxLean:
         return self._sessions[name]
 
     @cached_property
-    def _hyper(self) -> list[Apply]:
-        return [_plain_block(self.layers, f"h_a_blocks.{k}") for k in range(2)]
+    def hyper(self) -> OnnxHyper:
+        return OnnxHyper(self.layers)
 
-    def hyper_analysis(self, y: Array) -> Array:
-        layers = self.layers
-        x = _linear(_last(y) * layers.get("y_scale"), layers.matrix("h_a.0"), layers.bias("h_a.0"))
-        x = _strip(np.maximum(x, 0, out=x))
-        for k, block in enumerate(self._hyper, 1):
-            (whole, _), *_ = flow.even(flow.blocks([block], iter([(x, True)])))
-            x = _strip(_linear(_together(_last(whole), 2), layers.down(f"h_a.{k}"), layers.bias(f"h_a.{k}")))
-        return x
+
+class OnnxHyper:
+    """See engines.HyperAnalysis."""
+
+    def __init__(self, layers: Layers) -> None:
+        self._weights = layers.get("y_scale")[:, None] * layers.matrix("h_a.0"), layers.bias("h_a.0")
+        self.blocks = [_plain_block(layers, f"h_a_blocks.{k}") for k in range(2)]
+        self.down = [self._halved(layers.down(f"h_a.{k}"), layers.bias(f"h_a.{k}")) for k in (1, 2)]
+
+    @staticmethod
+    def _halved(*weights: Array) -> Apply:
+        return lambda x: _strip(_linear(_together(_last(x), 2), *weights))
+
+    def first(self, y: Array) -> Array:
+        x = _linear(_last(y), *self._weights)
+        return _strip(np.maximum(x, 0, out=x))
 
 
 class OnnxTransforms:

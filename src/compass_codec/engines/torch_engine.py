@@ -111,8 +111,30 @@ class TorchLean:
         level = level_of(lam, LAMBDAS)[None].float().to(self.codec.log_gain.device)
         return TorchTransforms(self.codec, level, self.kind)
 
-    def hyper_analysis(self, y: Tensor) -> Tensor:
-        return self.codec.hyper_analysis(y)
+    @property
+    def hyper(self) -> TorchHyper:
+        return TorchHyper(self.codec)
+
+
+class TorchHyper:
+    """See engines.HyperAnalysis."""
+
+    def __init__(self, codec: LeanCodec) -> None:
+        first, *self.down = codec.h_a
+        self.blocks = [self._block(block) for block in codec.h_a_blocks]
+        self.first = lambda y: F.relu(first(y * codec.y_scale[:, None, None]))
+
+    @staticmethod
+    def _block(block: Any) -> Callable[[Tensor], Tensor]:
+        """A PlainBlock on [1, C, rows + 2, W] to [1, C, rows, W]."""
+        dw = block.dw
+
+        def apply(x: Tensor) -> Tensor:
+            h = F.conv2d(x, dw.weight, dw.bias, padding=(0, 1), groups=dw.groups)
+            added: Tensor = block.p2(F.relu(block.p1(h)))
+            return added.add_(x[:, :, 1:-1])
+
+        return apply
 
 
 class TorchMeanScale:

@@ -7,6 +7,7 @@ given. Memory is the peak of a process of its own.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -22,6 +23,8 @@ import click
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from compass_codec.weights import ModelSet
 
 REPEATS, STARTS = 3, 10
 SIZE = (768, 512)
@@ -55,6 +58,30 @@ def rows(head: list[str], body: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def arithmetic(work: Callable[[], Any]) -> float:
+    """Thousands of multiply-accumulates of its convolutions and matrix products in PyTorch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    operations: int = counter.get_total_flops()
+    return operations / 2000
+
+
+def parameters(found: ModelSet) -> int:
+    """Of all parts: neither integer forms of the same networks nor what training alone needs."""
+    from safetensors import safe_open
+
+    from compass_codec.networks.numbers import INTEGERS
+
+    total = 0
+    for part in found.spec["parts"]:
+        with safe_open(found.folder / f"{part}.safetensors", "np") as file:
+            names = [name for name in file.keys() if not name.startswith((INTEGERS, "tables.", "bottleneck."))]  # noqa: SIM118
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    return total
+
+
 def profiles() -> str:
     """Encoding and decoding three layers with every installed set, in turn in one process."""
     import torch
@@ -63,25 +90,31 @@ def profiles() -> str:
     from compass_codec.codec import Codec, layer_sizes
     from compass_codec.errors import WeightsError
 
-    installed = {found.profile for found in weights.sets() if not isinstance(found, WeightsError)}
+    installed = {found.profile: found for found in weights.sets() if not isinstance(found, WeightsError)}
     layers, pixels = pictures.pyramid(photograph(*SIZE), layer_sizes(SIZE, SCALES)), SIZE[0] * SIZE[1] / 1e6
     spent: dict[str, list[float]] = {}
-    names = [weights.DEFAULT, *sorted(installed - {weights.DEFAULT})]
+    counted: dict[str, list[float]] = {}
+    names = [weights.DEFAULT, *sorted(installed.keys() - {weights.DEFAULT})]
     for name in names:
         codec = Codec.load("cpu", precision="float32", model=name, engine="torch")
         data = codec.encode_layers(layers, SCALES, 60).data
         works: list[Callable[[], Any]] = [partial(codec.encode_layers, layers, SCALES, 60)]
         works += [partial(codec.decode, data, k) for k in range(len(SCALES))]
         spent[name] = [seconds(work) / pixels for work in works]
+        counted[name] = [arithmetic(work) / (1e6 * pixels) for work in (works[0], works[-1])]
     body = []
     for name, (encode, *decode) in spent.items():
         lower = ", ".join(f"{100 * part / decode[-1]:.0f} %" for part in decode[:-1])
         ratios = [f"{a / b:.2f}" for a, b in ((encode, spent[names[0]][0]), (decode[-1], spent[names[0]][-1]))]
-        body.append([name, f"{encode:.2f} s", f"{decode[-1]:.2f} s", " and ".join(ratios), lower])
+        sums = " and ".join(f"{each:.1f}" for each in counted[name])
+        size = f"{parameters(installed[name]) / 1e6:.1f} M"
+        body.append([name, f"{encode:.2f} s", f"{decode[-1]:.2f} s", " and ".join(ratios), lower, sums, size])
     head = ["profile", "encoding", "decoding", f"of the times of `{names[0]}`", "layers 0 and 1, of decoding all"]
+    head += ["kMAC a pixel, encoding and decoding", "parameters"]
     return (
         f"PyTorch {torch.__version__} with {torch.get_num_threads()} threads, float32. Processor time a megapixel "
-        f"of the largest layer.\n\n{rows(head, body)}"
+        f"of the largest layer, multiply-accumulates of convolutions and matrix products a pixel of it.\n\n"
+        f"{rows(head, body)}"
     )
 
 
@@ -163,9 +196,10 @@ def times(size: Size, factors: Sequence[float]) -> list[Size]:
     return [(round(size[0] / factor), round(size[1] / factor)) for factor in factors]
 
 
-def memory(pictures: list[list[Size]]) -> str:
-    """Peak memory and time of encoding and decoding pictures with layers of these sizes, each in its own process."""
-    body = []
+def memory(pictures: list[list[Size]], growth: bool = False) -> str:
+    """Peak memory and time of encoding and decoding pictures with layers of these sizes, each in its own process; and
+    the ``growth`` from the first picture to the last."""
+    body, peaks = [], []
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/large.cmps"
         for sizes in pictures:
@@ -173,9 +207,11 @@ def memory(pictures: list[list[Size]]) -> str:
             pixels = sizes[-1][0] * sizes[-1][1] / 1e6
             measured = [text for s, mb, *_ in (encoding, decoding) for text in (f"{mb:.0f} MB", f"{s / pixels:.1f} s")]
             body.append([", ".join(f"{width} x {height}" for width, height in sizes), *measured])
-    return rows(
-        ["layers", "encoding: peak memory", "time a megapixel", "decoding: peak memory", "time a megapixel"], body
-    )
+            peaks.append((encoding[1], decoding[1], pixels))
+    head = ["layers", "encoding: peak memory", "time a megapixel", "decoding: peak memory", "time a megapixel"]
+    encode, decode, pixels = (last - first for first, last in zip(peaks[0], peaks[-1], strict=True))
+    grown = f"\n\nFor each pixel more, encoding takes {encode / pixels:.1f} bytes more, decoding {decode / pixels:.1f}."
+    return rows(head, body) + (grown if growth else "")
 
 
 def thumbnail(sizes: list[Size]) -> str:
@@ -252,19 +288,22 @@ SECTIONS = (
     "--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True, help="Folder of the page."
 )
 @click.option("--large", is_flag=True, help="Measure large pictures instead, which takes about an hour.")
-def main(out: Path, large: bool) -> None:
+@click.option("--profiles", "first", is_flag=True, help="Measure the first section alone.")
+def main(out: Path, large: bool, first: bool) -> None:
     """Measure speed and memory, and write performance.md to the folder OUT. A run keeps the sections of the page that
-    it does not measure: those of --large, or all others."""
+    it does not measure."""
     out.mkdir(parents=True, exist_ok=True)
     page = out / "performance.md"
     if large:
         named = [(720, 360), (1280, 640), (1920, 960), (4000, 2000)]
         tables = memory([named, times((12000, 8000), (4, 2, 1))]), thumbnail(times((6000, 4000), (16, 4, 1)))
         found = dict(zip(SECTIONS[4:], tables, strict=True))
+    elif first:
+        found = {SECTIONS[0]: profiles()}
     else:
-        heights = [times((1500, height), (4, 2, 1)) for height in (500, 1000, 2000)]
+        heights = [times((1500, height), (4, 2, 1)) for height in (1000, 4000, 12000)]
         starting = cold()  # first, as long as this process is small
-        found = dict(zip(SECTIONS, (profiles(), all_engines(), starting, memory(heights)), strict=False))
+        found = dict(zip(SECTIONS, (profiles(), all_engines(), starting, memory(heights, growth=True)), strict=False))
     sections = kept(page) | found
     text = [
         "# Speed and memory",

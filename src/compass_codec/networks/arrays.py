@@ -33,6 +33,14 @@ def copy(x: Array) -> Array:
     return x.copy() if isinstance(x, np.ndarray) else x.clone()
 
 
+def of_height(x: Array, height: int) -> Array:
+    """An array [1, C, height, W], channels last in memory and not set to anything, for strips [1, C, rows, W] as
+    ``x``."""
+    shape = (1, height, x.shape[3], x.shape[1])
+    empty = np.empty(shape, x.dtype) if isinstance(x, np.ndarray) else x.new_empty(shape)
+    return space(x).moveaxis(empty, 3, 1)
+
+
 def channels_last(x: Array) -> Array:
     """``x`` [B, C, H, W] as convolutions of PyTorch want it; of NumPy as it is."""
     return x if isinstance(x, np.ndarray) else x.contiguous(memory_format=space(x).channels_last)

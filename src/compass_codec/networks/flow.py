@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from compass_codec.networks.arrays import Array, space
+from compass_codec.networks.arrays import Array, of_height, space
 
 Strip = tuple[Array, bool]
 
@@ -61,10 +61,13 @@ def within(height: int, width: int, strips: Iterable[Strip]) -> Iterator[Strip]:
         height -= strip.shape[2]
 
 
-def gather(strips: Iterable[Strip]) -> Array:
-    """All strips as one array."""
-    parts = [strip for strip, _ in strips]
-    return space(parts[0]).concatenate(parts, 2)
+def gather(height: int, strips: Iterable[Strip]) -> Array:
+    """All strips, of ``height`` rows in all, as one array."""
+    found, row = None, 0
+    for strip, _ in strips:
+        found = of_height(strip, height) if found is None else found
+        found[:, :, row : (row := row + strip.shape[2])] = strip
+    return found
 
 
 def cut(x: Array, rows: int) -> Iterator[Strip]:

@@ -23,10 +23,11 @@ class Part(NamedTuple):
     outputs: slice
     marks: slice = slice(0)
 
-    def places(self, stride: int = 1) -> tuple[slice, slice]:
-        """Rows and columns in the step's grid, or in y, where the grid has every ``stride``-th of either."""
+    def places(self, stride: int = 1, row: int = 0) -> tuple[slice, slice]:
+        """Rows and columns in the step's grid, from its ``row`` on, or in y, where the grid has every ``stride``-th of
+        either."""
         every = stride * self.every
-        return slice(stride * self.row, None, every), slice(stride * self.column, None, every)
+        return slice((stride * self.row - row) % every, None, every), slice(stride * self.column, None, every)
 
     def of(self, stride: int = 1) -> Slices:
         """The same of a tensor [B, M, h, w]."""

@@ -2,7 +2,8 @@
 
 ``python -m compass_codec.training.baselines RUN --data photos.tar --steps 5000`` trains those of SYSTEMS in turn: first
 the base codec, which systems with one entropy model share, then the enhancement layers. RUN/weights gets a set of
-weights for each, with the system's name as profile. A run that was stopped goes on with the same command.
+weights for each, with the system's name as profile. A run that was stopped goes on with the same command. ``--weights``
+names a trained lean set, whose base codec all base codecs start from as far as they share networks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from compass_codec.training.lean import LeanContextStage, LeanLayersStage, LeanR
 from compass_codec.training.predicted import MeiStage, RpnStage
 from compass_codec.training.trainer import Plan
 
-BASE_RATE, LAYERS_RATE, HYPER_RATE = 8e-4, 5e-4, 2.0  # learning rates; that of hyper networks is relative
+RATE, HYPER_RATE = 5e-4, 2.0  # learning rates; that of hyper networks is relative
 DIMENSIONS: dict[str, Any] = {}  # of all base codecs, and so of the enhancement codecs that start from them
 
 
@@ -77,6 +78,11 @@ def steps_of(folder: Path, stage: str) -> int | None:
 @click.option("--steps", type=click.IntRange(1), default=5000, show_default=True, help="Steps of each stage.")
 @click.option("--batch", type=Integers(), default="8", show_default=True, help="As for compass train.")
 @click.option("--side", type=Integers(), default="128", show_default=True, help="As for compass train.")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder of a lean set whose base codec all base codecs start from. Default: the linear start.",
+)
 @click.option("--only", type=click.Choice(list(SYSTEMS)), multiple=True, help="Some of the systems.")
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to train."
@@ -88,6 +94,7 @@ def main(
     steps: int,
     batch: tuple[int, ...],
     side: tuple[int, ...],
+    weights: Path | None,
     only: tuple[str, ...],
     device: str,
     quiet: bool,
@@ -95,7 +102,8 @@ def main(
     """Train the systems that the papers compare, in the folder RUN."""
     for name in only or SYSTEMS:
         system = SYSTEMS[name]
-        base, weights = f"base-{system.entropy}", run / f"base-{system.entropy}" / "weights"
+        base = f"base-{system.entropy}"
+        trained, begin = run / base / "weights", weights and weights / "base.safetensors"
 
         def make_base(entropy: str = system.entropy) -> LeanStage:
             return LeanContextStage(**DIMENSIONS, entropy=entropy)
@@ -105,14 +113,14 @@ def main(
             stage.card = {"profile": name, "purpose": system.purpose}
             return stage
 
-        for stage, make, start, out, rate in (
-            (base, make_base, None, weights, BASE_RATE),
-            (name, make_layers, weights, run / "weights" / name, LAYERS_RATE),
+        for stage, make, start, out in (
+            (base, make_base, begin, trained),
+            (name, make_layers, trained, run / "weights" / name),
         ):
             done = steps_of(out, stage)
             if done not in (None, steps):
                 raise click.ClickException(f"{out}: trained for {done} steps, not {steps}; take another folder")
-            plan = Plan(stage, steps=steps, batch=batch, side=side, lr=rate, hyper_lr=HYPER_RATE)
+            plan = Plan(stage, steps=steps, batch=batch, side=side, lr=RATE, hyper_lr=HYPER_RATE)
             if done is None and not carry_out(plan, make, data, run / stage, start, out, device=device, quiet=quiet):
                 return
 

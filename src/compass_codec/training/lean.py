@@ -366,7 +366,17 @@ def _start_base(stage: LeanStage, weights: Path | None, seed: int) -> str:
             taken += 1
     if not taken:
         raise ValueError(f"{weights}: no parameter of a lean codec")
+    if rated.codec.entropy == FACTORIZED and "log_scale" not in tensors:
+        _scale_to_latents(rated.codec, stage.crops)
     return f"{taken} of {len(own)} tensors of base from a file, the others from the linear start"
+
+
+@torch.no_grad()
+def _scale_to_latents(codec: LeanCodec, crops: Tensor) -> None:
+    """Give a factorized prior the standard deviation of each latent on ``crops`` [B, 3, H, W] in 0..1."""
+    for level in range(len(LAMBDAS)):
+        y = codec.analysis(crops - 0.5, torch.full((len(crops),), float(level)))
+        codec.log_scale[level] = y.std((0, 2, 3)).clamp(min=LEAST).log()
 
 
 def _start_layers(stage: LeanLayersStage, weights: Path) -> list[str]:
