@@ -45,7 +45,7 @@ tables: install  ## COMPASS next to other codecs on the Kodak pictures; writes d
 	$(BIN)/compass bench --images $(KODAK) --out out/bench $(patsubst %,--curves %,$(wildcard ../shared/anchors/*_rd.json)) $(BENCH)
 	cp out/bench/results.md out/bench/rd.png out/bench/bits.png docs/
 
-speed: install  ## where time and memory go: docs/performance.md (LARGE=--large: large pictures instead, about an hour)
+speed: install  ## where time and memory go: docs/performance.md (LARGE=--large: large pictures instead, ten minutes)
 	$(BIN)/python -W ignore -m compass_codec.measure.speed $(LARGE)
 
 effort: install  ## what --effort brings and costs

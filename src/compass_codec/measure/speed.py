@@ -287,7 +287,7 @@ SECTIONS = (
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True, help="Folder of the page."
 )
-@click.option("--large", is_flag=True, help="Measure large pictures instead, which takes about an hour.")
+@click.option("--large", is_flag=True, help="Measure large pictures instead, which takes ten minutes.")
 @click.option("--profiles", "first", is_flag=True, help="Measure the first section alone.")
 def main(out: Path, large: bool, first: bool) -> None:
     """Measure speed and memory, and write performance.md to the folder OUT. A run keeps the sections of the page that
