@@ -80,6 +80,21 @@ def test_a_finished_run_stays(run, photos):
     assert (result.exit_code, result.output) == (1, expected)
 
 
+def test_base_codecs_start_from_a_trained_set(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "DIMENSIONS", SMALL)
+    known = run / "weights" / "context"
+    result = train(tmp_path / "a", photos, "--only", "factorized", "--weights", known, steps=1)
+    assert result.exit_code == 0 and "of base from a file" in result.output, result.output
+    theirs, ours = (
+        read_tensors(folder / "base.safetensors") for folder in (known, tmp_path / "a" / "base-factorized" / "weights")
+    )
+    assert (theirs["to_y.weight"] - ours["to_y.weight"]).abs().max() < 2e-3  # a step at the lowest rate
+    gains = theirs["log_gain"][-1] - theirs["log_gain"][0]
+    assert (ours["log_scale"][-1] - ours["log_scale"][0] - gains).abs().max() < 0.1  # those of its latents
+    result = train(tmp_path / "b", photos, "--weights", photos, steps=1)
+    assert result.exit_code == 1 and result.output.count("\n") == 1 and "base.safetensors" in result.output
+
+
 def test_tables_of_a_factorized_prior_are_not_counted(run, photos):
     folder = run / "weights" / "factorized"
     result = CliRunner().invoke(tables.main, [str(folder), "--data", str(photos)])
