@@ -134,7 +134,7 @@ def test_sets_are_what_they_say(run):
         )
         for part in ("base", "residual"):
             assert spec[part].get("entropy", "context") == system.entropy and spec[part]["m"] == SMALL["m"]
-        assert spec["residual"]["conditional"] == (name != "residual")
+        assert spec["residual"].get("transforms") == ("base" if name == "latent" else None)
         history = json.loads((sets[name].folder / "history.json").read_text())
         assert [(entry["stage"], entry["steps"]) for entry in history] == [(f"base-{system.entropy}", 2), (name, 2)]
         assert all(entry["minutes"] >= 0 for entry in history)
@@ -144,7 +144,7 @@ def test_sets_are_what_they_say(run):
     assert len(shared) > 2
     weights = [name for name in bases[0] if not name.startswith("exact.")]  # integers are made anew of them
     assert all(torch.equal(base[name], bases[0][name]) for base in bases for name in weights)
-    residuals = [tensors[name]["residual"]["to_y.weight"] for name in shared]
+    residuals = [tensors[name]["residual"]["h_p.weight"] for name in shared]
     assert not any(torch.equal(a, b) for i, a in enumerate(residuals) for b in residuals[:i])
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from compass_codec.engines.torch_engine import TorchEngine
 from compass_codec.errors import CompassError
 from compass_codec.networks import lean_liff, lean_rows
-from compass_codec.networks.lean import EPSILON, LAMBDAS, STEPS, LeanCodec, RMSNorm
+from compass_codec.networks.lean import EPSILON, LAMBDAS, STEPS, EntropyModel, LeanCodec, RMSNorm
 from compass_codec.networks.lean import multiply_accumulates as codec_multiply_accumulates
 from compass_codec.networks.lean_liff import LeanLIFF, multiply_accumulates
 from compass_codec.networks.liff import bicubic, nearest
@@ -37,6 +37,7 @@ from compass_codec.training.trainer import Plan, Run, make_stage
 from compass_codec.weights import choose, load
 
 SMALL = {"c8": 24, "c16": 32, "n8": 1, "n16": 1, "m": 16, "n": 8, "h": 16, "g": 16}
+ENTROPY = {key: SMALL[key] for key in ("m", "n", "h", "g")}
 
 
 @pytest.fixture
@@ -171,22 +172,6 @@ def test_training_goes_on_and_its_set_says_what_it_is(tmp_path):
     assert json.loads((folder / "history.json").read_text())[-1]["stage"] == "average"
 
 
-@pytest.mark.parametrize("size", [(1, 1), (19, 40)])
-@torch.no_grad()
-def test_a_conditional_codec_starts_as_that_of_the_residual(codec, size):
-    conditional = LeanCodec(**SMALL, conditional=True).eval()
-    missing = conditional.load_state_dict(codec.state_dict(), strict=False).missing_keys
-    assert {name.split(".")[0] for name in missing} == {"embed_p", "p8"}
-    x, known, level = torch.rand(1, 3, *size), torch.rand(1, 3, *size) - 0.5, torch.tensor([1.5])
-    y = codec.analysis(x, level)
-    shown = codec.synthesis(y, level, size)
-    assert torch.equal(conditional.analysis(x, level, known), y)
-    assert torch.equal(conditional.synthesis(y, level, size, known), shown)
-    disturbed(conditional)
-    assert not torch.equal(conditional.analysis(x, level, known), conditional.analysis(x, level, -known))
-    assert not torch.equal(conditional.synthesis(y, level, size, known), conditional.synthesis(y, level, size, -known))
-
-
 FACTORS = (1, 1.2, 1.5, 2, 2.8, 4)
 
 
@@ -252,10 +237,8 @@ def test_lean_liff_leaves_a_flat_layer_flat_and_adds_in_proportion_to_contrast()
 def test_arithmetic_of_enhancement_layers():
     assert multiply_accumulates(LeanLIFF(), 2.0) < 2
     assert multiply_accumulates(LeanLIFF(), 1.2) < 6
-    plain, conditional = (codec_multiply_accumulates(LeanCodec(conditional=c)) for c in (False, True))
-    more = {part: conditional[part] - plain[part] for part in plain}
-    a_layer = 192 * 144 / 64 / 1000
-    assert more == pytest.approx({"analysis": a_layer, "synthesis": a_layer, "hyper": 0, "context": 0})
+    base, above = (codec_multiply_accumulates(kind()) for kind in (LeanCodec, EntropyModel))
+    assert above == {**base, "analysis": 0, "synthesis": 0}, "transforms are those of the base codec"
 
 
 def layers_above(base, stage):
@@ -294,31 +277,36 @@ def test_layers_train_above_a_base_that_stays_and_are_exported_with_it(small_bas
     stage, words = layers_above(small_base, make_stage("lean-layers"))
     assert words == "base from weights, residual from base, liff from bicubic"
     for name, value in stage.base.state_dict().items():
-        assert torch.equal(stage.residual.state_dict()[name], value)
+        transform = (
+            name.startswith("codec.") and name.removeprefix("codec.") not in EntropyModel(**ENTROPY).state_dict()
+        )
+        assert transform or torch.equal(stage.residual.state_dict()[name], value)
     run = run_of(stage, "lean-layers", tmp_path / "run")
     before = {name: value.clone() for name, value in stage.state_dict().items()}
     run.advance(0.1)
     changed = {name for name, value in stage.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.split(".")[0] for name in changed} == {"residual", "liff"}
-    assert {"residual.codec.embed_p.weight", "residual.codec.p8.weight", "liff.out.weight"} <= changed
+    assert {"residual.codec.h_p.weight", "residual.codec.context.out.0.weight", "liff.out.weight"} <= changed
 
     out = tmp_path / "out"
     export(stage, out)
     spec = json.loads((out / "model.json").read_text())
     assert (spec["backbone"], [*spec["parts"]]) == ("lean", list(PARTS))
-    assert spec["residual"] == spec["base"] | {"conditional": True} and not spec["base"]["conditional"]
+    assert spec["base"] == SMALL and spec["residual"] == {"transforms": "base"} | ENTROPY
+    assert not any("to_y" in name for name in read_tensors(out / "residual.safetensors"))
     assert same_weights(out / "base.safetensors", small_base / "base.safetensors")
     again, words = layers_above(out, make_stage("lean-layers"))
     assert words == "base from weights, residual from weights, liff from weights"
     for file in export(again, tmp_path / "again"):
         assert same_weights(file, out / file.name)
 
-    plain, _ = layers_above(out, LeanResidualStage())
-    assert isinstance(plain, LeanLayersStage) and not plain.residual.codec.conditional
+    plain, _ = layers_above(small_base, LeanResidualStage())
     run_of(plain, "lean-residual", tmp_path / "run").advance(0.1)
     export(plain, tmp_path / "plain")
-    sees, _ = layers_above(tmp_path / "plain", make_stage("lean-layers"))
-    assert sees.residual.codec.conditional and not sees.residual.codec.embed_p.weight.any()
+    own = read_tensors(tmp_path / "plain" / "residual.safetensors")
+    assert not torch.equal(own["to_y.bias"], read_tensors(tmp_path / "plain" / "base.safetensors")["to_y.bias"])
+    again, words = layers_above(tmp_path / "plain", LeanResidualStage())
+    assert words == "base from weights, residual from weights, liff from weights"
 
 
 def test_layers_start_above_the_base_of_a_run(small_base, tmp_path):

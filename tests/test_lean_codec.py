@@ -12,12 +12,13 @@ from torch import nn
 
 from compass_codec import entropy
 from compass_codec.backbones import lean as lean_codec
-from compass_codec.backbones.lean import LeanLayer, quality_to_lambda
-from compass_codec.engines.torch_engine import TorchEngine, TorchExact, TorchLean, TorchTransforms
+from compass_codec.backbones.lean import LatentLayer, LeanLayer, quality_to_lambda
+from compass_codec.engines.torch_engine import TorchEngine, TorchExact, TorchLean
 from compass_codec.errors import DamagedError
-from compass_codec.networks import exact, flow, strips
+from compass_codec.networks import exact, strips
 from compass_codec.networks.lean import LAMBDAS, LeanCodec, PlainBlock
 from compass_codec.networks.numbers import MEAN_UNIT
+from compass_codec.networks.rates import level_of
 from compass_codec.training.density import FactorizedDensity
 from compass_codec.training.exact import SCALE_STEP, integers
 from compass_codec.training.export import z_table
@@ -47,33 +48,33 @@ def check_garbage(data: bytes, count: int, size: tuple[int, int], decode: Callab
         assert found.shape == (*size, 3)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["base", "conditional"])
+@pytest.fixture(scope="module", params=[False, True], ids=["pixels", "latents"])
 def layer(request) -> LeanLayer:
     return made(request.param)
 
 
-def made(conditional: bool, kind: torch.dtype = torch.float32) -> LeanLayer:
+def made(of_latents: bool, kind: torch.dtype = torch.float32) -> LeanLayer:
     torch.manual_seed(5)
-    codec = LeanCodec(**SMALL, conditional=conditional)
+    codec = LeanCodec(**SMALL)
     for name, parameter in codec.named_parameters():
         if not parameter.any():  # what starts at zero adds something here
             nn.init.normal_(parameter, std=0.1)
         if name in ("to_y.weight", "h_p.weight"):
             parameter.data.mul_(6)
     codec.requires_grad_(False).eval()
-    latents = [codec.analysis(*inputs((64, 64), level, conditional)) for level in range(len(LAMBDAS))]
+    latents = [codec.analysis(*inputs((64, 64), level)) for level in range(len(LAMBDAS))]
     y, lengths = entropy.gaussian_tables()
     tables = entropy.Tables(z_table(FactorizedDensity(codec.n)).numpy(), y, lengths, skipped=lean_codec.SKIPPED)
     engine = TorchEngine(torch.device("cpu"))
     exact = TorchExact(integers(codec, latents), codec.m, engine.device)
-    return LeanLayer(TorchLean(codec, exact, kind), tables, engine)
+    networks = TorchLean(codec, exact, kind)
+    return (LatentLayer if of_latents else LeanLayer)(networks, networks, tables, engine)
 
 
-def inputs(size: tuple[int, int], level: float, conditional: bool) -> tuple[torch.Tensor, ...]:
-    """A layer less its prediction, its level and, for a conditional codec, the prediction."""
+def inputs(size: tuple[int, int], level: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centred pictures and their level."""
     generator = torch.Generator().manual_seed(round(level))
-    x = torch.rand(2, 3, *size, generator=generator) - 0.5
-    return (x, torch.full((2,), float(level)), -x) if conditional else (x, torch.full((2,), float(level)))
+    return torch.rand(2, 3, *size, generator=generator) - 0.5, torch.full((2,), float(level))
 
 
 def picture(size: tuple[int, int]) -> np.ndarray:
@@ -135,7 +136,7 @@ def steps_of(layer, features, y) -> list[np.ndarray]:
 def test_the_integer_twin_is_near_the_networks(layer):
     """Indices and means of all four steps, from the same z and the same known latents."""
     codec, found = layer.networks.codec, []
-    y = codec.analysis(*inputs((128, 128), 4, codec.conditional))[:1]
+    y = codec.analysis(*inputs((128, 128), 4))[:1]
     z = codec.hyper_analysis(y).round()
 
     def symbols(step, log_scales, means, part):
@@ -153,24 +154,25 @@ def test_the_integer_twin_is_near_the_networks(layer):
 
 def test_strips_are_the_whole(layer, monkeypatch):
     """What is computed strip by strip is what the codec computes at once, up to float rounding."""
-    size = (8 * 21 + 3, 52)
-    x, level, *more = (part[:1] for part in inputs(size, 3, layer.networks.codec.conditional))
-    whole = layer.networks.codec.analysis(x, level, *more)
-    networks = TorchTransforms(layer.networks.codec, level, torch.float32)
-    prediction = -x if more else torch.zeros_like(x)
+    size, codec, networks = (8 * 21 + 3, 52), layer.networks.codec, layer.at(60)
+    level = level_of(layer.lambda_of(60), LAMBDAS)[None].float()
+    x = torch.from_numpy(picture(size)).permute(2, 0, 1)[None] / 255
+    below = torch.cat(list(known(size)()), 2)
+    predicted = codec.analysis(below - 0.5, level)
+    if isinstance(layer, LatentLayer):
+        whole = codec.analysis(x - 0.5, level) - predicted
+        expected = codec.synthesis(whole + predicted, level, size) + 0.5
+    else:
+        whole = codec.analysis(x - below, level)
+        expected = codec.synthesis(whole, level, size) + below
+    wanted = (expected.clamp(0, 1) * 255).round()[0].permute(1, 2, 0).numpy()
     for cells in (4, 16, 1024):
         monkeypatch.setitem(lean_codec.CELLS, "cpu", cells)
-        cuts = strips.spans(-(-size[0] // 16), layer._rows(size[1]))
-        rows = [slice(a * 16, min(size[0], b * 16)) for a, b in cuts]
-        pixels = ((x[:, :, r], prediction[:, :, r], r.stop == size[0]) for r in rows)
-        y = flow.gather(11, lean_codec.analysis(networks, pixels))
-        assert (y - whole).abs().max() < 1e-3 * whole.abs().max()
-        z = layer.networks.codec.hyper_analysis(whole)
-        assert (layer.exact.z(whole, 0.02) - z).abs().max() < 0.501
-        shown = lean_codec.synthesis(networks, flow.cut(whole, 2), [prediction + 0.5], size, bool(more))
-        back = torch.cat(list(shown), 2)
-        expected = layer.networks.codec.synthesis(whole, level, size, *more) + prediction + 0.5
-        assert (back - expected).abs().max() < 1e-3 * expected.abs().max()
+        y = layer.analysis(networks, picture(size), layer.given(networks, known(size, 7)(), size))
+        assert (y - whole).abs().max() < 1e-3 * predicted.abs().max()
+        assert (layer.exact.z(whole, 0.02) - codec.hyper_analysis(whole)).abs().max() < 0.501
+        shown = layer.reconstruct(networks, whole, layer.given(networks, known(size, 7)(), size), size)
+        assert np.abs(shown - wanted).max() <= 1 and shown.std() > 10
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 1), (16, 16), (17, 31), (70, 90)])
@@ -182,7 +184,8 @@ def test_the_decoder_sees_what_the_encoder_saw(layer, size, quality):
 
 def test_more_escapes_of_y_than_z_has_symbols(layer):
     """Pictures of noise can have them, where the networks expect smooth ones."""
-    y = layer.analysis(layer.at(60), picture((33, 40)), known((33, 40))())
+    networks, size = layer.at(60), (33, 40)
+    y = layer.analysis(networks, picture(size), layer.given(networks, known(size)(), size))
     with torch.inference_mode():
         y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) * 20000
         data = layer.write(torch.zeros(1, *layer.exact.z_shape(*y.shape[2:])), y)
@@ -196,7 +199,7 @@ def test_symbols_do_not_depend_on_strips_threads_or_the_pixel_path(layer, monkey
     z, y = layer.parse(data, size)
     assert z.dtype == y.dtype == np.int32 and z.shape == (8, 3, 2) and y.shape == (16, 10, 7)
     assert len(np.unique(y)) > 50
-    other = made(layer.networks.codec.conditional, torch.bfloat16)
+    other = made(isinstance(layer, LatentLayer), torch.bfloat16)
     for codec, cells, threads in ((layer, 4, 1), (layer, 14, 2), (other, 1024, 1)):
         monkeypatch.setitem(lean_codec.CELLS, "cpu", cells)
         check_symbols_with(threads, codec, data, size, z, y)

@@ -55,8 +55,8 @@ def layers_of(model: str, kind: torch.dtype = torch.float32) -> tuple[LeanLayer,
     twin = TorchExact(exact, codec.m, CPU, entropy_model(model).networks) if exact else None
     tensors = {name: value.numpy() for name, value in codec.state_dict().items()}
     tensors |= {f"{INTEGERS}{name}": value.numpy() for name, value in exact.items()}
-    onnx = LeanLayer(OnnxLean(tensors, **SMALL, entropy=model), made, OnnxEngine())
-    return LeanLayer(TorchLean(codec, twin, kind), made, TorchEngine(CPU)), onnx
+    theirs, ours = TorchLean(codec, twin, kind), OnnxLean(tensors, **SMALL, entropy=model)
+    return LeanLayer(theirs, theirs, made, TorchEngine(CPU)), LeanLayer(ours, ours, made, OnnxEngine())
 
 
 @pytest.fixture(scope="module", params=MODELS)

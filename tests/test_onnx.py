@@ -37,14 +37,15 @@ def both(request, in_float32) -> tuple[Codec, Codec]:
     return shared("cpu", model=request.param), shared("cpu", model=request.param, engine="onnx")
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["base", "conditional"])
+@pytest.fixture(scope="module", params=[False, True], ids=["pixels", "latents"])
 def pair(request) -> tuple[LeanLayer, LeanLayer]:
     """The same small random networks with PyTorch and with ONNX Runtime."""
     layer = made(request.param)
     exact = layer.networks.exact
     tensors = {name: value.numpy() for name, value in layer.networks.codec.state_dict().items()}
     tensors |= {f"{INTEGERS}{name}": value.numpy() for name, value in exact.tensors.items()}
-    return layer, LeanLayer(OnnxLean(tensors, **SMALL, conditional=request.param), layer.tables, OnnxEngine())
+    networks = OnnxLean(tensors, **SMALL)
+    return layer, type(layer)(networks, networks, layer.tables, OnnxEngine())
 
 
 def near(ours: np.ndarray, theirs: torch.Tensor) -> bool:
@@ -56,8 +57,8 @@ def near(ours: np.ndarray, theirs: torch.Tensor) -> bool:
 def test_transforms_are_those_of_pytorch(pair, lam):
     torch.manual_seed(1)
     theirs, ours = (layer.networks.at(lam) for layer in pair)
-    pixels, seen = torch.randn(2, 1, 3, 21, 35)
-    assert near(ours.embed(pixels.numpy(), seen.numpy()), theirs.embed(pixels, seen))
+    pixels = torch.randn(1, 3, 21, 35)
+    assert near(ours.embed(pixels.numpy()), theirs.embed(pixels))
     for group, channels in (("a8", 16), ("s8", 16), ("a16", 24), ("s16", 24)):
         f = torch.randn(1, channels, 5, 7)
         for a, b in zip(getattr(ours, group), getattr(theirs, group), strict=True):
@@ -65,9 +66,6 @@ def test_transforms_are_those_of_pytorch(pair, lam):
     f8, f16, y = torch.randn(1, 16, 6, 8), torch.randn(1, 24, 3, 4), torch.randn(1, 16, 3, 4)
     for name, f in (("down", f8), ("to_y", f16), ("from_y", y), ("up", f16), ("out", f8)):
         assert near(getattr(ours, name)(f.numpy()), getattr(theirs, name)(f)), name
-    if ours.conditional:
-        pixels = torch.randn(1, 3, 43, 60)
-        assert near(ours.condition(f8.numpy(), pixels.numpy()), theirs.condition(f8, pixels))
     theirs, ours = (layer.networks.hyper for layer in pair)
     h, y = torch.randn(1, 16, 6, 8), torch.randn(1, 16, 5, 7)
     assert near(ours.first(y.numpy()), theirs.first(y))
@@ -196,9 +194,11 @@ def test_whole_files_both_ways(both, quality):
         encoded = writer.encode(image, scales, quality)
         assert symbol_hashes(writer, encoded.data) == symbol_hashes(reader, encoded.data)
         header = container.read_header(encoded.data)
-        for seen, found in zip(encoded.layers, reader.decode_layers(encoded.data, header, 2), strict=True):
-            difference = np.abs(seen.astype(int) - found)
-            assert difference.max() <= 1 and (difference > 0).mean() <= 0.001
+        found = reader.decode_layers(encoded.data, header, 2)
+        # one sample that differs moves up to some twenty around it in the layer above
+        for seen, picture, share in zip(encoded.layers, found, (0.001, 0.005, 0.005), strict=True):
+            difference = np.abs(seen.astype(int) - picture)
+            assert difference.max() <= 1 and (difference > 0).mean() <= share
 
 
 @pytest.mark.parametrize("kind", ["float16", "float32", "int8", "int16", "int32", "int64", "uint8"])
@@ -218,12 +218,12 @@ def test_files_are_read_as_safetensors_reads_them(kind):
 @pytest.mark.parametrize("name", ["to_y.weight", "a8.0.norm", "h_a.1.weight", f"{INTEGERS}first.weight"])
 def test_weights_that_do_not_fit_are_refused(pair, name):
     good = {**pair[1].networks.layers.tensors}
-    shape, conditional = good[name].shape, pair[1].networks.conditional
-    OnnxLean(good, **SMALL, conditional=conditional)
+    shape = good[name].shape
+    OnnxLean(good, **SMALL)
     with pytest.raises(ValueError, match=name.removeprefix(INTEGERS).split(".")[0]):
-        OnnxLean(good | {name: good[name][: shape[0] // 2]}, **SMALL, conditional=conditional)
+        OnnxLean(good | {name: good[name][: shape[0] // 2]}, **SMALL)
     with pytest.raises(KeyError):
-        OnnxLean({key: value for key, value in good.items() if key != name}, **SMALL, conditional=conditional)
+        OnnxLean({key: value for key, value in good.items() if key != name}, **SMALL)
 
 
 @pytest.mark.parametrize(

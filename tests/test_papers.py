@@ -21,7 +21,6 @@ from compass_codec.container import read_header
 from compass_codec.engines.torch_engine import TorchEngine, TorchExact, TorchLean
 from compass_codec.errors import DamagedError, OptionError, WeightsError
 from compass_codec.networks import strips
-from compass_codec.networks.lean import LeanCodec
 from compass_codec.networks.numbers import FACTORIZED, LAMBDAS
 from compass_codec.networks.predicted import Half, halved
 from compass_codec.networks.rates import level_of
@@ -110,7 +109,8 @@ def layer_of(kind: type[RatedLean], model: str = "hyperprior", precision: torch.
     rated = rated_of(kind, model).requires_grad_(False).eval()
     x, codec, twin = noise_pictures(2, 64), rated.codec, None
     if model != FACTORIZED:
-        latents = [codec.analysis(0.5 * x, torch.full((2,), float(k)), 0.5 * x - 0.5) for k in range(len(LAMBDAS))]
+        levels = [torch.full((2,), float(k)) for k in range(len(LAMBDAS))]
+        latents = [codec.analysis(x - 0.5, level) - codec.predict(halved(0.5 * x - 0.5), level)[0] for level in levels]
         twin = TorchExact(integers(codec, latents), codec.m, CPU, False)
     tables = (tables_of(rated)[f"tables.{name}"].numpy() for name in ("z", "y", "y_lengths"))
     made = entropy.Tables(*tables, skipped=0 if twin is None else lean_codec.SKIPPED)
@@ -130,10 +130,11 @@ def layer(request) -> PredictedLayer:
 
 @pytest.mark.parametrize("kind", [RatedMei, RatedRpn])
 def test_gradients_reach_every_network(kind):
-    rated, x = rated_of(kind), noise_pictures(3, 80)[:2]
-    prediction = Half()(x[..., ::2, ::2], (80, 80)) - 0.5
-    rec, bits = rated(x - 0.5 - prediction, torch.tensor([2.0, 5.0]), True, prediction)
-    ((rec + prediction + 0.5 - x).square().sum() + bits.sum()).backward()
+    stage, x, level = RpnStage(**SMALL, entropy="hyperprior"), noise_pictures(3, 80)[:2], torch.tensor([2.0, 5.0])
+    stage.residual = rated = rated_of(kind)
+    y, layer_of = stage.difference(x, Half()(x[..., ::2, ::2], (80, 80)), level)
+    y_hat, bits = rated.code(y, level, True)
+    ((layer_of(y_hat) - x).square().sum() + bits.sum()).backward()
     idle = [name for name, value in rated.named_parameters() if value.grad is None or not value.grad.any()]
     assert not idle
 
@@ -148,10 +149,10 @@ def test_the_start_predicts(kind):
     residual.load_state_dict(stage.base.state_dict(), strict=False)
     stage.begin(residual)
     x, level = noise_pictures(10, 64)[8:], torch.full((2,), 4.0)
-    prediction = Half()(stage.lower(nn.functional.avg_pool2d(x, 2), level), (64, 64)) - 0.5
+    prediction = Half()(stage.lower(nn.functional.avg_pool2d(x, 2), level), (64, 64))
+    stage.residual = residual
     with torch.no_grad():
-        whole = LeanCodec.analysis(residual.codec, x - 0.5, level)
-        rest = residual.codec.analysis(x - 0.5 - prediction, level, prediction)
+        whole, rest = residual.codec.analysis(x - 0.5, level), stage.difference(x, prediction, level)[0]
     assert rest.square().sum() < 0.3 * whole.square().sum()
 
 
@@ -184,13 +185,13 @@ def test_strips_are_what_was_trained(layer, cells, monkeypatch):
     monkeypatch.setitem(lean_codec.CELLS, "cpu", cells)
     size, codec, networks = (75, 52), layer.networks.codec, layer.at(50)
     level = level_of(layer.lambda_of(50), LAMBDAS)[None].float()
-    prediction = torch.cat(list(below(size)()), 2) - 0.5
+    predicted, added = codec.predict(halved(torch.cat(list(below(size)()), 2) - 0.5), level)
     x = torch.from_numpy(picture(size)).permute(2, 0, 1)[None] / 255
-    y = layer.analysis(networks, picture(size), below(size, 9)())
-    expected = codec.analysis(x - 0.5 - prediction, level, prediction)
+    y = layer.analysis(networks, picture(size), layer.given(networks, below(size, 9)(), size))
+    expected = codec.analysis(x - 0.5, level) - predicted
     assert y.shape == expected.shape and (y - expected).abs().max() < 1e-3 * expected.abs().max()
-    shown = layer.reconstruct(networks, expected.round(), below(size, 9)(), size)
-    whole = codec.synthesis(expected.round(), level, size, prediction) + prediction + 0.5
+    shown = layer.reconstruct(networks, expected.round(), layer.given(networks, below(size, 9)(), size), size)
+    whole = codec.synthesis(expected.round() + added, level, size) + 0.5
     wanted = (whole.clamp(0, 1) * 255).round()[0].permute(1, 2, 0).numpy()
     assert np.abs(shown - wanted).max() <= 1 and shown.std() > 10
 
@@ -215,9 +216,3 @@ def test_garbage_gives_a_picture_or_one_error(kind, model):
     with pytest.raises(DamagedError):  # more escapes than symbols
         layer.decode(b"\xfe\xff\xff\x7f" + data, size, below(size)(), 70)
     check_garbage(data, 12, size, lambda broken: layer.decode(broken, size, below(size)(), 70))
-
-
-@pytest.mark.parametrize("kind", [RatedMei, RatedRpn])
-def test_a_conditional_codec_is_refused(kind):
-    with pytest.raises(ValueError, match="conditional"):
-        kind(**SMALL, conditional=True)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from compass_codec.search import Progress
 
 EFFORTS = range(10)
-KEPT = 2**21  # pixels of a layer up to which its prediction is computed once and kept: 12 bytes a pixel
 ONE_COLOUR = 1  # first byte of a layer of one colour; the layers of backbones begin with an even number
 
 
@@ -202,8 +201,7 @@ class Codec:
             return flat
         codec = self.base if below is None else self.residual
         size = (picture.shape[0], picture.shape[1])
-        kept = list(self.predict(below, size)) if size[0] * size[1] <= KEPT else None
-        return codec.encode(picture, lambda: kept or self.predict(below, size), quality)
+        return codec.encode(picture, lambda: self.predict(below, size), quality)
 
     @staticmethod
     def flat(picture: NDArray[np.uint8]) -> tuple[bytes, NDArray[np.uint8]] | None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compass_codec import entropy
-from compass_codec.backbones.lean import SKIPPED, LeanLayer
+from compass_codec.backbones.lean import SKIPPED, LatentLayer, LeanLayer
 from compass_codec.backbones.symbols import LATENT_LIMIT, quantise, thresholds
 from compass_codec.distortions import TUNES, Distortion
-from compass_codec.engines.torch_engine import TorchLean
+from compass_codec.engines.torch_engine import TorchEntropy, TorchLean
 from compass_codec.networks import strips
 from compass_codec.networks.arrays import to_tensor
-from compass_codec.networks.lean import LeanCodec
+from compass_codec.networks.lean import EntropyModel, LeanCodec
 from compass_codec.networks.numbers import CELL, LAMBDAS
 from compass_codec.networks.rates import cost, level_of
 
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Tensor]: ...
 
 
+C = TypeVar("C", bound=EntropyModel)
 STEPS = (0, 0, 4, 8, 12, 16, 24, 32, 48, 64)  # of gradients, that an effort adds to those below it
 # Effort 1: so much of the quantisation errors stays, less what a second analysis sees of them so many times.
 STAYS, SEEN = 0.7, 0.74
@@ -201,11 +202,11 @@ class LayerTask:
 
 @dataclass
 class Latents:
-    """Of a layer whose prediction [1, 3, height, width] in 0..1 is ``known``: y [1, M, h, w] as the analysis gives it,
-    what effort 1 adds to that, and where gradients have brought y and z [1, N, h / 4, w / 4]."""
+    """Of a layer: what its prediction gives (see LeanLayer.given), y [1, M, h, w] as it is coded without search, what
+    effort 1 adds to that, and where gradients have brought y and z [1, N, h / 4, w / 4]."""
 
     below: NDArray[np.uint8] | None
-    known: Tensor
+    given: Tensor
     analysed: Tensor
     y: Tensor
     z: Tensor
@@ -247,8 +248,10 @@ class Search:
     """The search with one lean codec and its tables."""
 
     def __init__(self, layer: LayerCodec) -> None:
-        assert isinstance(layer, LeanLayer) and isinstance(layer.networks, TorchLean), "what is searchable"
-        self.layer, self.networks, self.device = layer, layer.networks.codec, layer.networks.codec.log_gain.device
+        assert isinstance(layer, LeanLayer) and isinstance(layer.networks, TorchEntropy), "what is searchable"
+        assert isinstance(layer.transforms, TorchLean)
+        self.layer, self.of, self.device = layer, layer.transforms.codec, layer.transforms.codec.log_gain.device
+        self.model, self.of_latents = layer.networks.codec, isinstance(layer, LatentLayer)
         self.distortion = TUNES[layer.tune]
 
     def least(self, job: LayerTask) -> Tensor:
@@ -257,15 +260,23 @@ class Search:
         return torch.from_numpy(thresholds(self.layer.tables, beyond, MOST_BEYOND)).to(self.device)
 
     @cached_property
-    def codec(self) -> LeanCodec:
+    def entropy_model(self) -> EntropyModel:
+        return self._copied(self.model)
+
+    @cached_property
+    def transforms(self) -> LeanCodec:
+        return self._copied(self.of)
+
+    @staticmethod
+    def _copied(codec: C) -> C:
         """The networks in float32, for gradients."""
         with torch.inference_mode(False):
             # the weights were made in inference mode, where autograd may not keep them
             with torch.device("meta"):
-                codec = LeanCodec(**self.networks.dimensions)
-            tensors = self.networks.state_dict().items()
-            codec.load_state_dict({k: x.to(torch.float32, copy=True) for k, x in tensors}, assign=True)
-            return codec.requires_grad_(False).eval()
+                copied = type(codec)(**codec.dimensions)
+            tensors = codec.state_dict().items()
+            copied.load_state_dict({k: x.to(torch.float32, copy=True) for k, x in tensors}, assign=True)
+            return copied.requires_grad_(False).eval()
 
     @cached_property
     def z_bits(self) -> Tensor:
@@ -277,13 +288,14 @@ class Search:
         before, moved by what that changes."""
         if last is not None and last.below is job.below:
             return last
-        known = torch.cat(list(predict(job.below, job.size)), 2)
-        analysed = self.layer.analysis(self.layer.at(job.quality), job.picture, [known])
+        networks = self.layer.at(job.quality)
+        given = torch.cat(list(self.layer.given(networks, predict(job.below, job.size), job.size)), 2)
+        analysed = self.layer.analysis(networks, job.picture, [given])
         if last is None:
             z = self.layer.exact.z(analysed, self.layer.lambda_of(job.quality))
-            return Latents(job.below, known, analysed, analysed.clone(), z)
+            return Latents(job.below, given, analysed, analysed.clone(), z)
         y = last.y + (analysed - last.analysed)
-        return Latents(job.below, known, analysed, y, last.z, last.added, last.steps)
+        return Latents(job.below, given, analysed, y, last.z, last.added, last.steps)
 
     def encode(self, job: LayerTask, latents: Latents, effort: int, more: bool) -> Coded:
         """The layer's bytes and what the decoder will see of it, searched as ``effort`` adds to those below it;
@@ -300,9 +312,9 @@ class Search:
                 latents.y[tile.part(LATENT)], latents.z[tile.part(1)] = self.descend(job, latents, tile, STEPS[effort])
             y, z = latents.y.clone(), latents.z.round().clamp(-LATENT_LIMIT, LATENT_LIMIT)
         data = self.layer.write(z, y, least)
-        seen = self.layer.reconstruct(networks, y, [latents.known], job.size)
+        seen = self.layer.reconstruct(networks, y, [latents.given], job.size)
         if effort == 0 and more:
-            again = self.layer.analysis(networks, seen, [latents.known])
+            again = self.layer.analysis(networks, seen, [latents.given])
             latents.added = STAYS * (y - latents.analysed) + SEEN * (latents.analysed - again)
         return data, seen
 
@@ -310,9 +322,9 @@ class Search:
     def descend(self, job: LayerTask, latents: Latents, tile: Tile, steps: int) -> tuple[Tensor, Tensor]:
         """y and z in a tile's core after ``steps`` of gradients."""
         outside = tile.part(PIXEL, REACH)
-        pixels = samples(job.picture[outside[2:]]).to(latents.known.device)
-        known = latents.known[outside].clone()
-        level = level_of(self.layer.lambda_of(job.quality), LAMBDAS)[None].float().to(known.device)
+        pixels = samples(job.picture[outside[2:]]).to(self.device)
+        given = latents.given[tile.part(LATENT, REACH) if self.of_latents else outside].clone()
+        level = level_of(self.layer.lambda_of(job.quality), LAMBDAS)[None].float().to(self.device)
         y, z = latents.y[tile.part(LATENT, REACH)].clone(), latents.z[tile.part(1, REACH)].clone()
         least = self.least(job)
         seen = tile.part(PIXEL, REACH / 2, REACH)
@@ -323,9 +335,9 @@ class Search:
             # what is added to the quantised latent, and to z, for their gradients
             change, moved = torch.zeros_like(y).requires_grad_(), z.clone().requires_grad_()
             quantised, bits = self.quantised(y, moved, change, least)
-            given = known - 0.5 if self.codec.conditional else None
-            out = self.codec.synthesis(quantised, level, (pixels.shape[2], pixels.shape[3]), given)
-            want, own = pixels[seen], (out + known).clamp(0, 1)[seen]
+            whole, below = (quantised + given, 0.5) if self.of_latents else (quantised, given)
+            out = self.transforms.synthesis(whole, level, (pixels.shape[2], pixels.shape[3]))
+            want, own = pixels[seen], (out + below).clamp(0, 1)[seen]
             error = own.numel() * self.distortion(want, own).sum()
             (bits + job.price * error).backward()
             assert change.grad is not None and moved.grad is not None
@@ -342,7 +354,7 @@ class Search:
         """What the decoder has of y, plus ``change``, and the bits of both; z is rounded. Gradients go to ``change``
         and to z, as if rounding were none."""
         low = z.detach().floor()
-        channels = torch.arange(self.codec.n, device=z.device)[None, :, None, None]
+        channels = torch.arange(self.entropy_model.n, device=z.device)[None, :, None, None]
         below, above = (bits_of(self.z_bits, channels, low.long() + by) for by in (0, 1))
         bits = (below + (above - below) * (z - low)).sum()
 
@@ -354,8 +366,8 @@ class Search:
             bits = bits + (gaussian_bits(own - means, log_scales) * coded).sum()
             return own + change[part]
 
-        features = self.codec.hyper_synthesis(z + (z.detach().round() - z.detach()), (y.shape[2], y.shape[3]))
-        return self.codec.walk(features, code), bits
+        features = self.entropy_model.hyper_synthesis(z + (z.detach().round() - z.detach()), (y.shape[2], y.shape[3]))
+        return self.entropy_model.walk(features, code), bits
 
 
 LOG_SCALES = math.log(entropy.SCALE_RANGE[0]), math.log(entropy.SCALE_RANGE[1])

@@ -24,11 +24,12 @@ from compass_codec.networks.numbers import ACTIVATION, CELL, FACTORIZED, LAMBDAS
 from compass_codec.networks.order import Step, order_of
 
 if TYPE_CHECKING:
-    from compass_codec.engines import Engine, LeanNetworks, Predictor, Transforms
+    from compass_codec.engines import Engine, EntropyNetworks, LeanNetworks, Predictor, Transforms
 
 SKIPPED = 3  # symbols of lower scale indices are zero and are not coded
 PARTS = ("base", "residual", "liff")
 SEARCHED = ("psnr", "visual")  # tunes of sets whose distortion a search knows
+KEPT = 2**21  # pixels of a layer up to which what its prediction gives is computed once and kept
 CELLS = {"cpu": 1024, "cuda": 1 << 16}  # of y in a strip: what is in hand then stays in a processor's cache
 
 
@@ -46,7 +47,7 @@ class Entropy:
     """What leads from z and known latents to scale indices and means of y, in integers, a strip of ``cells`` of y at a
     time."""
 
-    def __init__(self, networks: LeanNetworks, engine: Engine, cells: Callable[[], int]) -> None:
+    def __init__(self, networks: EntropyNetworks, engine: Engine, cells: Callable[[], int]) -> None:
         assert networks.exact is not None
         self.networks, self.m, self.n, self.cells = networks.exact, networks.m, networks.n, cells
         self.lean, self.engine, self.order = networks, engine, order_of(networks.entropy, networks.m)
@@ -151,7 +152,7 @@ class Factorized:
     """The same without hyper networks: each channel of y has a table for every level of LAMBDAS, and z is one number,
     the level whose tables are used."""
 
-    def __init__(self, networks: LeanNetworks, engine: Engine, cells: Callable[[], int]) -> None:
+    def __init__(self, networks: EntropyNetworks, engine: Engine, cells: Callable[[], int]) -> None:
         self.m = networks.m
 
     def z_shape(self, h: int, w: int) -> tuple[int, int, int]:
@@ -181,49 +182,36 @@ def _short(x: Array) -> Array:
     return cast(x, "int16")
 
 
-def analysis(networks: Transforms, pixels: Iterable[tuple[Array, Array, bool]]) -> Iterator[flow.Strip]:
-    """Strips of a layer less its prediction, of that prediction less 1/2, and whether they are the last, to strips of y
-    (float32). Strips but the last have multiples of 8 rows."""
-    at: Iterator[flow.Strip] = ((networks.embed(x, known), last) for x, known, last in pixels)
+def analysis(networks: Transforms, pixels: Iterable[flow.Strip]) -> Iterator[flow.Strip]:
+    """Strips of a centred picture to strips of y (float32). Strips but the last have multiples of 8 rows."""
+    at = flow.each(networks.embed, pixels)
     at = flow.each(networks.down, flow.even(flow.blocks(networks.a8, at)))
     return flow.each(networks.to_y, flow.blocks(networks.a16, at))
 
 
-def synthesis(
-    networks: Transforms,
-    y: Iterator[flow.Strip],
-    prediction: Iterable[Array],
-    size: tuple[int, int],
-    conditional: bool,
-) -> Iterator[Array]:
-    """Strips of the quantised latent and of the prediction to strips [1, 3, rows, W] of the layer, float32."""
-    seen, below = (strips.Rows(part) for part in strips.fork(prediction))
+def synthesis(networks: Transforms, y: Iterator[flow.Strip], size: tuple[int, int]) -> Iterator[Array]:
+    """Strips of the quantised latent to strips [1, 3, rows, W] of a centred picture, float32."""
     at = flow.each(networks.up, flow.blocks(networks.s16, flow.each(networks.from_y, y)))
     at = flow.within(-(-size[0] // UNSHUFFLE), -(-size[1] // UNSHUFFLE), at)
-    if conditional:
-        at = _conditioned(networks, at, seen, size[0])
     row = 0
     for f, _ in flow.blocks(networks.s8, at):
         strip = networks.out(f)[:, :, : size[0] - row, : size[1]]
         row += strip.shape[2]
-        yield strip + below.take(strip.shape[2])
-
-
-def _conditioned(
-    networks: Transforms, at: Iterable[flow.Strip], seen: strips.Rows, height: int
-) -> Iterator[flow.Strip]:
-    row = 0
-    for f, last in at:
-        rows = min(f.shape[2] * UNSHUFFLE, height - row)
-        row += rows
-        yield networks.condition(f, seen.take(rows) - 0.5), last
+        yield strip
 
 
 class LeanLayer:
-    """A lean codec with its entropy coder: a layer less its prediction to bytes and back."""
+    """An entropy model with its coder, and transforms: a layer less its prediction to bytes and back."""
 
-    def __init__(self, networks: LeanNetworks, tables: entropy.Tables, engine: Engine, tune: str = "psnr") -> None:
-        self.networks, self.tables, self.engine, self.tune = networks, tables, engine, tune
+    def __init__(
+        self,
+        networks: EntropyNetworks,
+        transforms: LeanNetworks,
+        tables: entropy.Tables,
+        engine: Engine,
+        tune: str = "psnr",
+    ) -> None:
+        self.networks, self.transforms, self.tables, self.engine, self.tune = networks, transforms, tables, engine, tune
         self.searchable = tune in SEARCHED and networks.entropy != FACTORIZED
         self.exact = (Factorized if networks.entropy == FACTORIZED else Entropy)(networks, engine, self._cells)
 
@@ -239,21 +227,29 @@ class LeanLayer:
         self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Array]], quality: float
     ) -> tuple[bytes, NDArray[np.uint8]]:
         """See backbone.LayerCodec."""
-        networks = self.at(quality)
-        y = self.analysis(networks, picture, prediction())
+        networks, size = self.at(quality), (picture.shape[0], picture.shape[1])
+        kept = list(self.given(networks, prediction(), size)) if size[0] * size[1] <= KEPT else None
+
+        def given() -> Iterable[Array]:
+            return kept or self.given(networks, prediction(), size)
+
+        y = self.analysis(networks, picture, given())
         data = self.write(self.exact.z(y, quality_to_lambda(quality)), y)
-        return data, self.reconstruct(networks, y, prediction(), (picture.shape[0], picture.shape[1]))
+        return data, self.reconstruct(networks, y, given(), size)
 
     def at(self, quality: float) -> Transforms:
         """The transforms at a quality."""
-        return self.networks.at(quality_to_lambda(quality))
+        return self.transforms.at(quality_to_lambda(quality))
 
-    def analysis(self, networks: Transforms, picture: NDArray[np.uint8], prediction: Iterable[Array]) -> Array:
-        """The latent [1, M, h, w] of a layer."""
+    def given(self, networks: Transforms, prediction: Iterable[Array], size: tuple[int, int]) -> Iterator[Array]:
+        """Strips of the prediction of a layer to strips of what is subtracted before coding and added after it: here
+        to the same."""
+        yield from prediction
+
+    def analysis(self, networks: Transforms, picture: NDArray[np.uint8], given: Iterable[Array]) -> Array:
+        """What is coded of a layer, a latent [1, M, h, w]."""
         size = (picture.shape[0], picture.shape[1])
-        return flow.gather(
-            -(-size[0] // CELL), analysis(networks, self._pixels(picture, strips.Rows(prediction), size))
-        )
+        return flow.gather(-(-size[0] // CELL), analysis(networks, self._pixels(size, given, picture)))
 
     def write(self, z: Array, y: Array, least: Array | None = None) -> bytes:
         """The symbols of z and a latent to bytes; ``least`` are its thresholds if they are others (symbols.thresholds).
@@ -276,8 +272,8 @@ class LeanLayer:
         self, data: bytes, size: tuple[int, int], prediction: Iterable[Array], quality: float
     ) -> NDArray[np.uint8]:
         """See backbone.LayerCodec."""
-        _, y = self._read(data, size)
-        return self.reconstruct(self.at(quality), y, prediction, size)
+        (_, y), networks = self._read(data, size), self.at(quality)
+        return self.reconstruct(networks, y, self.given(networks, prediction, size), size)
 
     def parse(self, data: bytes, size: tuple[int, int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """See backbone.LayerCodec; the latent, symbols plus means, is in units of 1 / MEAN_UNIT."""
@@ -309,15 +305,20 @@ class LeanLayer:
         return max(1, self._cells() // -(-width // CELL))
 
     def _pixels(
-        self, picture: NDArray[np.uint8], prediction: strips.Rows, size: tuple[int, int]
-    ) -> Iterator[tuple[Array, Array, bool]]:
-        """What ``analysis`` takes."""
+        self, size: tuple[int, int], prediction: Iterable[Array], picture: NDArray[np.uint8] | None = None
+    ) -> Iterator[flow.Strip]:
+        """What ``analysis`` takes: a picture less its prediction, or the prediction less 1/2."""
+        below = strips.Rows(prediction)
         for first, end in strips.spans(-(-size[0] // CELL), self._rows(size[1])):
             rows = slice(first * CELL, min(size[0], end * CELL))
-            own, known = self.engine.array(picture[rows]), prediction.take(rows.stop - rows.start)
+            known = below.take(rows.stop - rows.start)
+            if picture is None:
+                yield known - 0.5, rows.stop == size[0]
+                continue
+            own = self.engine.array(picture[rows])
             x = cast(space(own).moveaxis(own, 2, 0)[None], "float32") / 255
             x -= known
-            yield x, known - 0.5, rows.stop == size[0]
+            yield x, rows.stop == size[0]
 
     def _quantise(self, centred: Array, index: Array, least: Array) -> Array:
         """Symbols of y, less its means, from what they cost by their tables."""
@@ -326,18 +327,51 @@ class LeanLayer:
         return symbols
 
     def reconstruct(
-        self, networks: Transforms, y: Array, prediction: Iterable[Array], size: tuple[int, int]
+        self, networks: Transforms, y: Array, given: Iterable[Array], size: tuple[int, int]
     ) -> NDArray[np.uint8]:
-        """The quantised latent and strips of the prediction to the layer. Encoder and decoder both come here."""
-        done, row = np.empty((*size, 3), np.uint8), 0
-        cut = flow.cut(y, self._rows(size[1]))
-        for strip in synthesis(networks, cut, prediction, size, self.networks.conditional):
+        """The quantised latent and what ``given`` gives to the layer. Encoder and decoder both come here."""
+        return self._shown(networks, flow.cut(y, self._rows(size[1])), given, size)
+
+    @staticmethod
+    def _shown(
+        networks: Transforms, y: Iterator[flow.Strip], prediction: Iterable[Array], size: tuple[int, int]
+    ) -> NDArray[np.uint8]:
+        done, row, below = np.empty((*size, 3), np.uint8), 0, strips.Rows(prediction)
+        for strip in synthesis(networks, y, size):
             rows = slice(row, row := row + strip.shape[2])
-            done[rows] = to_bytes(strip)
+            done[rows] = to_bytes(strip + below.take(strip.shape[2]))
         return done
 
 
-def tables_of(networks: LeanNetworks, tensors: dict[str, Any]) -> entropy.Tables:
+class LatentLayer(LeanLayer):
+    """The same for enhancement layers: what is coded is the latent of the layer less that of its prediction."""
+
+    def given(self, networks: Transforms, prediction: Iterable[Array], size: tuple[int, int]) -> Iterator[Array]:
+        """Here to the latent of the prediction. With 2 M channels, the first half is subtracted and the other added."""
+        for strip, _ in analysis(networks, self._pixels(size, prediction)):
+            yield strip
+
+    def analysis(self, networks: Transforms, picture: NDArray[np.uint8], given: Iterable[Array]) -> Array:
+        y, row = super().analysis(networks, picture, self._grey((picture.shape[0], picture.shape[1]))), 0
+        for strip in given:
+            y[:, :, row : (row := row + strip.shape[2])] -= strip[:, : y.shape[1]]
+        return y
+
+    def reconstruct(
+        self, networks: Transforms, y: Array, given: Iterable[Array], size: tuple[int, int]
+    ) -> NDArray[np.uint8]:
+        known = strips.Rows(strip[:, -y.shape[1] :] for strip in given)
+        whole = ((strip + known.take(strip.shape[2]), last) for strip, last in flow.cut(y, self._rows(size[1])))
+        return self._shown(networks, whole, self._grey(size), size)
+
+    def _grey(self, size: tuple[int, int]) -> Iterator[Array]:
+        """Strips of the grey level that pictures are centred on."""
+        grey = self.engine.array(np.full((1, 1, 1, 1), 0.5, np.float32))
+        for first, end in strips.strip_spans(size, self.engine.device):
+            yield space(grey).broadcast_to(grey, (1, 3, end - first, size[1]))
+
+
+def tables_of(networks: EntropyNetworks, tensors: dict[str, Any]) -> entropy.Tables:
     """The tables among the tensors of a codec."""
     tables = (np.asarray(tensors[f"tables.{key}"]) for key in ("z", "y", "y_lengths"))
     return entropy.Tables(*tables, skipped=0 if networks.entropy == FACTORIZED else SKIPPED)
@@ -347,14 +381,24 @@ def build(
     spec: dict[str, Any], tensors: dict[str, dict[str, Any]], engine: Engine, precision: str
 ) -> tuple[LeanLayer, LeanLayer, Predictor]:
     """The base codec, the codec of enhancement layers and LIFF of a set, out of the tensors of its parts; their
-    dimensions are in ``spec``, its model.json. ``precision``: see weights.load. Raises KeyError, ValueError, TypeError
-    or RuntimeError where something is missing or does not fit."""
+    dimensions are in ``spec``, its model.json. Enhancement layers with "transforms": "base" have those of the base
+    codec; others are residuals in pixels, with their own. ``precision``: see weights.load. Raises KeyError, ValueError,
+    TypeError or RuntimeError where something is missing or does not fit."""
     if missing := [part for part in PARTS if part not in tensors]:
         raise ValueError(f"no part {missing[0]}")
-
-    def layer(part: str, kind: str) -> LeanLayer:
-        networks = engine.lean(spec[part], tensors[part], kind)
-        return LeanLayer(networks, tables_of(networks, tensors[part]), engine, spec.get("tune", "psnr"))
-
-    liff = engine.lean_liff(spec["liff"], tensors["liff"], precision)
-    return layer("base", "float32"), layer("residual", precision), liff
+    tune = spec.get("tune", "psnr")
+    base = engine.lean(spec["base"], tensors["base"], "float32")
+    dimensions, own = dict(spec["residual"]), tensors["residual"]
+    if (of := dimensions.pop("transforms", None)) not in (None, "base"):
+        raise ValueError(f"residual: transforms of {of!r}")
+    networks: EntropyNetworks
+    if of is None:
+        networks = transforms = engine.lean(dimensions, own, precision)
+    else:
+        networks = engine.lean_entropy(dimensions, own)
+        transforms = base if precision == "float32" else engine.lean(spec["base"], tensors["base"], precision)
+    return (
+        LeanLayer(base, base, tables_of(base, tensors["base"]), engine, tune),
+        (LeanLayer if of is None else LatentLayer)(networks, transforms, tables_of(networks, own), engine, tune),
+        engine.lean_liff(spec["liff"], tensors["liff"], precision),
+    )

@@ -39,9 +39,9 @@ class Transforms(Protocol):
     @property
     def s8(self) -> Sequence[Apply]: ...
 
-    def embed(self, x: Array, known: Array) -> Array:
-        """A layer less its prediction [1, 3, H, W], and that prediction less 1/2, to what a8 begins with; the last row
-        and column are repeated up to a multiple of 8."""
+    def embed(self, x: Array) -> Array:
+        """A centred picture [1, 3, H, W] to what a8 begins with; the last row and column are repeated up to a multiple
+        of 8."""
         ...
 
     def down(self, f: Array) -> Array:
@@ -55,10 +55,6 @@ class Transforms(Protocol):
     def from_y(self, y: Array) -> Array: ...
 
     def up(self, f: Array) -> Array: ...
-
-    def condition(self, f: Array, known: Array) -> Array:
-        """What ``up`` gives, and the prediction less 1/2, to what s8 begins with."""
-        ...
 
     def out(self, f: Array) -> Array:
         """What s8 gives to pixels [1, 3, 8 rows, 8 W], float32."""
@@ -104,12 +100,11 @@ class HyperAnalysis(Protocol):
     def first(self, y: Array) -> Array: ...
 
 
-class LeanNetworks(Protocol):
-    """The networks of a lean codec."""
+class EntropyNetworks(Protocol):
+    """The networks of an entropy model of lean."""
 
     m: int
     n: int
-    conditional: bool
     entropy: str
 
     @property
@@ -117,12 +112,16 @@ class LeanNetworks(Protocol):
         """None without hyper networks."""
         ...
 
+    @property
+    def hyper(self) -> HyperAnalysis: ...
+
+
+class LeanNetworks(EntropyNetworks, Protocol):
+    """The networks of a lean codec."""
+
     def at(self, lam: float) -> Transforms:
         """The transforms at a Lagrangian multiplier."""
         ...
-
-    @property
-    def hyper(self) -> HyperAnalysis: ...
 
 
 class MeanScaleNetworks(Protocol):
@@ -171,6 +170,10 @@ class Engine(Protocol):
 
     def lean(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> LeanNetworks:
         """Raises KeyError, ValueError, TypeError or RuntimeError where something is missing or does not fit."""
+        ...
+
+    def lean_entropy(self, dimensions: dict[str, Any], tensors: dict[str, Any]) -> EntropyNetworks:
+        """The same of an entropy model alone."""
         ...
 
     def lean_liff(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> Predictor:

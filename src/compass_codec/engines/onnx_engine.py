@@ -69,6 +69,9 @@ class OnnxEngine:
     def lean(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> OnnxLean:
         return OnnxLean(tensors, **dimensions)
 
+    def lean_entropy(self, dimensions: dict[str, Any], tensors: dict[str, Any]) -> OnnxEntropy:
+        return OnnxEntropy(tensors, **dimensions)
+
     def lean_liff(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> OnnxLeanLIFF:
         return OnnxLeanLIFF(tensors, **dimensions)
 
@@ -279,7 +282,34 @@ def _plain_block(layers: Layers, name: str, biases: bool = True) -> Apply:
     return _block(session, *weights)
 
 
-class OnnxLean:
+class OnnxEntropy:
+    """See engines.EntropyNetworks; made from the dimensions of an EntropyModel. ``shapes``: those of other tensors."""
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        m: int = 256,
+        n: int = 64,
+        h: int = 128,
+        g: int = 128,
+        entropy: str = CONTEXT,
+        shapes: dict[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        self.m, self.n, self.entropy = m, n, entropy
+        hyper, shapes = entropy_model(entropy).hyper, {"y_scale": (m,)} | (shapes or {})
+        if hyper:
+            shapes |= _layer("h_a.0", h, m) | _layer("h_a.1", h, h, 2) | _layer("h_a.2", n, h, 2)
+            shapes |= _plain_shapes("h_a_blocks.0", h) | _plain_shapes("h_a_blocks.1", h)
+        self.layers = Layers(tensors, shapes)
+        exact = {name.removeprefix(INTEGERS): value for name, value in tensors.items() if name.startswith(INTEGERS)}
+        self.exact = OnnxExact(exact, m, n, h, g, entropy) if hyper else None
+
+    @cached_property
+    def hyper(self) -> OnnxHyper:
+        return OnnxHyper(self.layers)
+
+
+class OnnxLean(OnnxEntropy):
     """See engines.LeanNetworks; made from the dimensions of a LeanCodec."""
 
     def __init__(
@@ -290,24 +320,13 @@ class OnnxLean:
         n8: int = 5,
         n16: int = 3,
         m: int = 256,
-        n: int = 64,
-        h: int = 128,
-        g: int = 128,
-        conditional: bool = False,
-        entropy: str = CONTEXT,
+        **entropy: Any,
     ) -> None:
-        self.m, self.n, self.conditional, self.entropy = m, n, conditional, entropy
-        hyper = entropy_model(entropy).hyper
         samples, levels = 3 * UNSHUFFLE**2, len(LAMBDAS)
-        shapes: dict[str, tuple[int, ...]] = {"log_gain": (levels, m), "log_inv_gain": (levels, m), "y_scale": (m,)}
+        shapes: dict[str, tuple[int, ...]] = {"log_gain": (levels, m), "log_inv_gain": (levels, m)}
         shapes |= _layer("embed", c8, samples) | _layer("down", c16, c8, 2) | _layer("to_y", m, c16)
         shapes |= _layer("from_y", c16, m) | _layer("out", samples, c8)
         shapes |= {"up.weight": (c16, c8, 2, 2), "up.bias": (c8,)}
-        if conditional:
-            shapes |= _layer("embed_p", c8, samples) | _layer("p8", c8, samples)
-        if hyper:
-            shapes |= _layer("h_a.0", h, m) | _layer("h_a.1", h, h, 2) | _layer("h_a.2", n, h, 2)
-            shapes |= _plain_shapes("h_a_blocks.0", h) | _plain_shapes("h_a_blocks.1", h)
         self.counts = {"a8": n8, "a16": n16, "s16": n16, "s8": n8}
         for group, count in self.counts.items():
             c = c8 if group.endswith("8") else c16
@@ -315,9 +334,7 @@ class OnnxLean:
                 name = f"{group}.{k}"
                 shapes |= {f"{name}.norm": (c,), f"{name}.log_gain": (levels, c)}
                 shapes |= _layer(f"{name}.dw", c, 1, 3) | _layer(f"{name}.p1", 2 * c, c) | _layer(f"{name}.p2", c, c)
-        self.layers = Layers(tensors, shapes)
-        exact = {name.removeprefix(INTEGERS): value for name, value in tensors.items() if name.startswith(INTEGERS)}
-        self.exact = OnnxExact(exact, m, n, h, g, entropy) if hyper else None
+        super().__init__(tensors, m, **entropy, shapes=shapes)
         self._sessions: dict[str, Session] = {}
         self._last: OnnxTransforms | None = None
 
@@ -332,10 +349,6 @@ class OnnxLean:
         if name not in self._sessions:
             self._sessions[name] = _gated(self.layers.get(f"{name}.dw.weight"), self.layers.bias(f"{name}.dw"))
         return self._sessions[name]
-
-    @cached_property
-    def hyper(self) -> OnnxHyper:
-        return OnnxHyper(self.layers)
 
 
 class OnnxHyper:
@@ -360,7 +373,6 @@ class OnnxTransforms:
 
     def __init__(self, networks: OnnxLean, level: float) -> None:
         self._networks, self.level, self._layers = networks, level, networks.layers
-        self.conditional = networks.conditional
 
     @cached_property
     def a8(self) -> list[Apply]:
@@ -396,8 +408,7 @@ class OnnxTransforms:
     @cached_property
     def _weights(self) -> dict[str, tuple[Array, Array]]:
         layers, gain = self._layers, self._gain("log_gain")
-        names = ("embed", *(["embed_p", "p8"] if self.conditional else []))
-        found = {name: (layers.from_pixels(name), layers.bias(name)) for name in names}
+        found = {"embed": (layers.from_pixels("embed"), layers.bias("embed"))}
         found["down"] = layers.down("down"), layers.bias("down")
         found["to_y"] = layers.matrix("to_y") * gain, layers.bias("to_y") * gain
         found["from_y"] = layers.matrix("from_y") * self._gain("log_inv_gain")[:, None], layers.bias("from_y")
@@ -408,14 +419,8 @@ class OnnxTransforms:
         found["out"] = floats(out.transpose(3, 1, 2, 0).reshape(out.shape[3], -1)), floats(bias.reshape(-1))
         return found
 
-    def _pixels(self, name: str, x: Array) -> Array:
-        return _linear(_together(_even(_last(x), UNSHUFFLE), UNSHUFFLE), *self._weights[name])
-
-    def embed(self, x: Array, known: Array) -> Array:
-        f = self._pixels("embed", x)
-        if self.conditional:
-            f += self._pixels("embed_p", known)
-        return _strip(f)
+    def embed(self, x: Array) -> Array:
+        return _strip(_linear(_together(_even(_last(x), UNSHUFFLE), UNSHUFFLE), *self._weights["embed"]))
 
     def down(self, f: Array) -> Array:
         return _strip(_linear(_together(_last(f), 2), *self._weights["down"]))
@@ -428,9 +433,6 @@ class OnnxTransforms:
 
     def up(self, f: Array) -> Array:
         return _strip(apart(_linear(_last(f), *self._weights["up"]), 2))
-
-    def condition(self, f: Array, known: Array) -> Array:
-        return _strip(self._pixels("p8", known)) + f
 
     def out(self, f: Array) -> Array:
         return _strip(apart(_linear(_last(f), *self._weights["out"]), UNSHUFFLE))

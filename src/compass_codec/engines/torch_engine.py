@@ -18,7 +18,7 @@ from compass_codec.networks import mean_scale_numbers
 from compass_codec.networks.arrays import to_device
 from compass_codec.networks.exact import Block, Conv
 from compass_codec.networks.hyper import HyperDecoder
-from compass_codec.networks.lean import LeanCodec, eighth
+from compass_codec.networks.lean import EntropyModel, LeanCodec, eighth
 from compass_codec.networks.lean_liff import LeanLIFF
 from compass_codec.networks.liff import LIFF
 from compass_codec.networks.liff_rows import dimensions
@@ -67,10 +67,16 @@ class TorchEngine:
         self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str, kind: type[LeanCodec] = LeanCodec
     ) -> TorchLean:
         codec = fill(lambda: kind(**dimensions), tensors, self.device)
+        return TorchLean(codec, self._exact(codec, tensors), getattr(torch, precision))
+
+    def lean_entropy(self, dimensions: dict[str, Any], tensors: dict[str, Any]) -> TorchEntropy:
+        codec = fill(lambda: EntropyModel(**dimensions), tensors, self.device)
+        return TorchEntropy(codec, self._exact(codec, tensors))
+
+    def _exact(self, codec: EntropyModel, tensors: dict[str, Any]) -> TorchExact | None:
         exact = {name.removeprefix(INTEGERS): value for name, value in tensors.items() if name.startswith(INTEGERS)}
         model = entropy_model(codec.entropy)
-        integers = TorchExact(exact, codec.m, self.device, model.networks) if model.hyper else None
-        return TorchLean(codec, integers, getattr(torch, precision))
+        return TorchExact(exact, codec.m, self.device, model.networks) if model.hyper else None
 
     def lean_liff(self, dimensions: dict[str, Any], tensors: dict[str, Any], precision: str) -> LeanLIFF:
         return fill(lambda: LeanLIFF(**dimensions), tensors, self.device).to(getattr(torch, precision))
@@ -100,26 +106,35 @@ def fill(make: Callable[[], N], tensors: dict[str, Tensor], device: torch.device
     return network.to(device).to(memory_format=torch.channels_last)
 
 
-class TorchLean:
-    """See engines.LeanNetworks. Transforms compute in ``kind``."""
+class TorchEntropy:
+    """See engines.EntropyNetworks."""
 
-    def __init__(self, codec: LeanCodec, exact: TorchExact | None, kind: torch.dtype) -> None:
-        self.codec, self.exact, self.kind = codec, exact, kind
-        self.m, self.n, self.conditional, self.entropy = codec.m, codec.n, codec.conditional, codec.entropy
-
-    def at(self, lam: float) -> TorchTransforms:
-        level = level_of(lam, LAMBDAS)[None].float().to(self.codec.log_gain.device)
-        return TorchTransforms(self.codec, level, self.kind)
+    def __init__(self, codec: EntropyModel, exact: TorchExact | None) -> None:
+        self.codec, self.exact, self.m, self.n, self.entropy = codec, exact, codec.m, codec.n, codec.entropy
 
     @property
     def hyper(self) -> TorchHyper:
         return TorchHyper(self.codec)
 
 
+class TorchLean(TorchEntropy):
+    """See engines.LeanNetworks. Transforms compute in ``kind``."""
+
+    codec: LeanCodec
+
+    def __init__(self, codec: LeanCodec, exact: TorchExact | None, kind: torch.dtype) -> None:
+        super().__init__(codec, exact)
+        self.kind = kind
+
+    def at(self, lam: float) -> TorchTransforms:
+        level = level_of(lam, LAMBDAS)[None].float().to(self.codec.log_gain.device)
+        return TorchTransforms(self.codec, level, self.kind)
+
+
 class TorchHyper:
     """See engines.HyperAnalysis."""
 
-    def __init__(self, codec: LeanCodec) -> None:
+    def __init__(self, codec: EntropyModel) -> None:
         first, *self.down = codec.h_a
         self.blocks = [self._block(block) for block in codec.h_a_blocks]
         self.first = lambda y: F.relu(first(y * codec.y_scale[:, None, None]))
@@ -169,7 +184,7 @@ class TorchTransforms:
         self.a8, self.a16, self.s16, self.s8 = (
             [_block(block, level, kind) for block in blocks] for blocks in (codec.a8, codec.a16, codec.s16, codec.s8)
         )
-        names = ("embed", "down", "to_y", "from_y", "up", "out", *(["embed_p", "p8"] if codec.conditional else []))
+        names = ("embed", "down", "to_y", "from_y", "up", "out")
         self._layers = {name: self._linear(getattr(codec, name)) for name in names}
 
     def _linear(self, layer: nn.Conv2d | nn.ConvTranspose2d) -> Callable[[Tensor], Tensor]:
@@ -177,12 +192,8 @@ class TorchTransforms:
         apply = F.conv_transpose2d if isinstance(layer, nn.ConvTranspose2d) else F.conv2d
         return lambda x: apply(x, weight, bias, stride=layer.stride)
 
-    def _eighth(self, x: Tensor) -> Tensor:
-        return eighth(x).to(self.kind, memory_format=torch.channels_last)
-
-    def embed(self, x: Tensor, known: Tensor) -> Tensor:
-        f = self._layers["embed"](self._eighth(x))
-        return f.add_(self._layers["embed_p"](self._eighth(known))) if "embed_p" in self._layers else f
+    def embed(self, x: Tensor) -> Tensor:
+        return self._layers["embed"](eighth(x).to(self.kind, memory_format=torch.channels_last))
 
     def down(self, f: Tensor) -> Tensor:
         return self._layers["down"](f)
@@ -195,9 +206,6 @@ class TorchTransforms:
 
     def up(self, f: Tensor) -> Tensor:
         return self._layers["up"](f)
-
-    def condition(self, f: Tensor, known: Tensor) -> Tensor:
-        return self._layers["p8"](self._eighth(known)).add_(f)
 
     def out(self, f: Tensor) -> Tensor:
         return F.pixel_shuffle(self._layers["out"](f).float(), UNSHUFFLE)

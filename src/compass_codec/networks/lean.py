@@ -7,6 +7,9 @@ of every channel than the step before.
 
 Each block ends in a convolution that starts at zero: blocks can be added to a trained codec without changing what it
 computes. What leads to scales and means uses ReLU, and no normalisation, so that it has an integer form.
+
+An enhancement layer has the transforms of the base codec, and an entropy model of its own: what is coded is the latent
+of the layer less the latent of its prediction. The entropy model never sees the prediction, which is floating point.
 """
 
 from __future__ import annotations
@@ -108,59 +111,25 @@ def even(x: Tensor, multiple: int = 2) -> Tensor:
     return F.pad(x, pad, mode="replicate") if any(pad) else x
 
 
-class LeanCodec(nn.Module):
-    """Transforms and entropy model of one lean codec.
+class EntropyModel(nn.Module):
+    """Hyper networks and context model of one lean codec, by the names that its weights file has.
 
-    ``c8`` and ``c16`` channels and ``n8`` and ``n16`` blocks at 1/8 and 1/16, on either side; ``m`` channels of y, a
-    multiple of 4; ``n`` of z; ``h`` in hyper networks; ``g`` in the context model. Pictures are [B, 3, H, W] centred on
-    zero, levels [B] real indices into LAMBDAS.
+    ``m`` channels of y, a multiple of 4; ``n`` of z; ``h`` in hyper networks; ``g`` in the context model.
 
-    A ``conditional`` codec is for enhancement layers: its pictures are what a prediction lacks, and analysis and
-    synthesis also see that prediction, centred on zero, through convolutions that start at zero. So it starts as the
-    codec of the residual. The entropy model never sees the prediction, which is floating point.
-
-    ``entropy`` names the entropy model: "context" as described above; "pyramid" and "pyramid-fast", from coarse to fine
-    in more or fewer steps (order.py); "hyperprior", hyper networks alone; "factorized", neither, in which case each
-    channel of y has a learned density (training/density.py) of y over exp(log_scale).
+    ``entropy`` names the kind: "context" as described above; "pyramid" and "pyramid-fast", from coarse to fine in more
+    or fewer steps (order.py); "hyperprior", hyper networks alone; "factorized", neither, in which case each channel of
+    y has a learned density (training/density.py) of y over exp(log_scale).
     """
 
-    def __init__(
-        self,
-        c8: int = 144,
-        c16: int = 288,
-        n8: int = 5,
-        n16: int = 3,
-        m: int = 256,
-        n: int = 64,
-        h: int = 128,
-        g: int = 128,
-        conditional: bool = False,
-        entropy: str = CONTEXT,
-    ) -> None:
+    def __init__(self, m: int = 256, n: int = 64, h: int = 128, g: int = 128, entropy: str = CONTEXT) -> None:
         super().__init__()
         hyper, networks, _ = entropy_model(entropy)
         if m % STEPS:
             raise ValueError(f"{m} channels of y; the context model needs a multiple of {STEPS}")
-        self.dimensions: dict[str, Any] = {"c8": c8, "c16": c16, "n8": n8, "n16": n16, "m": m, "n": n, "h": h, "g": g}
-        self.dimensions |= {"conditional": conditional} | ({} if entropy == CONTEXT else {"entropy": entropy})
-        self.m, self.n, self.conditional, self.entropy = m, n, conditional, entropy
+        self.dimensions: dict[str, Any] = {"m": m, "n": n, "h": h, "g": g}
+        self.dimensions |= {} if entropy == CONTEXT else {"entropy": entropy}
+        self.m, self.n, self.entropy = m, n, entropy
         self.order = order_of(entropy, m)
-        samples = 3 * UNSHUFFLE**2
-        self.embed = nn.Conv2d(samples, c8, 1)
-        self.a8 = nn.ModuleList(GatedBlock(c8) for _ in range(n8))
-        self.down = nn.Conv2d(c8, c16, 2, 2)
-        self.a16 = nn.ModuleList(GatedBlock(c16) for _ in range(n16))
-        self.to_y = nn.Conv2d(c16, m, 1)
-        self.from_y = nn.Conv2d(m, c16, 1)
-        self.s16 = nn.ModuleList(GatedBlock(c16) for _ in range(n16))
-        self.up = nn.ConvTranspose2d(c16, c8, 2, 2)
-        self.s8 = nn.ModuleList(GatedBlock(c8) for _ in range(n8))
-        self.out = nn.Conv2d(c8, samples, 1)
-        if conditional:
-            self.embed_p = from_zero(nn.Conv2d(samples, c8, 1))
-            self.p8 = from_zero(nn.Conv2d(samples, c8, 1))
-        self.log_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
-        self.log_inv_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
         # what brings y to about 1: one over the root of each channel's standard deviation at the start
         self.y_scale: Tensor
         self.register_buffer("y_scale", torch.ones(m))
@@ -173,40 +142,6 @@ class LeanCodec(nn.Module):
         self.h_s_blocks = nn.ModuleList(PlainBlock(h) for _ in range(2))
         self.h_p = nn.Conv2d(h, 2 * m, 1)
         self.context = ContextModel(m, h, g, networks, self.order[-1].marks) if networks else None
-
-    def analysis(self, x: Tensor, level: Tensor, prediction: Tensor | None = None) -> Tensor:
-        """Picture [B, 3, H, W] to latent y [B, M, ceil(H/16), ceil(W/16)], gain of ``level`` [B] applied.
-
-        A conditional codec takes the layer less its ``prediction`` [B, 3, H, W], and that prediction less 1/2.
-        """
-        f = self.embed(eighth(x))
-        if self.conditional:
-            assert prediction is not None
-            f = f + self.embed_p(eighth(prediction))
-        for block in self.a8:
-            f = block(f, level)
-        f = self.down(even(f))
-        for block in self.a16:
-            f = block(f, level)
-        y: Tensor = self.to_y(f).float() * gain(self.log_gain, level)
-        return y
-
-    def synthesis(
-        self, y_hat: Tensor, level: Tensor, size: tuple[int, int], prediction: Tensor | None = None
-    ) -> Tensor:
-        """Quantised latent back to a picture of ``size`` (height, width): of a conditional codec, to what is added to
-        its ``prediction``, given as in ``analysis``."""
-        h, w = size
-        f = self.from_y(y_hat * gain(self.log_inv_gain, level))
-        for block in self.s16:
-            f = block(f, level)
-        f = self.up(f)[..., : -(-h // UNSHUFFLE), : -(-w // UNSHUFFLE)]
-        if self.conditional:
-            assert prediction is not None
-            f = f + self.p8(eighth(prediction))
-        for block in self.s8:
-            f = block(f, level)
-        return F.pixel_shuffle(self.out(f).float(), UNSHUFFLE)[..., :h, :w]
 
     def hyper_analysis(self, y: Tensor) -> Tensor:
         """Latent y to hyper-latent z [B, N, ceil(h/4), ceil(w/4)]."""
@@ -259,6 +194,53 @@ class LeanCodec(nn.Module):
         return known
 
 
+class LeanCodec(EntropyModel):
+    """Transforms and entropy model of one lean codec.
+
+    ``c8`` and ``c16`` channels and ``n8`` and ``n16`` blocks at 1/8 and 1/16, on either side; ``entropy`` as those of
+    EntropyModel. Pictures are [B, 3, H, W] centred on zero, levels [B] real indices into LAMBDAS.
+    """
+
+    def __init__(self, c8: int = 144, c16: int = 288, n8: int = 5, n16: int = 3, **entropy: Any) -> None:
+        super().__init__(**entropy)
+        self.dimensions = {"c8": c8, "c16": c16, "n8": n8, "n16": n16} | self.dimensions
+        samples, m = 3 * UNSHUFFLE**2, self.m
+        self.embed = nn.Conv2d(samples, c8, 1)
+        self.a8 = nn.ModuleList(GatedBlock(c8) for _ in range(n8))
+        self.down = nn.Conv2d(c8, c16, 2, 2)
+        self.a16 = nn.ModuleList(GatedBlock(c16) for _ in range(n16))
+        self.to_y = nn.Conv2d(c16, m, 1)
+        self.from_y = nn.Conv2d(m, c16, 1)
+        self.s16 = nn.ModuleList(GatedBlock(c16) for _ in range(n16))
+        self.up = nn.ConvTranspose2d(c16, c8, 2, 2)
+        self.s8 = nn.ModuleList(GatedBlock(c8) for _ in range(n8))
+        self.out = nn.Conv2d(c8, samples, 1)
+        self.log_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
+        self.log_inv_gain = nn.Parameter(torch.zeros(len(LAMBDAS), m))
+
+    def analysis(self, x: Tensor, level: Tensor) -> Tensor:
+        """Picture [B, 3, H, W] to latent y [B, M, ceil(H/16), ceil(W/16)], gain of ``level`` [B] applied."""
+        f = self.embed(eighth(x))
+        for block in self.a8:
+            f = block(f, level)
+        f = self.down(even(f))
+        for block in self.a16:
+            f = block(f, level)
+        y: Tensor = self.to_y(f).float() * gain(self.log_gain, level)
+        return y
+
+    def synthesis(self, y_hat: Tensor, level: Tensor, size: tuple[int, int]) -> Tensor:
+        """Quantised latent back to a picture of ``size`` (height, width)."""
+        h, w = size
+        f = self.from_y(y_hat * gain(self.log_inv_gain, level))
+        for block in self.s16:
+            f = block(f, level)
+        f = self.up(f)[..., : -(-h // UNSHUFFLE), : -(-w // UNSHUFFLE)]
+        for block in self.s8:
+            f = block(f, level)
+        return F.pixel_shuffle(self.out(f).float(), UNSHUFFLE)[..., :h, :w]
+
+
 class ContextModel(nn.Module):
     """What the latents of earlier steps add to log scales and means: networks for the steps, see order.py."""
 
@@ -284,10 +266,9 @@ class ContextModel(nn.Module):
         return F.conv2d(hidden, layer.weight[part.outputs], layer.bias[part.outputs])
 
 
-def multiply_accumulates(codec: LeanCodec, side: int = 256) -> dict[str, float]:
+def multiply_accumulates(codec: EntropyModel, side: int = 256) -> dict[str, float]:
     """kMAC a pixel of analysis, synthesis, hyper networks and context model."""
     names = {"from_y": "synthesis", "s16": "synthesis", "up": "synthesis", "s8": "synthesis", "out": "synthesis"}
-    names["p8"] = "synthesis"
     names |= {"h_a": "hyper", "h_a_blocks": "hyper", "h_s": "hyper", "h_s_blocks": "hyper", "h_p": "hyper"}
     counted = dict.fromkeys(("analysis", "synthesis", "hyper", "context"), 0.0)
 
@@ -299,7 +280,7 @@ def multiply_accumulates(codec: LeanCodec, side: int = 256) -> dict[str, float]:
         if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             continue
         first, *rest = name.split(".")
-        places = 8 if first in ("embed", "embed_p", "a8", "s8", "p8", "out") else 16
+        places = 8 if first in ("embed", "a8", "s8", "out") else 16
         if first in ("h_a", "h_s", "h_a_blocks", "h_s_blocks"):
             at = {"h_a": (16, 32, 64), "h_s": (64, 32), "h_a_blocks": (16, 32), "h_s_blocks": (32, 16)}[first]
             places = at[int(rest[0])]

@@ -68,8 +68,6 @@ class PredictedCodec(LeanCodec):
 
     def __init__(self, **dimensions: Any) -> None:
         super().__init__(**dimensions)
-        if self.conditional:
-            raise ValueError("conditional: this codec sees the lower layer in its own way")
         self.width = self.dimensions["c16"]
         self.from_half = nn.Conv2d(3 * UNSHUFFLE**2, self.width, 1)
         self.to_prediction = from_zero(nn.Conv2d(self.width, self.m, 1))
@@ -87,17 +85,6 @@ class PredictedCodec(LeanCodec):
 
     def added(self, predicted: Tensor, f: Tensor, level: Tensor) -> Tensor:
         return predicted
-
-    def analysis(self, x: Tensor, level: Tensor, prediction: Tensor | None = None) -> Tensor:
-        """As of a conditional codec, whose ``prediction`` is what Half gives, less 1/2."""
-        assert prediction is not None
-        return super().analysis(x + prediction, level) - self.predict(halved(prediction), level)[0]
-
-    def synthesis(
-        self, y_hat: Tensor, level: Tensor, size: tuple[int, int], prediction: Tensor | None = None
-    ) -> Tensor:
-        assert prediction is not None
-        return super().synthesis(y_hat + self.predict(halved(prediction), level)[1], level, size) - prediction
 
 
 class MeiCodec(PredictedCodec):

@@ -24,18 +24,16 @@ RATE, HYPER_RATE = 5e-4, 2.0  # learning rates; that of hyper networks is relati
 DIMENSIONS: dict[str, Any] = {}  # of all base codecs, and so of the enhancement codecs that start from them
 
 
-class BicubicStage(LeanLayersStage):
+class BicubicStage(LeanResidualStage):
     """Bicubic interpolation in the place of LIFF, which stays as it starts and then adds exactly zero to it."""
 
     trains = ("residual",)
 
 
-class NoisyStage(LeanLayersStage):
+class NoisyStage(LeanResidualStage):
     """The distortion is that of noisy latents, in the place of rounded ones."""
 
-    def freeze(self) -> None:
-        super().freeze()
-        self.residual.noisy = True  # type: ignore[assignment]
+    noisy = True
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class System:
 
     purpose: str
     entropy: str = "context"
-    layers: type[LeanLayersStage] = LeanLayersStage
+    layers: type[LeanLayersStage] = LeanResidualStage
 
 
 SYSTEMS = {
@@ -53,7 +51,7 @@ SYSTEMS = {
     "factorized": System("COMPASS with the factorized prior", entropy="factorized"),
     "msp": System("COMPASS with a multi-scale progressive model in seven steps", entropy="pyramid"),
     "msp-fast": System("COMPASS with a multi-scale progressive model in three steps", entropy="pyramid-fast"),
-    "residual": System("as context, with residual enhancement layers", layers=LeanResidualStage),
+    "latent": System("as context, with the difference of latents as lean has it", layers=LeanLayersStage),
     "bicubic": System("as context, with bicubic interpolation for LIFF", layers=BicubicStage),
     "noisy": System("as context, with noisy latents in the distortion of training", layers=NoisyStage),
     "mei": System("Mei et al. with the mean-scale hyperprior", entropy="hyperprior", layers=MeiStage),

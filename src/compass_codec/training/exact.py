@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compass_codec.entropy import LEVELS, SCALE_RANGE
 from compass_codec.networks.exact import pack
-from compass_codec.networks.lean import LeanCodec, PlainBlock
+from compass_codec.networks.lean import EntropyModel, PlainBlock
 from compass_codec.networks.numbers import ACTIVATION, FACTORIZED, FINE, INTEGERS, LAMBDAS, MEAN_UNIT
 
 KEPT = 0.9999  # of an activation's values lie within its range; the rest is clamped
@@ -60,7 +60,7 @@ def of_part(stage: Any, part: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def integers(codec: LeanCodec, latents: list[Tensor]) -> dict[str, Tensor]:
+def integers(codec: EntropyModel, latents: list[Tensor]) -> dict[str, Tensor]:
     """The tensors of a backbones.lean.Entropy for ``codec``, whose activations are measured on ``latents``: y
     [B, M, h, w] of pictures at all rates."""
     ranges, known = Ranges(), torch.full((codec.m,), 1e-3)
@@ -80,7 +80,7 @@ def integers(codec: LeanCodec, latents: list[Tensor]) -> dict[str, Tensor]:
     return _pack(codec, ranges, known / ACTIVATION)
 
 
-def _blocks(codec: LeanCodec) -> list[tuple[str, Any]]:
+def _blocks(codec: EntropyModel) -> list[tuple[str, Any]]:
     return [(f"block.{k}", b) for k, b in enumerate(codec.h_s_blocks)] + [
         (f"context.{k}", b) for k, b in enumerate(codec.context.blocks if codec.context else ())
     ]

@@ -19,11 +19,11 @@ from compass_codec.backbones.mean_scale import PARTS
 from compass_codec.entropy import frequencies, gaussian_tables
 from compass_codec.files import write_file
 from compass_codec.networks import liff_rows
-from compass_codec.networks.lean import LeanCodec
+from compass_codec.networks.lean import EntropyModel
 from compass_codec.networks.liff import LIFF, SIZES
 from compass_codec.networks.numbers import FACTORIZED, LAMBDAS
 from compass_codec.training.density import FactorizedDensity
-from compass_codec.training.lean import RatedLean
+from compass_codec.training.lean import RatedEntropy
 from compass_codec.training.stages import RatedCodec, Stage
 from compass_codec.training.tensors import below, fill_module, read_tensors
 from compass_codec.weights import CARD, part_of, read_set, write_card
@@ -43,10 +43,10 @@ def z_table(density: FactorizedDensity) -> Tensor:
 
 
 @torch.no_grad()
-def tables_of(part: RatedCodec | RatedLean) -> dict[str, Tensor]:
+def tables_of(part: RatedCodec | RatedEntropy) -> dict[str, Tensor]:
     """The tables of a codec: of z by its density and of y by normal distributions; or, without hyper networks, of the
     level, all of which are as likely, and of each channel of y at each level by its density."""
-    if not isinstance(part.codec, LeanCodec) or part.codec.entropy != FACTORIZED:
+    if not isinstance(part.codec, EntropyModel) or part.codec.entropy != FACTORIZED:
         return {"tables.z": z_table(part.bottleneck)} | named(*gaussian_tables())
     levels, found = len(LAMBDAS), list[NDArray[np.int32]]()
     density, scales = copy.deepcopy(part.bottleneck).cpu().double(), part.codec.log_scale.cpu().double().exp()
@@ -67,7 +67,7 @@ def named(y: NDArray[np.int32], lengths: NDArray[np.int32]) -> dict[str, Tensor]
 
 def tensors_of(part: torch.nn.Module) -> dict[str, Tensor]:
     """The tensors of one weights file. Raises ValueError when a weight is not a finite float16."""
-    if isinstance(part, RatedCodec | RatedLean):
+    if isinstance(part, RatedCodec | RatedEntropy):
         tensors = {name: value.half() for name, value in part.codec.state_dict().items()}
         tensors |= {f"bottleneck.{name}": value.float() for name, value in part.bottleneck.state_dict().items()}
         tensors |= tables_of(part)

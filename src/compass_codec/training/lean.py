@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compass_codec.distortions import TUNES
-from compass_codec.networks.lean import LeanCodec
+from compass_codec.networks.lean import EntropyModel, LeanCodec
 from compass_codec.networks.lean_liff import LeanLIFF
 from compass_codec.networks.numbers import FACTORIZED, LAMBDAS, UNSHUFFLE
 from compass_codec.networks.rates import gain
@@ -36,21 +36,23 @@ from compass_codec.training.start import HAAR, LAMBDA_0, MIX, STEP
 from compass_codec.training.tensors import below, fill_module, read_tensors
 from compass_codec.weights import CARD, read_set
 
+R = TypeVar("R", bound="RatedEntropy")
 BACKBONE = "lean"
 PARTS = ("base", "residual", "liff")
 LOG_SCALES = (math.log(0.06), math.log(256.0))  # that the networks may give
 UNIT = math.sqrt(3) / math.pi  # scale of the logistic distribution whose standard deviation is 1
 LEAST = 0.05  # standard deviation of latents that the start leaves at zero
 DRAWN = 1 / 16  # of the crops become rectangles of one colour each, which photographs rarely hold
+ENTROPY = ("m", "n", "h", "g", "entropy")  # dimensions of entropy models
 PREDICTION = 0.1  # of the loss of an enhancement layer is added for its prediction alone, from which LIFF learns first
 GRAINY, GRAIN, COLOURED = 0.05, 4 / 255, 0.3  # lambda from where crops get grain; its most; its part that has colour
 
 
-class RatedLean(nn.Module):
-    """A LeanCodec with the density of its hyper-latent, or of y if there is none: what training needs beyond coding."""
+class RatedEntropy(nn.Module):
+    """An EntropyModel with the density of its hyper-latent, or of y if there is none: what training needs beyond
+    coding."""
 
-    kind: type[LeanCodec] = LeanCodec
-    noisy = False  # whether training synthesises from y with uniform noise in the place of the rounded y
+    kind: type[EntropyModel] = EntropyModel
 
     def __init__(self, **dimensions: Any) -> None:
         super().__init__()
@@ -59,17 +61,6 @@ class RatedLean(nn.Module):
             self.bottleneck = FactorizedDensity(self.codec.m, init_scale=UNIT)
         else:
             self.bottleneck = FactorizedDensity(self.codec.n)
-
-    def forward(
-        self, x: Tensor, level: Tensor, with_context: bool, prediction: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Centred picture, or layer less its prediction, [B, 3, H, W], level [B], and the centred prediction of a
-        conditional codec, to (reconstruction, bits [B])."""
-        y = self.codec.analysis(x, level, prediction)
-        y_hat, bits = self.code(y, level, with_context)
-        if self.noisy and self.training:
-            y_hat = y + torch.rand_like(y) - 0.5
-        return self.codec.synthesis(y_hat, level, (x.shape[-2], x.shape[-1]), prediction), bits
 
     def code(self, y: Tensor, level: Tensor, with_context: bool) -> tuple[Tensor, Tensor]:
         """Latent y [B, M, h, w] at ``level`` [B] to (what the decoder has of it, bits [B])."""
@@ -90,6 +81,18 @@ class RatedLean(nn.Module):
 
         features = self.codec.hyper_synthesis(round_ste(z), (y.shape[-2], y.shape[-1]))
         return self.codec.walk(features, code, with_context), bits
+
+
+class RatedLean(RatedEntropy):
+    """The same of a LeanCodec."""
+
+    kind: type[LeanCodec] = LeanCodec
+    codec: LeanCodec
+
+    def forward(self, x: Tensor, level: Tensor, with_context: bool) -> tuple[Tensor, Tensor]:
+        """Centred picture [B, 3, H, W] and level [B] to (reconstruction, bits [B])."""
+        y_hat, bits = self.code(self.codec.analysis(x, level), level, with_context)
+        return self.codec.synthesis(y_hat, level, (x.shape[-2], x.shape[-1])), bits
 
 
 class LeanStage(Stage):
@@ -152,7 +155,8 @@ class LeanContextStage(LeanStage):
 
 
 class LeanLayersStage(LeanStage):
-    """LIFF and the codec of enhancement layers together, through recursive layers, above a frozen base (paper, eq. 5).
+    """LIFF and the entropy model of enhancement layers together, through recursive layers, above a frozen base codec
+    whose transforms they have (paper, eq. 5).
 
     The loss sums the cost of the enhancement layers, each with its share of the top layer's pixels. A tenth of what the
     prediction alone would cost, without bits, is added.
@@ -162,16 +166,34 @@ class LeanLayersStage(LeanStage):
     writes: tuple[str, ...] = PARTS  # a whole set, with the base that the others were trained above
     layered = True
     with_context = True
-    conditional = True
-    rated = RatedLean  # the enhancement codec
+    rated: type[RatedEntropy] = RatedEntropy  # the enhancement codec
+    noisy = False  # whether training synthesises from latents with uniform noise in the place of rounded ones
 
     def __init__(self, **dimensions: Any) -> None:
         super().__init__(**dimensions)
-        self.residual = self.rated(**dimensions, conditional=self.conditional)  # type: ignore[assignment]
+        self.residual = self.rated(**self.dimensions())  # type: ignore[assignment]
         self.liff = LeanLIFF()  # type: ignore[assignment]
 
-    def begin(self, residual: RatedLean) -> None:
+    def dimensions(self) -> dict[str, Any]:
+        """Those of the enhancement codec: of the base codec as far as both have them."""
+        base: dict[str, Any] = self.base.codec.dimensions  # type: ignore[assignment]
+        return base if issubclass(self.rated, RatedLean) else {k: v for k, v in base.items() if k in ENTROPY}
+
+    def card_fields(self) -> dict[str, Any]:
+        fields = super().card_fields()
+        if not issubclass(self.rated, RatedLean):
+            fields["residual"] = {"transforms": "base"} | fields["residual"]
+        return fields
+
+    def begin(self, residual: RatedEntropy) -> None:
         """Give what an enhancement codec has beyond the base codec, as which it starts, a start of its own."""
+
+    def difference(self, x: Tensor, known: Tensor, level: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The latent of layers [B, 3, H, W] less that of their predictions ``known``, in 0..1 all, and the function
+        that makes layers of what the decoder has of it."""
+        codec: LeanCodec = self.base.codec  # type: ignore[assignment]
+        size, predicted = (x.shape[-2], x.shape[-1]), codec.analysis(known - 0.5, level)
+        return codec.analysis(x - 0.5, level) - predicted, lambda y: codec.synthesis(y + predicted, level, size) + 0.5
 
     def freeze(self) -> None:
         for name, child in self.named_children():
@@ -193,8 +215,7 @@ class LeanLayersStage(LeanStage):
         if part == "base":
             return super().latents(part, x, level, factor)
         known = self.liff(self.lower(shrink(x, factor), level), (x.shape[-2], x.shape[-1]))
-        codec: LeanCodec = self.residual.codec  # type: ignore[assignment]
-        return codec.analysis(x - known, level, known - 0.5)
+        return self.difference(x, known, level)[0]
 
     @torch.no_grad()
     def lower(self, x: Tensor, level: Tensor) -> Tensor:
@@ -215,21 +236,28 @@ class LeanLayersStage(LeanStage):
         parts: dict[str, Tensor] = {}
         for target, lam, level in reversed(layers):
             known = self.liff(rec, (target.shape[-2], target.shape[-1]))
-            change, bits = self.residual(target - known, level, True, known - 0.5)
-            part, parts = cost(target, known + change, bits, lam, self.distortion)
+            y, layer_of = self.difference(target, known, level)
+            y_hat, bits = self.residual.code(y, level, True)  # type: ignore[call-arg]
+            layer = layer_of(y + torch.rand_like(y) - 0.5 if self.noisy and self.training else y_hat)
+            part, parts = cost(target, layer, bits, lam, self.distortion)
             alone, shown = cost(target, known, torch.zeros_like(bits), lam, self.distortion)
             parts["prediction"] = shown["psnr"]
             if self.training:
                 part = part + PREDICTION * alone
             loss = loss + target.shape[-2] * target.shape[-1] / (x.shape[-2] * x.shape[-1]) * part
-            rec = to_8bit(known + change)
+            rec = to_8bit(layer)
         return loss, parts
 
 
 class LeanResidualStage(LeanLayersStage):
-    """The same with a codec that does not see the prediction, to measure what seeing it gives."""
+    """The same with transforms of its own, for the residual in pixels, as the paper has them."""
 
-    conditional = False
+    rated = RatedLean
+
+    def difference(self, x: Tensor, known: Tensor, level: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        codec: LeanCodec = self.residual.codec  # type: ignore[assignment]
+        size = (x.shape[-2], x.shape[-1])
+        return codec.analysis(x - known, level), lambda y: codec.synthesis(y, level, size) + known
 
 
 STAGES: dict[str, type[LeanStage]] = {
@@ -345,7 +373,7 @@ def start(stage: LeanStage, weights: Path | None, pictures: Pictures, seed: int)
 
 def _start_base(stage: LeanStage, weights: Path | None, seed: int) -> str:
     if weights is not None and weights.is_dir():
-        stage.base = _rated(weights, "base")  # type: ignore[assignment]
+        stage.base = _rated(weights, "base", RatedLean)  # type: ignore[assignment]
         return "base from weights"
     rated: Any = stage.base
     assert stage.crops is not None
@@ -380,12 +408,11 @@ def _scale_to_latents(codec: LeanCodec, crops: Tensor) -> None:
 
 
 def _start_layers(stage: LeanLayersStage, weights: Path) -> list[str]:
-    dimensions: dict[str, int] = {**stage.base.codec.dimensions, "conditional": stage.conditional}  # type: ignore
-    residual = stage.rated(**dimensions)
-    residual.load_state_dict(stage.base.state_dict(), strict=False)  # all but what sees the prediction
+    residual = stage.rated(**stage.dimensions())
+    residual.load_state_dict(stage.base.state_dict(), strict=False)  # what both have
     words = ["residual from base", "liff from bicubic"]
     if (weights / "residual.safetensors").exists():
-        residual = _rated(weights, "residual", stage.rated, conditional=stage.conditional)
+        residual = _rated(weights, "residual", stage.rated)
         words[0] = "residual from weights"
     else:
         stage.begin(residual)
@@ -399,24 +426,23 @@ def _start_layers(stage: LeanLayersStage, weights: Path) -> list[str]:
     return words
 
 
-def _made(folder: Path, part: str, kind: Callable[..., Any], **more: bool) -> Any:
-    """A network of the dimensions that model.json in ``folder`` names for ``part``, and of ``more``."""
+def _made(folder: Path, part: str, kind: Callable[..., Any]) -> Any:
+    """A network of the dimensions that model.json in ``folder`` names for ``part``."""
     found = read_set(folder)
     if found.backbone != BACKBONE:
         raise ValueError(f"{folder / CARD}: weights of the backbone {found.backbone}; this stage trains {BACKBONE}")
     try:
-        return kind(**{**found.spec[part], **more})
+        return kind(**{k: v for k, v in found.spec[part].items() if k != "transforms"})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder / CARD}: {part} {found.spec.get(part)!r} cannot be used") from error
 
 
-def _rated(folder: Path, part: str, kind: type[RatedLean] = RatedLean, **more: bool) -> RatedLean:
-    """The codec ``part`` of the set in ``folder``; it starts blind to the prediction where that one is."""
+def _rated(folder: Path, part: str, kind: type[R]) -> R:
+    """The codec ``part`` of the set in ``folder``."""
     path = folder / f"{part}.safetensors"
-    rated: RatedLean = _made(folder, part, kind, **more)
+    rated: R = _made(folder, part, kind)
     tensors = read_tensors(path)
-    sees = {name: v for name, v in rated.codec.state_dict().items() if name.startswith(("embed_p.", "p8."))}
-    fill_module(rated.codec, sees | tensors, path)
+    fill_module(rated.codec, tensors, path)
     fill_module(rated.bottleneck, below(tensors, "bottleneck."), path)
     return rated
 

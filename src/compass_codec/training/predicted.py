@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from compass_codec.networks.lean import LeanCodec, eighth
+from compass_codec.networks.lean import eighth
 from compass_codec.networks.predicted import Half, MeiCodec, PredictedCodec, RpnCodec, halved
 from compass_codec.networks.rates import gain
-from compass_codec.training.lean import LeanLayersStage, RatedLean
+from compass_codec.training.lean import LeanLayersStage, RatedEntropy, RatedLean
 from compass_codec.training.stages import shrink
 
 LEVEL = 4.0  # of the crops that the first prediction is fitted to
@@ -28,7 +30,7 @@ class PredictedStage(LeanLayersStage):
 
     trains = ("residual",)
     writes = ("base", "residual")
-    conditional = False
+    rated: type[RatedLean]
 
     def __init__(self, **dimensions: Any) -> None:
         super().__init__(**dimensions)
@@ -38,14 +40,20 @@ class PredictedStage(LeanLayersStage):
         """With the backbone, as model.json may come from the set of the base codec."""
         return super().card_fields() | {"backbone": self.backbone}
 
+    def difference(self, x: Tensor, known: Tensor, level: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        codec = self.residual.codec
+        assert isinstance(codec, PredictedCodec)
+        size, (predicted, added) = (x.shape[-2], x.shape[-1]), codec.predict(halved(known) - 0.5, level)
+        return codec.analysis(x - 0.5, level) - predicted, lambda y: codec.synthesis(y + added, level, size) + 0.5
+
     @torch.no_grad()
-    def begin(self, residual: RatedLean) -> None:
+    def begin(self, residual: RatedEntropy) -> None:
         """Let the codec predict what is best by linear regression of the latents of crops on their lower layers."""
         codec, x = residual.codec, self.crops
         assert isinstance(codec, PredictedCodec) and x is not None
         level, size = x.new_full((len(x),), LEVEL), (x.shape[-2], x.shape[-1])
         seen = eighth(halved(self.liff(self.lower(shrink(x, 2), level), size) - 0.5))
-        y = LeanCodec.analysis(codec, x - 0.5, level) / gain(codec.log_gain, level)
+        y = codec.analysis(x - 0.5, level) / gain(codec.log_gain, level)
         a, b = (part.transpose(0, 1).flatten(1).double() for part in (seen, y))
         # errors of a grey level in what is seen, which keep weights small
         noise = a.shape[1] / 255**2 * torch.eye(len(a), dtype=a.dtype)

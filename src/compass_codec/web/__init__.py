@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from compass_codec.weights import ModelSet
 
 SCRIPTS = ("compass.js", "container.js", "kernels.wasm", "lean.js", "png.js", "sw.js")
-# What of a codec a decoder needs; of LIFF it needs all.
-DECODER = ("s16.", "s8.", "from_y.", "up.", "out.", "p8.", "log_inv_gain", "exact.", "tables.")
+TRAINING = ("h_", "context.", "bottleneck.", "y_scale")  # what of a codec no decoder needs
 
 
 def script(name: str) -> bytes:
@@ -41,10 +40,14 @@ def weights_of(found: ModelSet) -> bytes:
     parts = tensors_of(found, load)
     if any(found.spec.get(part, {}).get("entropy", CONTEXT) != CONTEXT for part in parts):
         raise WeightsError(f"{found.folder}: browsers decode with the context model of four steps alone")
+    if "transforms" not in found.spec["residual"]:
+        raise WeightsError(
+            f"{found.folder}: browsers decode enhancement layers with the transforms of the base codec alone"
+        )
     kept = {
         f"{part}.{name}": value
         for part, tensors in parts.items()
         for name, value in tensors.items()
-        if part == "liff" or name.startswith(DECODER)
+        if not name.startswith(TRAINING)
     }
     return save(kept)

@@ -406,17 +406,17 @@ function shuffled(kernels, x, columns, factor, c, height, width) {
   return out;
 }
 
-/** The synthesis and the symbols of a base or enhancement codec. */
-class LayerDecoder {
+/** Analysis and synthesis, which base and enhancement layers share. */
+class Transforms {
   constructor(kernels, tensors) {
-    Object.assign(this, { kernels, tensors, entropy: new Entropy(kernels, tensors) });
-    this.conditional = tensors.has("p8.weight");
+    Object.assign(this, { kernels, tensors });
     this.raw = new Map();
-    this.blocks = ["s16", "s8"].map((name) => {
+    const blocks = (name) => {
       let n = 0;
       while (tensors.has(`${name}.${n}.norm`)) n++;
       return Array.from({ length: n }, (_, k) => `${name}.${k}`);
-    });
+    };
+    for (const name of ["a8", "a16", "s16", "s8"]) this[name] = blocks(name);
   }
   get(name) {
     if (!this.raw.has(name)) this.raw.set(name, this.tensors.get(name));
@@ -446,33 +446,43 @@ class LayerDecoder {
     kernels.release(mark);
   }
 
-  /** Bytes of a layer to RGB, 3 bytes a pixel. `prediction` is RGB in 0..1, float32, or none for the base layer. */
-  *decode(data, height, width, quality, prediction, seen) {
-    const { kernels } = this, mark = kernels.mark(), level = levelOf(quality);
-    const h = Math.ceil(height / CELL), w = Math.ceil(width / CELL);
+  /** RGB in 0..1, less 1/2, to its latent [h, w, M]. */
+  *analysis(rgb, height, width, level) {
+    const { kernels } = this, rows = Math.ceil(height / UNSHUFFLE), columns = Math.ceil(width / UNSHUFFLE);
+    const x = yield* kernels.multiply(yield* eighth(kernels, rgb, height, width), rows * columns, this.linear("embed"));
+    for (const name of this.a8) yield* this.block(name, level, x, rows, columns);
+    const h = half(rows), w = half(columns), x16 = yield* this.halved(x, rows, columns, h, w);
+    for (const name of this.a16) yield* this.block(name, level, x16, h, w);
+    const y = yield* kernels.multiply(x16, h * w, this.linear("to_y"));
+    scale(kernels, y, h * w, gains(this.get("log_gain"), level));
+    return y;
+  }
+  /** The quantised latent y [h, w, M], which is changed, to 192 channels at 1/8 of the size, a picture less 1/2. */
+  *synthesis(y, height, width, level) {
+    const { kernels } = this, h = Math.ceil(height / CELL), w = Math.ceil(width / CELL);
     const rows = Math.ceil(height / UNSHUFFLE), columns = Math.ceil(width / UNSHUFFLE);
-    const y = yield* this.entropy.read(data, h, w, seen && ((z) => seen("z", z)));
-    seen?.("y", kernels.f32.slice(y / 4, y / 4 + h * w * this.entropy.m));
-    const inverse = gains(this.get("log_inv_gain"), level), m = inverse.length;
-    for (let at = y / 4, end = at + h * w * m, f = kernels.f32; at < end; at += m)
-      for (let k = 0; k < m; k++) f[at + k] *= inverse[k];
+    scale(kernels, y, h * w, gains(this.get("log_inv_gain"), level));
     const x16 = yield* kernels.multiply(y, h * w, this.linear("from_y"));
-    for (const name of this.blocks[0]) yield* this.block(name, level, x16, h, w);
+    for (const name of this.s16) yield* this.block(name, level, x16, h, w);
     const x = yield* this.doubled(x16, h, w, rows, columns);
-    if (this.conditional)
-      yield* kernels.multiply(yield* eighth(kernels, prediction, height, width), rows * columns, this.linear("p8"), x);
-    for (const name of this.blocks[1]) yield* this.block(name, level, x, rows, columns);
-    const out = yield* kernels.multiply(x, rows * columns, this.linear("out"));
-    const pixels = new Uint8ClampedArray(height * width * 3), values = kernels.f32; // which rounds and clamps
-    let k = 0;
-    yield* each(height, (i) => {
-      for (let j = 0; j < width; j++) {
-        const at = out / 4 + ((i >> 3) * columns + (j >> 3)) * 192 + (i & 7) * 8 + (j & 7);
-        for (let c = 0; c < 3; c++, k++) pixels[k] = 255 * Math.fround(values[at + 64 * c] + (prediction ? prediction[k] : 0.5));
-      }
+    for (const name of this.s8) yield* this.block(name, level, x, rows, columns);
+    return yield* kernels.multiply(x, rows * columns, this.linear("out"));
+  }
+  /** The convolution 2x2 of stride 2; the last row and column are repeated. */
+  *halved(x, rows, columns, h, w) {
+    const { kernels } = this, [m, c] = this.tensors.shape("down.weight"), weight = this.get("down.weight");
+    const turned = new Float32Array(m * 4 * c), wide = kernels.take(h * w * 4 * c), values = kernels.f32;
+    for (let j = 0; j < m; j++)
+      for (let i = 0; i < c; i++) for (let k = 0; k < 4; k++) turned[(j * 4 + k) * c + i] = weight[(j * c + i) * 4 + k];
+    yield* each(h, (i) => {
+      for (let j = 0; j < w; j++)
+        for (let k = 0; k < 4; k++) {
+          const row = Math.min(rows - 1, 2 * i + (k >> 1)), column = Math.min(columns - 1, 2 * j + (k & 1));
+          const from = x / 4 + (row * columns + column) * c;
+          values.copyWithin(wide / 4 + ((i * w + j) * 4 + k) * c, from, from + c);
+        }
     });
-    kernels.release(mark);
-    return pixels;
+    return yield* kernels.multiply(wide, h * w, kernels.matrix(turned, this.get("down.bias"), m, 4 * c));
   }
   /** The transposed convolution 2x2 of stride 2, cropped. */
   *doubled(x, h, w, rows, columns) {
@@ -484,6 +494,12 @@ class LayerDecoder {
     const wide = yield* kernels.multiply(x, h * w, kernels.matrix(turned, shifts, 4 * c, k));
     return shuffled(kernels, wide, w, 2, c, rows, columns);
   }
+}
+
+/** Multiplies each row of x [n, c] by c factors, in place. */
+function scale(kernels, x, n, factors) {
+  const c = factors.length, values = kernels.f32;
+  for (let at = x / 4, end = at + n * c; at < end; at += c) for (let k = 0; k < c; k++) values[at + k] *= factors[k];
 }
 
 /** RGB in 0..1, less 1/2, as 192 channels at 1/8 of the size; the last row and column are repeated. */
@@ -655,19 +671,36 @@ export class Decoder {
   }
   constructor(kernels, tensors) {
     this.kernels = kernels;
-    [this.base, this.residual] = ["base", "residual"].map((part) => new LayerDecoder(kernels, tensors.part(part)));
+    [this.base, this.residual] = ["base", "residual"].map((part) => new Entropy(kernels, tensors.part(part)));
+    this.transforms = new Transforms(kernels, tensors.part("base"));
     this.liff = new LIFF(kernels, tensors.part("liff"));
   }
-  /** A layer's bytes to {width, height, rgb}, in steps; `below` is what this gave for the layer below. */
+  /** A layer's bytes to {width, height, rgb}, 3 bytes a pixel, in steps; `below` is what this gave for the layer below. */
   *layer(data, { width, height, quality }, below, seen) {
     if (data[0] === 1) return { width, height, rgb: oneColour(data, width * height) };
-    const mark = this.kernels.mark();
+    const { kernels, transforms } = this, mark = kernels.mark(), level = levelOf(quality);
+    const h = Math.ceil(height / CELL), w = Math.ceil(width / CELL), entropy = below ? this.residual : this.base;
     try {
-      if (!below) return { width, height, rgb: yield* this.base.decode(data, height, width, quality, null, seen) };
-      const prediction = yield* this.liff.predict(below.rgb, below.height, below.width, height, width);
-      return { width, height, rgb: yield* this.residual.decode(data, height, width, quality, prediction, seen) };
+      const y = yield* entropy.read(data, h, w, seen && ((z) => seen("z", z))), count = h * w * entropy.m;
+      seen?.("y", kernels.f32.slice(y / 4, y / 4 + count));
+      if (below) {
+        const prediction = yield* this.liff.predict(below.rgb, below.height, below.width, height, width), here = kernels.mark();
+        const known = yield* transforms.analysis(prediction, height, width, level), values = kernels.f32;
+        for (let k = 0; k < count; k++) values[y / 4 + k] += values[known / 4 + k];
+        kernels.release(here);
+      }
+      const out = yield* transforms.synthesis(y, height, width, level), columns = Math.ceil(width / UNSHUFFLE);
+      const rgb = new Uint8ClampedArray(height * width * 3), values = kernels.f32; // which rounds and clamps
+      let k = 0;
+      yield* each(height, (i) => {
+        for (let j = 0; j < width; j++) {
+          const at = out / 4 + ((i >> 3) * columns + (j >> 3)) * 192 + (i & 7) * 8 + (j & 7);
+          for (let c = 0; c < 3; c++, k++) rgb[k] = 255 * Math.fround(values[at + 64 * c] + 0.5);
+        }
+      });
+      return { width, height, rgb };
     } finally {
-      this.kernels.release(mark); // also after an error
+      kernels.release(mark); // also after an error
     }
   }
 }
