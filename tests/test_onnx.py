@@ -196,8 +196,8 @@ def test_whole_files_both_ways(both, quality):
         header = container.read_header(encoded.data)
         found = reader.decode_layers(encoded.data, header, 2)
         # one sample that differs moves up to some twenty around it in the layer above
-        for seen, picture, share in zip(encoded.layers, found, (0.001, 0.005, 0.005), strict=True):
-            difference = np.abs(seen.astype(int) - picture)
+        for seen, shown, share in zip(encoded.layers, found, (0.001, 0.005, 0.005), strict=True):
+            difference = np.abs(seen.astype(int) - shown)
             assert difference.max() <= 1 and (difference > 0).mean() <= share
 
 
