@@ -138,7 +138,7 @@ def test_every_path_decodes_the_same(variant, profile):
         check_pictures(codec)
 
 
-LOST = {"float16": 0.02, "bfloat16": 0.05}  # dB of PSNR at most, next to what the encoder saw
+LOST = {"float16": 0.05}  # dB of PSNR at most, next to what the encoder saw
 
 
 @pytest.fixture(params=LOST)
@@ -147,8 +147,8 @@ def short(request, profile) -> tuple[Codec, float]:
     return shared("cpu", precision=request.param, model=profile), LOST[request.param]
 
 
-@pytest.mark.parametrize("asked", ["auto", "float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("units", "best"), [(("fp16", "bf16"), "float16"), (("bf16",), "bfloat16"), ((), "float32")])
+@pytest.mark.parametrize("asked", ["auto", "float32", "float16"])
+@pytest.mark.parametrize(("units", "best"), [(("fp16", "bf16"), "float16"), (("bf16",), "float32"), ((), "float32")])
 def test_precision_is_that_which_is_fastest(monkeypatch, asked, units, best):
     monkeypatch.setattr("compass_codec.codec.fastest", fastest)
     here = {"avx512_fp16": True, "avx512_bf16": True} | {f"amx_{kind}": kind in units for kind in ("fp16", "bf16")}
@@ -190,8 +190,8 @@ def test_precision_may_differ_between_encoder_and_decoder(codec, short, writes, 
 def test_a_search_takes_gradients_in_float32(precision):
     codec = Codec.load("cpu", precision=precision, engine="torch")
     search = Search(codec.residual)
-    assert codec.residual.networks.kind == getattr(torch, precision)
-    assert {p.dtype for p in search.codec.parameters()} == {torch.float32}
+    assert codec.residual.transforms.kind == getattr(torch, precision)
+    assert {p.dtype for p in search.transforms.parameters()} == {torch.float32}
     encoded = codec.encode(crop(40, 30), [1, 2], 60, effort=2)
     assert np.array_equal(codec.decode(encoded.data), encoded.layers[-1])
 
@@ -203,24 +203,9 @@ def test_precision_on_the_command_line(tmp_path):
         ("encode", source, "--scales", "1,2", "-o", file, "--precision", "float16"),
         ("decode", file, "-o", out, "--precision", "float32"),
         ("decode", file, "-o", out, "--precision", "float16", "--force"),
-        ("decode", file, "-o", out, "--precision", "bfloat16", "--force"),
     ):
         assert compass(*command).code == 0
-    assert compass("decode", file, "-o", out, "--precision", "float8").code == 2
-
-
-def test_bfloat16_shows_in_a_base_layer():
-    """Why that stays in float32: there it changes several times as many samples as in the layers above."""
-    short, wrong = (Codec.load("cpu", precision=kind, model="paper") for kind in ("bfloat16", "float32"))
-    with torch.inference_mode():  # as weights are made, without which not every convolution takes them
-        wrong.base.networks.codec.pixels_in(torch.bfloat16)
-    check_symbols(wrong)
-    golden = expected(short, "large")
-    above, base = (
-        [(found != seen).mean() for found, seen in zip(pictures(codec, "large"), golden, strict=True)]
-        for codec in (short, wrong)
-    )
-    assert above[0] == 0 < above[1] < 0.15 and base[0] > 0.25
+    assert compass("decode", file, "-o", out, "--precision", "bfloat16").code == 2
 
 
 def test_integers_cost_next_to_nothing_in_rate(monkeypatch):

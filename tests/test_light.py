@@ -132,6 +132,6 @@ def test_what_needs_pytorch_says_so(light, work):
     encode = (light / "compass", "encode", work / "a.png", "--scales", "1,2", "--force")
     assert "effort 1 needs PyTorch" in failed(*encode, "--effort", "1")
     assert "--engine torch needs PyTorch" in failed(*encode, "--engine", "torch")
-    assert "--precision bfloat16 needs PyTorch" in failed(*encode, "--precision", "bfloat16")
+    assert "--precision float16 needs PyTorch" in failed(*encode, "--precision", "float16")
     train = (light / "compass", "train", "lean", "--data", work, "--resume", work / "run", "--minutes", "1")
     assert "torch, which is not installed" in failed(*train)

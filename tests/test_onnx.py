@@ -243,7 +243,7 @@ CHOICES = {
     ("auto", "lean", "cpu", "auto"): "onnx",
     ("auto", "lean", "auto", "float32"): "onnx",
     ("auto", "lean", "cuda", "auto"): "torch",
-    ("auto", "lean", "cpu", "bfloat16"): "torch",
+    ("auto", "lean", "cpu", "float16"): "torch",
     ("auto", "mean_scale", "cpu", "auto"): "onnx",
     ("auto", "mei", "cpu", "auto"): "torch",
     ("torch", "lean", "cpu", "auto"): "torch",

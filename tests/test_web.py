@@ -40,10 +40,15 @@ const done = arguments[arguments.length - 1], name = arguments[0], weights = arg
   let below = null;
   for (const [k, entry] of header.layers.entries()) {
     const symbols = {}, places = Math.ceil(entry.height / 16) * Math.ceil(entry.width / 16);
-    below = run(decoder.layer(payload(entry, data, `layer ${k}`), entry, below, (what, v) => (symbols[what] = v)));
-    const m = symbols.y.length / places, all = new Int32Array(symbols.z.length + symbols.y.length);
-    all.set(symbols.z);
-    symbols.y.forEach((v, i) => (all[symbols.z.length + (i % m) * places + Math.floor(i / m)] = 64 * v));
+    const part = payload(entry, data, `layer ${k}`);
+    below = run(decoder.layer(part, entry, below, (what, v) => (symbols[what] = v)));
+    let all = part; // what stands for the symbols of a layer of one colour
+    if (symbols.y) {
+      const m = symbols.y.length / places;
+      all = new Int32Array(symbols.z.length + symbols.y.length);
+      all.set(symbols.z);
+      symbols.y.forEach((v, i) => (all[symbols.z.length + (i % m) * places + Math.floor(i / m)] = 64 * v));
+    }
     const hash = [...new Uint8Array(await crypto.subtle.digest("SHA-256", all))];
     const pixels = Array.from(below.rgb, (v) => String.fromCharCode(v)).join("");
     found.push({ hash: hash.map((b) => b.toString(16).padStart(2, "0")).join(""), pixels: btoa(pixels) });

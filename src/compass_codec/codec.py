@@ -102,8 +102,8 @@ class Codec:
     ) -> Self:
         """Load the set of weights in folder ``weights``, or the one whose profile or identity is ``model`` (default:
         the installed set of the default profile; see weights.choose) to "cpu", "cuda" or, with "auto", to the GPU if
-        there is one. ``precision`` of what computes the pixels above the base layer: "float32", "float16",
-        "bfloat16", or "auto", which is :func:`fastest`. ``engine``: "torch", "onnx" or "auto", see engines.choose.
+        there is one. ``precision`` of what computes the pixels above the base layer: "float32", "float16" or
+        "auto", which is :func:`fastest`. ``engine``: "torch", "onnx" or "auto", see engines.choose.
         Raises WeightsError, and OptionError for a device or an engine that is not there."""
         return cls._load(_wanted(device, weights, precision, model, engine))
 
@@ -277,15 +277,14 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def fastest(device: torch.device) -> str:
     """The precision that is fastest there: "float16" on a GPU and on a CPU with matrix units that take it (AMX-FP16),
-    "bfloat16" on one whose matrix units take only that (AMX-BF16), otherwise "float32". Without such units a CPU is
-    no faster with 16 bits, and may take twenty times as long."""
+    otherwise "float32". Without such units a CPU is no faster with 16 bits, and may take twenty times as long."""
     import torch
 
     if device.type != "cpu":
         return "float16"
     ask = getattr(torch.cpu, "get_capabilities", None)  # which older PyTorch does not have
     here = ask() if ask else {}
-    return "float16" if here.get("amx_fp16") else "bfloat16" if here.get("amx_bf16") else "float32"
+    return "float16" if here.get("amx_fp16") else "float32"
 
 
 def shared(

@@ -231,7 +231,7 @@ def identity(folder: Path | None = None, model: str | None = None) -> str:
 
 
 def load(found: ModelSet, engine: Engine, precision: str = "float32") -> Weights:
-    """Load a set with an engine. ``precision``, "float32", "float16" or "bfloat16", is that of what computes the pixels
+    """Load a set with an engine. ``precision``, "float32" or "float16", is that of what computes the pixels
     of enhancement layers. The base layer stays in float32: it is small, and its errors would be the largest.
     Raises WeightsError if a part is missing, corrupt or does not fit, or this version has no such backbone."""
     if found.backbone not in backbones.NAMES:

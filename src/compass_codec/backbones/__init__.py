@@ -68,7 +68,7 @@ class Backbone(Protocol):
         self, spec: dict[str, Any], tensors: dict[str, dict[str, Any]], engine: Engine, precision: str
     ) -> tuple[LayerCodec, LayerCodec, Predictor]:
         """The codec of base layers, that of all layers above, and the predictor, with ``engine``. ``spec`` is the set's
-        model.json, ``tensors`` those of each part that it names. ``precision``, "float32", "float16" or "bfloat16", is
+        model.json, ``tensors`` those of each part that it names. ``precision``, "float32" or "float16", is
         that of the networks that compute pixels above the base layer; no symbol depends on it. Raises KeyError,
         ValueError, IndexError, RuntimeError or WeightsError where tensors are missing or do not fit."""
         ...

@@ -195,7 +195,7 @@ engine_option = click.option(
 )
 precision_option = click.option(
     "--precision",
-    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    type=click.Choice(["auto", "float32", "float16"]),
     default="auto",
     show_default=True,
     help="Number format of the networks above the base layer; auto is the fastest here. Any decodes every file.",

@@ -118,7 +118,7 @@ def profiles() -> str:
     )
 
 
-ENGINES = (("torch", "float32"), ("onnx", "float32"), ("torch", "bfloat16"))
+ENGINES = (("torch", "float32"), ("onnx", "float32"))
 
 
 def engines_here() -> list[list[float]]:
