@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from click.testing import CliRunner, Result
 from conftest import crop
 from PIL import Image
 
-from compass_codec import container
+from compass_codec import container, web
 from compass_codec.codec import Codec
+from compass_codec.errors import WeightsError
 from compass_codec.measure import paper
 from compass_codec.measure.protocol import OURS, other_set
 from compass_codec.measure.tables import TESTED, Published, Results, layered_column
@@ -169,3 +171,18 @@ def test_every_set_has_its_rows_in_a_column(tmp_path):
     assert column.against["COMPASS with context"].bd_rate == pytest.approx(0)
     assert column.against["simulcast, base codec of factorized"].bd_rate < -30
     assert {ours for rows in (paper.TWO, paper.THREE) for ours, *_ in rows if ours} <= {paper.SHVC, *theirs}
+
+
+def test_transforms_that_a_set_cannot_have_are_one_line(run, tmp_path):
+    with pytest.raises(WeightsError, match="browsers decode enhancement layers with the transforms of the base codec"):
+        web.weights_of(read_set(run / "weights" / "context"))
+    assert web.weights_of(read_set(run / "weights" / "latent"))
+    for value, says in (("liff", "residual: transforms of 'liff'"), (None, "cannot be used")):
+        folder = shutil.copytree(run / "weights" / "latent", tmp_path / f"{value}")
+        spec = json.loads((folder / "model.json").read_text())
+        spec["residual"] = {"transforms": value} | SMALL if value is None else spec["residual"] | {"transforms": value}
+        (folder / "model.json").write_text(json.dumps(spec))
+        for engine in ("torch", "onnx"):
+            with pytest.raises(WeightsError, match=says) as found:
+                Codec.load("cpu", weights=folder, engine=engine)
+            assert "\n" not in str(found.value)
