@@ -43,7 +43,7 @@ kodak: install  ## rate and distortion on the Kodak pictures, real files
 
 tables: install  ## COMPASS next to other codecs on the Kodak pictures; writes docs/results.md
 	$(BIN)/compass bench --images $(KODAK) --out out/bench $(patsubst %,--curves %,$(wildcard ../shared/anchors/*_rd.json)) $(BENCH)
-	cp out/bench/results.md out/bench/rd.png out/bench/bits.png docs/
+	cp out/bench/results.md out/bench/*.png docs/
 
 speed: install  ## where time and memory go: docs/performance.md (LARGE=--large: large pictures instead, ten minutes)
 	$(BIN)/python -W ignore -m compass_codec.measure.speed $(LARGE)

@@ -118,7 +118,7 @@ def profiles() -> str:
     )
 
 
-ENGINES = (("torch", "float32"), ("onnx", "float32"))
+ENGINES = {"torch": "PyTorch", "onnx": "ONNX Runtime"}
 
 
 def engines_here() -> list[list[float]]:
@@ -131,24 +131,25 @@ def engines_here() -> list[list[float]]:
     threads.use_one()
     layers = pictures.pyramid(photograph(*SIZE), layer_sizes(SIZE, SCALES))
     works: list[Callable[[], Any]] = []
-    for name, precision in ENGINES:
-        codec = Codec.load("cpu", precision=precision, engine=name)
+    for name in ENGINES:
+        codec = Codec.load("cpu", precision="float32", engine=name)
         data = codec.encode_layers(layers, SCALES, 60).data
         works += [partial(codec.encode_layers, layers, SCALES, 60), partial(codec.decode, data)]
     turns = [[spent(work) for work in works] for _ in range(2 * REPEATS)]
     least = [min(each) for each in zip(*turns, strict=True)]
-    return [least[:2], least[2:4], least[4:]]
+    return [least[k : k + 2] for k in range(0, len(least), 2)]
 
 
 def all_engines() -> str:
     """The engines with one thread."""
-    names, pixels, body = {"torch": "PyTorch", "onnx": "ONNX Runtime"}, SIZE[0] * SIZE[1] / 1e6, []
-    for (name, precision), times in zip(ENGINES, alone("engines_here"), strict=True):
-        body.append([f"{names[name]}, {precision}", *(f"{s:.2f} s, {s / pixels:.2f} s" for s in times)])
+    pixels, body = SIZE[0] * SIZE[1] / 1e6, []
+    for name, times in zip(ENGINES.values(), alone("engines_here"), strict=True):
+        body.append([name, *(f"{s:.2f} s, {s / pixels:.2f} s" for s in times)])
     head = ["engine", "encoding, and a megapixel", "decoding, and a megapixel"]
     return (
-        f"`lean`, three layers of {SIZE[0]} x {SIZE[1]}, one thread, in turn in one process: processor time. What was "
-        f"tried and not kept, OpenVINO and int8, is in [notes/engines.md](notes/engines.md).\n\n{rows(head, body)}"
+        f"`lean`, three layers of {SIZE[0]} x {SIZE[1]}, one thread, float32, in turn in one process: processor time. "
+        f"What was tried and not kept, OpenVINO and int8, is in [notes/engines.md](notes/engines.md).\n\n"
+        f"{rows(head, body)}"
     )
 
 
