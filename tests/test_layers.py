@@ -49,3 +49,10 @@ def test_bad_input_is_one_line(command, tmp_path):
     assert result.exit_code == 1 and result.output == f"Error: {tmp_path}: no PNG pictures\n"
     result = CliRunner().invoke(command, ["--images", str(tmp_path), "--weights", str(tmp_path)])
     assert result.exit_code == 1 and str(tmp_path) in result.output and result.output.count("\n") == 1
+
+
+def test_curves_that_are_not_there_are_one_line_at_once(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    missing = tmp_path / "curves.json"
+    result = CliRunner().invoke(kodak.main, ["--images", str(tmp_path), "--curves", str(missing)])
+    assert result.exit_code == 1 and result.output == f"Error: {missing}: No such file or directory\n"

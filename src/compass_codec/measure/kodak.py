@@ -55,6 +55,7 @@ def main(
     with one_line():
         codec = Codec.load("cpu", weights, engine="torch")
         pictures = pictures_in(images, quick)
+        peers = {name: published(curves, name) for name in PEERS} if curves else {}
     count = len(scales)
     # [quality, picture, layer]: accumulated bytes and PSNR of the layered file, bytes and PSNR of separate files
     shape = (len(qualities), len(pictures), count)
@@ -91,9 +92,8 @@ def main(
             ("layered against a file for each size", curve["layered"].against(curve["simulcast"])),
             ("layered against the top size alone", curve["layered"].against(curve["single layer"])),
         ]
-        if curves:
-            single = curve["single layer"]
-            found += [(f"top size alone against {name}", single.against(published(curves, name))) for name in PEERS]
+        single = curve["single layer"]
+        found += [(f"top size alone against {name}", single.against(peer)) for name, peer in peers.items()]
         body = [[name, f"{r.percent:+.1f} %", f"{r.low:.1f} to {r.high:.1f} dB"] for name, r in found]
         click.echo(rows(["BD-rate", "", "over PSNR"], body))
     if report:
