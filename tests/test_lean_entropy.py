@@ -205,6 +205,14 @@ def test_the_density_learns():
     assert found[-1] < 0.9 * found[0] and found[-1] < 1.05 * normal
 
 
+def test_browsers_refuse_a_base_codec_alone(tmp_path):
+    stage = LeanStage(**SMALL)
+    stage.crops = noise_pictures(2, 64)
+    export(stage, tmp_path)
+    with pytest.raises(WeightsError, match="browsers decode enhancement layers with the transforms of the base codec"):
+        web.weights_of(read_set(tmp_path))
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_browsers_refuse(model, tmp_path):
     stage = LeanStage(**SMALL, entropy=model)

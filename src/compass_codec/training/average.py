@@ -41,7 +41,7 @@ def lean_stage(spec: dict[str, Any]) -> LeanStage:
     """A stage that exports the parts that a set of lean has, by its model.json."""
     if "residual" not in spec["parts"]:
         return LeanContextStage()
-    return LeanLayersStage() if "transforms" in spec["residual"] else LeanResidualStage()
+    return LeanLayersStage() if "transforms" in spec.get("residual", {}) else LeanResidualStage()
 
 
 @click.command()

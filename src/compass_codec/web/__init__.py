@@ -40,7 +40,7 @@ def weights_of(found: ModelSet) -> bytes:
     parts = tensors_of(found, load)
     if any(found.spec.get(part, {}).get("entropy", CONTEXT) != CONTEXT for part in parts):
         raise WeightsError(f"{found.folder}: browsers decode with the context model of four steps alone")
-    if "transforms" not in found.spec["residual"]:
+    if "transforms" not in found.spec.get("residual", {}):
         raise WeightsError(
             f"{found.folder}: browsers decode enhancement layers with the transforms of the base codec alone"
         )
