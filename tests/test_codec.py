@@ -74,7 +74,8 @@ def test_symbols_are_rounded_by_what_they_cost(codec, monkeypatch):
     picture = np.array(crop(160, 120))
 
     def cost() -> float:
-        return CodedLayer.of(codec.encode_layer(picture, None, 40), picture, quality_to_lambda(40), squared).cost
+        data, reconstruct = codec.encode_layer(picture, None, 40)
+        return CodedLayer.of((data, reconstruct()), picture, quality_to_lambda(40), squared).cost
 
     before = cost()
     monkeypatch.setattr(layer, "thresholds", torch.full_like(layer.thresholds, 0.5))
@@ -286,3 +287,18 @@ def test_kodak_three_layers_beat_three_files(codec):
         values.append([psnr(Image.fromarray(r), s) for r, s in zip(result.layers, sources, strict=True)])
     assert layered < separate
     assert np.mean(values, axis=0).min() >= 26
+
+
+def test_the_top_layer_is_reconstructed_when_it_is_asked_for(codec, monkeypatch):
+    done, reconstruct = [], codec.residual.reconstruct
+
+    def counted(*given):
+        done.append(given[-1])
+        return reconstruct(*given)
+
+    monkeypatch.setattr(codec.residual, "reconstruct", counted)
+    encoded = codec.encode(crop(96, 64), [1, 2, 3])
+    assert done == [(43, 64)]
+    assert encoded.layers[-1].shape == (64, 96, 3) and encoded.layers is encoded.layers
+    assert done == [(43, 64), (64, 96)]
+    assert (np.asarray(codec.decode(encoded.data)) == encoded.layers[-1]).all()

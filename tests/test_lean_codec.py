@@ -178,8 +178,11 @@ def test_strips_are_the_whole(layer, monkeypatch):
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 1), (16, 16), (17, 31), (70, 90)])
 @pytest.mark.parametrize("quality", [1, 60, 100])
 def test_the_decoder_sees_what_the_encoder_saw(layer, size, quality):
-    data, seen = layer.encode(picture(size), known(size), quality)
+    data, reconstruct = layer.encode(picture(size), known(size), quality)
+    kept, again = layer.encode(picture(size), known(size), quality, keep=True)
+    seen = reconstruct()
     assert np.array_equal(layer.decode(data, size, known(size, 7)(), quality), seen)
+    assert kept == data and np.array_equal(again(), seen)
 
 
 def test_more_escapes_of_y_than_z_has_symbols(layer):

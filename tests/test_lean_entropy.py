@@ -77,11 +77,11 @@ def test_dimensions_name_the_model_where_it_is_another():
 def test_the_decoder_sees_what_the_encoder_saw(pair, size, quality):
     """With either engine, which decode each other's files to the same symbols."""
     for layer, other in (pair, pair[::-1]):
-        data, seen = (
+        data, reconstruct = (
             layer.encode(picture(size), known(size), quality) if layer is pair[0] else onnx(layer, size, quality)
         )
         again = layer.decode(data, size, strips(layer, size, 7), quality)
-        assert np.array_equal(again, seen)
+        assert np.array_equal(again, reconstruct())
         for a, b in zip(layer.parse(data, size), other.parse(data, size), strict=True):
             assert np.array_equal(a, b)
 

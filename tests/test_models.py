@@ -111,8 +111,8 @@ class Deflated:
     def lambda_of(self, quality):
         return quality
 
-    def encode(self, picture, prediction, quality):
-        return zlib.compress((picture - to_bytes(torch.cat(list(prediction()), 2))).tobytes()), picture
+    def encode(self, picture, prediction, quality, keep=False):
+        return zlib.compress((picture - to_bytes(torch.cat(list(prediction()), 2))).tobytes()), lambda: picture
 
     def decode(self, data, size, prediction, quality):
         missing = np.frombuffer(zlib.decompress(data), np.uint8).reshape(*size, 3)
@@ -168,8 +168,8 @@ class DoNothing(Stage):
     def lambda_of(self, quality):
         return quality
 
-    def encode(self, picture, prediction, quality):
-        return b"\0", self.decode(b"\0", picture.shape[:2], prediction(), quality)
+    def encode(self, picture, prediction, quality, keep=False):
+        return b"\0", lambda: self.decode(b"\0", picture.shape[:2], prediction(), quality)
 
     def decode(self, data, size, prediction, quality):
         return to_bytes(torch.cat(list(prediction), 2))

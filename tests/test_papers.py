@@ -176,8 +176,8 @@ def test_at_factor_two_half_is_the_lower_layer():
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 1), (70, 91)])
 @pytest.mark.parametrize("quality", [1, 100])
 def test_the_decoder_sees_what_the_encoder_saw(layer, size, quality):
-    data, seen = layer.encode(picture(size), below(size), quality)
-    assert np.array_equal(layer.decode(data, size, below(size, 7)(), quality), seen)
+    data, reconstruct = layer.encode(picture(size), below(size), quality)
+    assert np.array_equal(layer.decode(data, size, below(size, 7)(), quality), reconstruct())
 
 
 @pytest.mark.parametrize("cells", [4, 1024])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -33,12 +33,17 @@ EFFORTS = range(10)
 ONE_COLOUR = 1  # first byte of a layer of one colour; the layers of backbones begin with an even number
 
 
-@dataclass(frozen=True)
 class Encoded:
-    """A file and what its decoder will see: ``layers`` are uint8 [height, width, 3], smallest first."""
+    """A file, ``data``, and what its decoder will see, ``layers``."""
 
-    data: bytes
-    layers: list[NDArray[np.uint8]]
+    def __init__(self, data: bytes, lower: list[NDArray[np.uint8]], top: Callable[[], NDArray[np.uint8]]) -> None:
+        self.data, self._lower, self._top = data, lower, top
+
+    @cached_property
+    def layers(self) -> list[NDArray[np.uint8]]:
+        """Of each layer uint8 [height, width, 3], smallest first. The top layer, which no other needs, is reconstructed
+        when this is first asked for."""
+        return [*self._lower, self._top()]
 
 
 def layer_sizes(size: tuple[int, int], scales: Sequence[float]) -> list[tuple[int, int]]:
@@ -179,29 +184,44 @@ class Codec:
         if layers[-1].shape[0] * layers[-1].shape[1] > container.MAX_PIXELS:
             raise LimitError(f"more than {container.MAX_PIXELS} pixels")
         deadline = math.inf if time_budget is None else started + time_budget
-        coded: list[tuple[bytes, NDArray[np.uint8]]] = []
+        payloads: list[bytes] = []
+        lower: list[NDArray[np.uint8]] = []
+        top: Callable[[], NDArray[np.uint8]] | None = None
         with self.engine.computing():
             if effort:
                 from compass_codec import search
 
-                coded = search.improve(self, layers, qualities, effort, deadline, progress, layer_weights)
+                found = search.improve(self, layers, qualities, effort, deadline, progress, layer_weights)
+                payloads, seen = [data for data, _ in found], [picture for _, picture in found]
+                lower, top = seen[:-1], lambda: seen[-1]
             else:
-                for picture, q in zip(layers, qualities, strict=True):
-                    coded.append(self.encode_layer(picture, coded[-1][1] if coded else None, q))
+                for k, (picture, q) in enumerate(zip(layers, qualities, strict=True)):
+                    if top:
+                        lower.append(top())
+                        top = None  # with the latent that it holds
+                    data, top = self.encode_layer(picture, lower[-1] if lower else None, q, k < len(layers) - 1)
+                    payloads.append(data)
+        assert top is not None  # there is a layer
         sizes = [(p.shape[1], p.shape[0]) for p in layers]
-        payloads, seen = zip(*coded, strict=True)
-        return Encoded(container.write(self.model, sizes, scales, qualities, payloads, sections), list(seen))
+        return Encoded(container.write(self.model, sizes, scales, qualities, payloads, sections), lower, top)
 
     def encode_layer(
-        self, picture: NDArray[np.uint8], below: NDArray[np.uint8] | None, quality: float
-    ) -> tuple[bytes, NDArray[np.uint8]]:
+        self, picture: NDArray[np.uint8], below: NDArray[np.uint8] | None, quality: float, keep: bool = False
+    ) -> tuple[bytes, Callable[[], NDArray[np.uint8]]]:
         """A layer, uint8 [height, width, 3], given what the decoder will see of the one below it: its bytes, and what
-        the decoder will see of it."""
+        reconstructs what the decoder will see of it. For ``keep`` see backbones.LayerCodec.encode."""
         if (flat := self.flat(picture)) is not None:
-            return flat
+            data, seen = flat
+            return data, lambda: seen
         codec = self.base if below is None else self.residual
         size = (picture.shape[0], picture.shape[1])
-        return codec.encode(picture, lambda: self.predict(below, size), quality)
+        data, reconstruct = codec.encode(picture, lambda: self.predict(below, size), quality, keep)
+
+        def computed() -> NDArray[np.uint8]:
+            with self.engine.computing():
+                return reconstruct()
+
+        return data, computed
 
     @staticmethod
     def flat(picture: NDArray[np.uint8]) -> tuple[bytes, NDArray[np.uint8]] | None:

@@ -38,11 +38,11 @@ class LayerCodec(Protocol):
         ...
 
     def encode(
-        self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Array]], quality: float
-    ) -> tuple[bytes, NDArray[np.uint8]]:
-        """Encode a layer, uint8 [height, width, 3], to 1 to 2^28 - 1 bytes, and give the decoder's reconstruction, of
-        the same shape. ``prediction`` computes the prediction anew at each call: that of a large picture is too much to
-        keep."""
+        self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Array]], quality: float, keep: bool = False
+    ) -> tuple[bytes, Callable[[], NDArray[np.uint8]]]:
+        """Encode a layer, uint8 [height, width, 3], to 1 to 2^28 - 1 bytes, and give what computes the decoder's
+        reconstruction, of the same shape. ``prediction`` computes the prediction anew at each call: that of a large
+        picture is too much to keep. ``keep`` what else the reconstruction needs if it follows at once."""
         ...
 
     def decode(

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SKIPPED = 3  # symbols of lower scale indices are zero and are not coded
 PARTS = ("base", "residual", "liff")
 SEARCHED = ("psnr", "visual")  # tunes of sets whose distortion a search knows
-KEPT = 2**21  # pixels of a layer up to which what its prediction gives is computed once and kept
 CELLS = {"cpu": 1024, "cuda": 1 << 16}  # of y in a strip: what is in hand then stays in a processor's cache
 
 
@@ -224,18 +223,18 @@ class LeanLayer:
         return quality_to_lambda(quality)
 
     def encode(
-        self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Array]], quality: float
-    ) -> tuple[bytes, NDArray[np.uint8]]:
+        self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Array]], quality: float, keep: bool = False
+    ) -> tuple[bytes, Callable[[], NDArray[np.uint8]]]:
         """See backbone.LayerCodec."""
         networks, size = self.at(quality), (picture.shape[0], picture.shape[1])
-        kept = list(self.given(networks, prediction(), size)) if size[0] * size[1] <= KEPT else None
+        kept = list(self.given(networks, prediction(), size)) if keep else None
 
         def given() -> Iterable[Array]:
             return kept or self.given(networks, prediction(), size)
 
         y = self.analysis(networks, picture, given())
         data = self.write(self.exact.z(y, quality_to_lambda(quality)), y)
-        return data, self.reconstruct(networks, y, given(), size)
+        return data, lambda: self.reconstruct(networks, y, given(), size)
 
     def at(self, quality: float) -> Transforms:
         """The transforms at a quality."""

@@ -40,9 +40,9 @@ class MeanScaleLayer:
         return quality_to_lambda(quality)
 
     def encode(
-        self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Array]], quality: float
-    ) -> tuple[bytes, NDArray[np.uint8]]:
-        """See backbone.LayerCodec."""
+        self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Array]], quality: float, keep: bool = False
+    ) -> tuple[bytes, Callable[[], NDArray[np.uint8]]]:
+        """See backbone.LayerCodec. Symbols and reconstruction are made in one pass."""
         size = (picture.shape[0], picture.shape[1])
         predicted, known = strips.fork(prediction())
         analysed = self.analyse(self._residual(picture, predicted), size, quality)
@@ -58,7 +58,7 @@ class MeanScaleLayer:
 
         done = self.reconstruct(latents(), known, quality, size)
         z = to_host(space(analysed.z[0]).concatenate(analysed.z, 2)[0]).astype(np.int32)
-        return entropy.encode(z, y, index, self.tables), done
+        return entropy.encode(z, y, index, self.tables), lambda: done
 
     def _residual(self, picture: NDArray[np.uint8], prediction: Iterable[Array]) -> Iterator[Array]:
         """Strips of ``picture``, uint8 [height, width, 3], less those of its prediction, in 0..1."""

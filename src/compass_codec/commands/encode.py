@@ -90,7 +90,9 @@ from compass_codec.weights import DEFAULT, TUNES, tuned
     help="Relative weight of each layer's cost in the search. Default: 1 for all.",
 )
 @click.option(
-    "--verify", is_flag=True, help="Decode the written file and compare it with the encoder's reconstruction."
+    "--verify",
+    is_flag=True,
+    help="Decode the written file, compare it with the encoder's reconstruction, and report PSNR.",
 )
 @strip_option
 @batch_options
@@ -233,10 +235,13 @@ def _quality(report: Report) -> str:
 
 
 def _table(report: Report) -> str:
-    rows = [["layer", "size", "scale", "bytes", "bpp", "acc. bytes", "acc. bpp", "PSNR"]]
+    rows = [["layer", "size", "scale", "bytes", "bpp", "acc. bytes", "acc. bpp"]]
     for e in report.layers:
         row = [str(e.index), f"{e.width} x {e.height}", f"{e.scale:g}", str(e.bytes)]
-        rows.append([*row, f"{e.bpp:.3f}", str(e.end), f"{e.end_bpp:.3f}", f"{e.psnr:.2f}"])
+        rows.append([*row, f"{e.bpp:.3f}", str(e.end), f"{e.end_bpp:.3f}"])
+        if e.psnr is not None:
+            rows[-1].append(f"{e.psnr:.2f}")
+    rows[0] += ["PSNR"] * (len(rows[-1]) - len(rows[0]))
     return f"{table(rows)}\n{report.outputs[0]}: {report.size} bytes, {_quality(report)}"
 
 
@@ -244,5 +249,5 @@ def _line(report: Report) -> str:
     if report.state == "up to date":
         return f"{report.outputs[0]}: up to date"
     top = report.layers[-1]
-    measured = f"{report.size} bytes, {top.end_bpp:.3f} bpp, {top.psnr:.2f} dB"
+    measured = f"{report.size} bytes, {top.end_bpp:.3f} bpp" + ("" if top.psnr is None else f", {top.psnr:.2f} dB")
     return f"{report.outputs[0]}: {top.width} x {top.height}, {measured}, {_quality(report)}, {report.seconds:.1f} s"

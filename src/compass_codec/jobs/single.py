@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from compass_codec.codec import Codec
+    from compass_codec.codec import Codec, Encoded
     from compass_codec.search import Coded
 
 SMALL = 2**18  # pixels of a layer up to which starting threads costs more than they save
@@ -57,9 +58,9 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
         check_target(target, source, options)
     from compass_codec import colour, metrics, pictures
 
-    by = "psnr" if options.target is None or options.target.of_size else options.target.kind
-    metric = metrics.METRICS[by]
-    metric.identity()  # or what is missing is said before the work
+    metric = None if options.target is None or options.target.of_size else metrics.METRICS[options.target.kind]
+    if metric:
+        metric.identity()  # or what is missing is said before the work
     picture = read_picture(source)
     if options.strip and picture.icc:
         picture = replace(picture, image=colour.to_srgb(picture.image, picture.icc, picture.notes, "--strip"))
@@ -72,35 +73,40 @@ def encode(source: Path, target: Path, options: EncodeOptions) -> Report:
     notes, encodes = [*picture.notes, *plan.notes], 0
     del picture  # Pillow's copy of a large picture is not needed any more
 
-    def attempt(quality: float | Sequence[float]) -> tuple[bytes, list[NDArray[np.uint8]]]:
+    def attempt(quality: float | Sequence[float]) -> Encoded:
         show = _show_effort if options.progress else None
-        result = loaded.encode_layers(
+        return loaded.encode_layers(
             layers, plan.scales, quality, options.effort, options.time_budget, show, plan.weights, sections
         )
-        return result.data, result.layers
 
     shows: list[NDArray[np.uint8] | None] = [*alphas] or [None] * len(layers)
 
     if options.target is None:
-        data, reconstructed = attempt(plan.qualities)
+        encoded = attempt(plan.qualities)
     else:
         pixels = layers[-1].shape[0] * layers[-1].shape[1]
-        found = search(
-            options.target, pixels, attempt, lambda e: (len(e[0]), metric.of(layers[-1], e[1][-1], shows[-1]))
-        )
-        (data, reconstructed), encodes = found.result, found.encodes
+
+        def measured(e: Encoded) -> tuple[int, float]:
+            return len(e.data), metric.of(layers[-1], e.layers[-1], shows[-1]) if metric else math.nan
+
+        found = search(options.target, pixels, attempt, measured)
+        encoded, encodes = found.result, found.encodes
         if not (found.reached and found.near):
-            told = metric.text(found.value) if metric.unit else f"{metric.title} {metric.text(found.value)}"
-            gives = f"{len(data)} bytes, {8 * len(data) / pixels:.3f} bpp, {told}"
+            gives = f"{len(encoded.data)} bytes, {8 * len(encoded.data) / pixels:.3f} bpp"
+            if metric:
+                told = metric.text(found.value)
+                gives += f", {told}" if metric.unit else f", {metric.title} {told}"
             why = "lies between two steps of quality" if found.reached else "is beyond the quality scale"
             notes.append(f"{options.target} {why}; quality {found.quality:g} gives {gives}")
     if options.progress:
         print(end=CLEAR, file=sys.stderr, flush=True)
-    put(target, data, options.batch, changed)
+    put(target, data := encoded.data, options.batch, changed)
+    decibels: list[float | None] = [None] * len(layers)
     if options.verify:
-        _verify(loaded, data if is_stream(target) else target.read_bytes(), reconstructed, sections, target)
+        _verify(loaded, data if is_stream(target) else target.read_bytes(), encoded.layers, sections, target)
+    if options.verify or metric:  # to reconstruct the top layer takes a third of the time
+        decibels = [metrics.psnr(*layer) for layer in zip(layers, encoded.layers, shows, strict=True)]
     header = container.read_header(data)
-    decibels = [metrics.psnr(*layer) for layer in zip(layers, reconstructed, shows, strict=True)]
     reports = tuple(_layer_report(header, k, value) for k, value in enumerate(decibels))
     return Report(source, "encoded", (target,), reports, len(data), encodes, notes=tuple(notes))
 
