@@ -16,17 +16,21 @@ WEBKIT = next(Path("/usr").glob("lib*/**/webkit2gtk-4*/MiniBrowser"), None)
 
 
 @contextmanager
-def browser(profile: Path, size: tuple[int, int] = (1200, 900), dark: bool = False) -> Iterator:
-    """A Selenium driver of Chromium with a window of ``size``; ``profile`` is an empty folder. Skips the test without
-    Chromium."""
+def browser(profile: Path, size: tuple[int, int] = (1200, 900), dark: bool = False, webgpu: bool = False) -> Iterator:
+    """A Selenium driver of Chromium with a window of ``size``; ``profile`` is an empty folder. With
+    ``webgpu`` it has that by a software adapter. Skips the test without Chromium."""
     driver_path = shutil.which("chromedriver")
     if not CHROMIUM or not driver_path:
         pytest.skip("Chromium and chromedriver are not installed")
     webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    flags = ["headless", "disable-gpu", "no-first-run", "disable-background-networking", "disable-component-update"]
+    flags = ["headless", "no-first-run", "disable-background-networking", "disable-component-update"]
     flags += ["disable-sync", "disable-dev-shm-usage", "hide-scrollbars", f"user-data-dir={profile}"]
+    if webgpu:
+        flags += ["enable-unsafe-webgpu", "enable-features=Vulkan", "use-webgpu-adapter=swiftshader"]
+    else:
+        flags.append("disable-gpu")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         flags.append("no-sandbox")  # Chromium refuses to start as root with it
     for flag in flags:

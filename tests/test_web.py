@@ -14,34 +14,51 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from browser import ENGINES
+from browser import ENGINES, browser
 from conftest import GOLDEN, compass, crop
 from PIL import Image
 from selenium.webdriver.support.ui import WebDriverWait
 
 from compass_codec import container, web, weights
 from compass_codec.errors import WeightsError
+from compass_codec.web.routes import WORKER
 
 LEAN = GOLDEN.parent / "lean"
 FILES = json.loads((LEAN / "golden.json").read_text())["symbols"]
 
-# Decodes the golden files in the page: of each layer the SHA-256 of its symbols, as golden.json has it, and its pixels.
+# Decodes a golden file in the page, by window.gpu where that is. Of each layer: the SHA-256 of its symbols, as
+# golden.json has it; its pixels; how often work was submitted to the GPU; whether the decoder keeps it. `lose` loses
+# the device meanwhile.
 DECODE = """
-const done = arguments[arguments.length - 1], name = arguments[0], weights = arguments[1];
+const done = arguments[arguments.length - 1], [name, weights, lose] = arguments;
 (async () => {
   const { readHeader, payload } = await import("./container.js"), { Decoder } = await import("./lean.js");
   const bytes = async (address) => (await fetch(address)).arrayBuffer();
   const decoder = await Decoder.load(await bytes("kernels.wasm"), await bytes(weights));
   const data = new Uint8Array(await bytes(name)), header = readHeader(data), found = [];
-  const run = (steps) => { for (;;) { const { done, value } = steps.next(); if (done) return value; } };
-  let below = null;
+  const { gpu } = window;
+  let submitted = 0, below = null;
+  if (gpu) {
+    decoder.gpu = gpu;
+    gpu.device.queue.submit = (work) => (submitted++, GPUQueue.prototype.submit.call(gpu.device.queue, work));
+  }
+  const run = async (steps) => {
+    for (let sent; ; ) {
+      const { done, value } = steps.next(sent);
+      if (done) return value;
+      if (value && lose) gpu.device.destroy();
+      sent = value && (await value);
+    }
+  };
   for (const [k, entry] of header.layers.entries()) {
     const symbols = {}, places = Math.ceil(entry.height / 16) * Math.ceil(entry.width / 16);
     const part = payload(entry, data, `layer ${k}`);
-    below = run(decoder.layer(part, entry, below, (what, v) => (symbols[what] = v)));
+    submitted = 0;
+    below = await run(decoder.layer(part, entry, below, (what, v) => (symbols[what] = v)));
     let all = part; // what stands for the symbols of a layer of one colour
     if (symbols.y) {
       const m = symbols.y.length / places;
@@ -51,7 +68,8 @@ const done = arguments[arguments.length - 1], name = arguments[0], weights = arg
     }
     const hash = [...new Uint8Array(await crypto.subtle.digest("SHA-256", all))];
     const pixels = Array.from(below.rgb, (v) => String.fromCharCode(v)).join("");
-    found.push({ hash: hash.map((b) => b.toString(16).padStart(2, "0")).join(""), pixels: btoa(pixels) });
+    const hex = hash.map((b) => b.toString(16).padStart(2, "0")).join("");
+    found.push({ hash: hex, pixels: btoa(pixels), submitted, kept: Boolean(decoder.gpu) });
   }
   done(found);
 })().catch((error) => done(String(error.stack)));
@@ -80,6 +98,11 @@ class Handler(SimpleHTTPRequestHandler):
         self.send_header("ETag", '"1"')
         self.end_headers()
         self.wfile.write(part)
+
+    def end_headers(self) -> None:
+        if self.path.endswith(".js"):
+            self.send_header("Content-Security-Policy", WORKER)
+        super().end_headers()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -114,16 +137,22 @@ def test_golden_files_in_a_browser(site, engine, tmp_path):
     with engine(tmp_path / "profile") as driver:
         driver.set_script_timeout(300)
         driver.get(f"{address}/empty.html")
-        for name, hashes in FILES.items():
-            shutil.copy(LEAN / f"{name}.cmps", folder)
-            found = driver.execute_async_script(DECODE, f"{name}.cmps", weights_address())
-            assert isinstance(found, list), found
-            assert [layer["hash"] for layer in found] == hashes, name
-            for k, layer in enumerate(found):
-                golden = np.asarray(Image.open(LEAN / f"{name}.layer{k}.png").convert("RGB")).astype(int)
-                pixels = np.frombuffer(base64.b64decode(layer["pixels"]), np.uint8).reshape(golden.shape)
-                difference = np.abs(pixels - golden)
-                assert difference.max() <= 1 and (difference == 0).mean() >= 0.995, (name, k)
+        for name in FILES:
+            decoded_in_page(driver, folder, name)
+
+
+def decoded_in_page(driver, folder: Path, name: str, lose: bool = False) -> list[dict[str, Any]]:
+    """Layers of a golden file as the page decodes them, checked against those of Python."""
+    shutil.copy(LEAN / f"{name}.cmps", folder)
+    found = driver.execute_async_script(DECODE, f"{name}.cmps", weights_address(), lose)
+    assert isinstance(found, list), found
+    assert [layer["hash"] for layer in found] == FILES[name], name
+    for k, layer in enumerate(found):
+        golden = np.asarray(Image.open(LEAN / f"{name}.layer{k}.png").convert("RGB")).astype(int)
+        pixels = np.frombuffer(base64.b64decode(layer["pixels"]), np.uint8).reshape(golden.shape)
+        difference = np.abs(pixels - golden)
+        assert difference.max() <= 1 and (difference == 0).mean() >= 0.995, (name, k)
+    return found
 
 
 PAGE = """<!doctype html><title>pictures</title><body>
@@ -243,6 +272,115 @@ def test_other_requests_do_not_wait_for_a_picture(site, engine, tmp_path, codec)
         driver.set_script_timeout(200)
         arrived, total, longest = driver.execute_async_script(MEANWHILE, "large.cmps?layer=0")
         assert arrived and longest < total / 2, (longest, total)
+
+
+@pytest.fixture
+def webgpu(tmp_path, site) -> Iterator[Any]:
+    """A driver of Chromium at the empty page, with a software adapter for WebGPU."""
+    with browser(tmp_path / "profile", webgpu=True) as driver:
+        driver.set_script_timeout(300)
+        driver.get(f"{site[1]}/empty.html")
+        ask = "const done = arguments[0]; (async () => Boolean(await navigator.gpu?.requestAdapter()))().then(done)"
+        if not driver.execute_async_script(ask):
+            pytest.skip("Chromium has no software adapter for WebGPU")
+        yield driver
+
+
+# Whether Gpu.load gives a device: as it is, and after `before`. It stays as window.gpu, for layers of all sizes.
+LOAD = """
+const done = arguments[1];
+(async () => {
+  const { Gpu } = await import("./gpu.js");
+  eval?.(arguments[0]);
+  window.gpu = await Gpu.load();
+  if (gpu) gpu.least = 0;
+  done(Boolean(gpu));
+})().catch((error) => done(String(error.stack)));
+"""
+# The decoder refuses software adapters, and it is to take this one.
+PRETEND = 'Object.defineProperty(GPUAdapterInfo.prototype, "isFallbackAdapter", { get: () => false });'
+
+
+def test_golden_files_by_webgpu(site, webgpu):
+    folder, _, _ = site
+    assert webgpu.execute_async_script(LOAD, PRETEND) is True
+    for name in ("coarse", "dot", "portrait"):
+        for layer in decoded_in_page(webgpu, folder, name):
+            assert layer["kept"] and (layer["submitted"] > 0) == (name != "dot"), name  # dot's layers are of one colour
+    webgpu.execute_script("window.most = gpu.most; gpu.most = 100000")  # bytes
+    for layer in decoded_in_page(webgpu, folder, "fine"):
+        assert layer["kept"] and not layer["submitted"], "too large a layer is WebAssembly's, and the GPU is kept"
+    webgpu.execute_script("gpu.most = most")
+    lost = decoded_in_page(webgpu, folder, "portrait", lose=True)
+    assert [(layer["submitted"] > 0, layer["kept"]) for layer in lost] == [
+        (True, False),
+        (False, False),
+        (False, False),
+    ]
+
+
+def test_without_a_device_there_is_no_webgpu(site, webgpu):
+    reasons = (
+        "",  # a software adapter
+        "navigator.gpu.requestAdapter = async () => null",
+        "GPUAdapter.prototype.requestDevice = async () => { throw new Error('no device') }",
+        "const make = GPUDevice.prototype.createShaderModule; GPUDevice.prototype.createShaderModule ="
+        " function ({ code }) { return make.call(this, { code: `${code} fn` }); }",
+    )
+    for reason in reasons:
+        webgpu.get(f"{site[1]}/empty.html")
+        assert webgpu.execute_async_script(LOAD, (PRETEND if reason else "") + reason) is False, reason
+
+
+# Before sw.js in a worker: counts what is submitted, and loses devices when asked.
+COUNTED = """
+let count = 0, devices = [];
+const { submit } = GPUQueue.prototype, { requestDevice } = GPUAdapter.prototype;
+GPUQueue.prototype.submit = function (work) { count++; return submit.call(this, work); };
+GPUAdapter.prototype.requestDevice = async function (wanted) {
+  const device = await requestDevice.call(this, wanted);
+  devices.push(device);
+  return device;
+};
+self.addEventListener("fetch", (event) => {
+  if (event.request.url.endsWith("/lose")) for (const device of devices) device.destroy();
+  if (/\\/(lose|count)$/.test(event.request.url)) event.respondWith(new Response(`${count}`));
+});
+"""
+
+
+def test_webgpu_in_the_worker(site, webgpu, codec):
+    folder, address, _ = site
+    inner = folder / "webgpu"
+    shutil.copytree(folder, inner, ignore=shutil.ignore_patterns("*.cmps", inner.name))
+    (inner / "sw.js").rename(inner / "worker.js")
+    (inner / "counted.js").write_text(PRETEND + COUNTED)
+    (inner / "sw.js").write_text('import "./counted.js"; import "./worker.js";')
+    script = (inner / "gpu.js").read_text()
+    (inner / "gpu.js").write_text(re.sub(r"(const LEAST =) 2 \*\* 16;", r"\1 1000;", script))
+    (inner / "page.html").write_text(PAGE)
+    data = codec.encode(crop(48, 40), [1, 2], 60).data
+    webgpu.get(f"{address}/webgpu/page.html")
+    shown(webgpu, "!!navigator.serviceWorker.controller")
+
+    def submitted(layer: int, name: str) -> int:
+        """How often the GPU was given work for a layer, whose pixels are checked."""
+        (inner / name).write_bytes(data)
+        before = int(answer(webgpu, "count")[1])
+        mine = pixels_of(webgpu, f"{name}?layer={layer}").astype(int)
+        difference = np.abs(mine - np.asarray(codec.decode(data, layer)))
+        assert difference.max() <= 1 and (difference == 0).mean() >= 0.995
+        return int(answer(webgpu, "count")[1]) - before
+
+    names = (f"{k}.cmps" for k in range(100))
+    WebDriverWait(webgpu, 100, 1).until(
+        lambda _: submitted(1, next(names))
+    )  # WebAssembly serves until the device is ready
+    assert submitted(0, "small.cmps") == 0
+    assert submitted(1, "large.cmps") > 0
+    answer(webgpu, "lose")
+    assert submitted(1, "lost.cmps") > 0  # the attempt
+    assert submitted(1, "later.cmps") == 0
 
 
 def test_the_first_request_holds_any_header():

@@ -13,7 +13,7 @@ from compass_codec.errors import WeightsError
 if TYPE_CHECKING:
     from compass_codec.weights import ModelSet
 
-SCRIPTS = ("compass.js", "container.js", "kernels.wasm", "lean.js", "png.js", "sw.js")
+SCRIPTS = ("compass.js", "container.js", "gpu.js", "kernels.wasm", "lean.js", "png.js", "sw.js")
 TRAINING = ("h_", "context.", "bottleneck.", "y_scale")  # what of a codec no decoder needs
 
 

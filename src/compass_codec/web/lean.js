@@ -2,15 +2,18 @@
 // integers in float32, so that they are those of the encoder; the rest is float32.
 //
 // Arrays live in WebAssembly's memory, channels last, and are named by their address. What a layer needs is put behind
-// the weights and given up when it is done.
+// the weights and given up when it is done. Transforms and LIFF may run on another engine than Kernels: gpu.js.
 //
-// Decoding is a generator, which yields every few milliseconds: one thread can answer other requests in between. Loops over
-// numbers are in plain functions: Firefox runs them slowly in generators.
+// Decoding is a generator, which yields every few milliseconds: one thread can answer other requests in between. Where it
+// yields a promise, it goes on with what that promises. Loops over numbers are in plain functions: Firefox runs them slowly in
+// generators.
 
 import { CompassError } from "./container.js";
 
 const ACTIVATION = 511, EXACT = 2 ** 24, LEVELS = 64, SKIPPED = 3, STEPS = 4, SYMBOL_LIMIT = 2 ** 20;
-const FINE = 16, MEAN_UNIT = 64, MEAN_LIMIT = 2 ** 15 - 1, CELL = 16, UNSHUFFLE = 8, EPSILON = 1e-6;
+const FINE = 16, MEAN_UNIT = 64, MEAN_LIMIT = 2 ** 15 - 1, CELL = 16, UNSHUFFLE = 8;
+export const AXIS = 9; // numbers of a place along an axis before its functions
+export const EPSILON = 1e-6; // of normalisation
 const PIECE = 1024; // places between two steps
 const PHASES = [[0, 0], [1, 1], [0, 1], [1, 0]];
 const LAMBDAS = [0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483, 0.0932, 0.18];
@@ -19,7 +22,8 @@ const silu = (x) => x / (1 + Math.exp(-x));
 /** Parts of n, as [first, count]. */
 const pieces = (n, size = PIECE) => Array.from({ length: Math.ceil(n / size) }, (_, k) => [k * size, Math.min(size, n - k * size)]);
 
-/** The kernels, and the memory that they work in: `take` places an array, `mark` and `release` give up what came after. */
+/** The kernels, and the memory that they work in: `take` places an array, `mark` and `release` give up what came after.
+    Gpu (gpu.js) has the same methods, as far as transforms and LIFF use them. */
 export class Kernels {
   static async load(wasm) {
     const memory = new WebAssembly.Memory({ initial: 1, maximum: 65536 });
@@ -93,6 +97,69 @@ export class Kernels {
       yield;
     }
     return out;
+  }
+  /** Adds to x [rows, columns, c], in place: a depthwise convolution, and two matrices with a gate or ReLU between. A gate has
+      a normalisation before it. */
+  *block(x, rows, columns, { taps, bias, p1, p2, gated }) {
+    const { run } = this, n = rows * columns, c = p2.m, mark = this.mark();
+    const h = yield* this.depthwise(x, taps, bias, rows, columns, c), wide = this.take(Math.min(n, PIECE) * p1.m);
+    for (const [at, count] of pieces(n)) {
+      const part = h + 4 * at * c;
+      if (gated) run.normalise(part, count, c, EPSILON);
+      run.multiply(part, p1.panels, p1.bias, wide, count, c, p1.m, false);
+      if (gated) run.gate(wide, part, count, c);
+      else run.relu(wide, count * p1.m);
+      yield* this.multiply(gated ? part : wide, count, p2, x + 4 * at * c);
+    }
+    this.release(mark);
+  }
+  /** Numbers of x: [rows, columns, size], where number e of place i, j is x[down[i, e] + across[j, e]]. */
+  *gather(x, down, across, size) {
+    const rows = down.length / size, line = across.length, out = this.take(rows * line), values = this.f32;
+    yield* each(rows, (i) => {
+      for (let k = 0, to = out / 4 + i * line; k < line; )
+        for (let e = 0; e < size; e++, k++) values[to++] = values[x / 4 + down[i * size + e] + across[k]];
+    });
+    return out;
+  }
+  /** The first `count` numbers of x. */
+  *numbers(x, count) {
+    return this.f32.subarray(x / 4, x / 4 + count);
+  }
+  /** To `out` the prediction of a layer, [height, width, 3], from the one below, low [h, w, 3], and LIFF's features. `down` and
+      `across` are tables as `axis` makes them, n the number of functions. */
+  *sample(low, w, features, stride, down, across, n, out) {
+    const size = AXIS + n, height = down.length / size, width = across.length / size, wide = half(w);
+    const f = this.f32, product = new Float32Array(w * 3 * n);
+    const widened = new Map(); // rows of the lower layer
+    const line = (y) => {
+      if (!widened.has(y)) {
+        const row = new Float32Array(width * 3);
+        for (let x = 0, at = 0; x < width; x++, at += size)
+          for (let k = 0; k < 4; k++) {
+            const from = low / 4 + (y * w + across[at + 1 + k]) * 3, weight = across[at + 5 + k];
+            for (let c = 0; c < 3; c++) row[3 * x + c] += weight * f[from + c];
+          }
+        widened.set(y, row);
+      }
+      return widened.get(y);
+    };
+    yield* each(height, (y) => {
+      const own = down.subarray(y * size, (y + 1) * size), row = own[0], to = out / 4 + y * width * 3;
+      for (const old of widened.keys()) if (old < own[1]) widened.delete(old);
+      const [p, q, r, s] = [1, 2, 3, 4].map((k) => line(own[k])), [a, b, c, d] = own.subarray(5, 9);
+      for (let x = 0; x < 3 * width; x++) f[to + x] = a * p[x] + b * q[x] + c * r[x] + d * s[x];
+      for (let x = 0; x < w; x++) {
+        let from = features / 4 + ((row >> 1) * wide + (x >> 1)) * stride + ((row & 1) * 2 + (x & 1)) * 3 * n;
+        for (let c = 0, at = x * 3 * n; c < 3; c++) for (let k = 0; k < n; k++) product[at++] = f[from++] * own[AXIS + k];
+      }
+      for (let x = 0; x < width; x++)
+        for (let c = 0, at = across[x * size] * 3 * n; c < 3; c++) {
+          let sum = 0;
+          for (let k = 0; k < n; k++) sum += product[at++] * across[x * size + AXIS + k];
+          f[to + 3 * x + c] += sum;
+        }
+    });
   }
 }
 
@@ -298,7 +365,7 @@ class Entropy {
   *features(x, rows, columns, h, w) {
     for (const [k, [height, width]] of [[half(h), half(w)], [h, w]].entries()) {
       const wide = yield* this.up[k].apply(x, rows * columns);
-      x = shuffled(this.kernels, wide, columns, 2, this.h, height, width);
+      x = yield* doubled(this.kernels, wide, columns, this.h, height, width);
       [rows, columns] = [height, width];
       yield* this.blocks[k].apply(x, rows * columns, columns);
     }
@@ -393,23 +460,23 @@ class Entropy {
   }
 }
 
-/** x [n, C factor^2], rows of `columns` places, to [height, width, C]: each place becomes a square of factor x factor. */
-function shuffled(kernels, x, columns, factor, c, height, width) {
-  const out = kernels.take(height * width * c), values = kernels.f32, square = factor * factor;
-  for (let i = 0; i < height; i++)
-    for (let j = 0; j < width; j++) {
-      const sub = (i % factor) * factor + (j % factor);
-      const from = x / 4 + (Math.floor(i / factor) * columns + Math.floor(j / factor)) * c * square + sub;
-      const to = out / 4 + (i * width + j) * c;
-      for (let k = 0; k < c; k++) values[to + k] = values[from + k * square];
-    }
+/** x [h, w, 4 c] to [height, width, c]: each place becomes 2 x 2, cropped. */
+function doubled(engine, x, w, c, height, width) {
+  const down = table(height, c, (i) => (i >> 1) * w * 4 * c + (i & 1) * 2);
+  return engine.gather(x, down, table(width, c, (j, e) => (j >> 1) * 4 * c + 4 * e + (j & 1)), c);
+}
+
+/** What `gather` takes for one axis: `offset` of each place and number. */
+function table(places, size, offset) {
+  const out = new Int32Array(places * size);
+  for (let i = 0, at = 0; i < places; i++) for (let e = 0; e < size; e++) out[at++] = offset(i, e);
   return out;
 }
 
-/** Analysis and synthesis, which base and enhancement layers share. */
+/** Analysis and synthesis, which base and enhancement layers share. They run on an engine: Kernels, or Gpu. */
 class Transforms {
-  constructor(kernels, tensors) {
-    Object.assign(this, { kernels, tensors });
+  constructor(tensors) {
+    this.tensors = tensors;
     this.raw = new Map();
     const blocks = (name) => {
       let n = 0;
@@ -422,184 +489,141 @@ class Transforms {
     if (!this.raw.has(name)) this.raw.set(name, this.tensors.get(name));
     return this.raw.get(name);
   }
-  linear(name) {
+  /** A 1x1 convolution; its inputs and outputs are multiplied by factors, or not. */
+  linear(engine, name, inputs, outputs) {
     const [m, k] = this.tensors.shape(`${name}.weight`);
-    return this.kernels.matrix(this.get(`${name}.weight`), this.get(`${name}.bias`), m, k);
+    let weight = this.get(`${name}.weight`), bias = this.get(`${name}.bias`);
+    if (inputs) weight = weight.map((w, at) => w * inputs[at % k]);
+    if (outputs) (weight = weight.map((w, at) => w * outputs[Math.floor(at / k)])), (bias = bias.map((b, j) => b * outputs[j]));
+    return engine.matrix(weight, bias, m, k);
   }
   /** Adds a block's part to x [rows, columns, c], in place. */
-  *block(name, level, x, rows, columns) {
-    const { kernels } = this, { run } = kernels, norm = this.get(`${name}.norm`), c = norm.length, n = rows * columns;
-    const mark = kernels.mark(), scale = gains(this.get(`${name}.log_gain`), level);
-    const first = this.get(`${name}.p1.weight`).map((w, k) => w * norm[k % c]);
-    const last = this.get(`${name}.p2.weight`).map((w, k) => w * scale[k % c]);
-    const p1 = kernels.matrix(first, this.get(`${name}.p1.bias`), 2 * c, c);
-    const p2 = kernels.matrix(last, this.get(`${name}.p2.bias`), c, c);
-    const dw = kernels.put(taps(this.get(`${name}.dw.weight`), c)), bias = kernels.put(this.get(`${name}.dw.bias`));
-    const h = yield* kernels.depthwise(x, dw, bias, rows, columns, c), wide = kernels.take(Math.min(n, PIECE) * 2 * c);
-    for (const [at, count] of pieces(n)) {
-      const part = h + 4 * at * c;
-      run.normalise(part, count, c, EPSILON);
-      run.multiply(part, p1.panels, p1.bias, wide, count, c, 2 * c, false);
-      run.gate(wide, part, count, c);
-      yield* kernels.multiply(part, count, p2, x + 4 * at * c);
-    }
-    kernels.release(mark);
+  *block(engine, name, level, x, rows, columns) {
+    const mark = engine.mark(), norm = this.get(`${name}.norm`), scale = gains(this.get(`${name}.log_gain`), level);
+    const last = this.get(`${name}.p2.weight`).map((w, k) => w * scale[k % norm.length]);
+    yield* engine.block(x, rows, columns, {
+      taps: engine.put(taps(this.get(`${name}.dw.weight`), norm.length)),
+      bias: engine.put(this.get(`${name}.dw.bias`)),
+      p1: this.linear(engine, `${name}.p1`, norm),
+      p2: engine.matrix(last, this.get(`${name}.p2.bias`), norm.length, norm.length),
+      gated: true,
+    });
+    engine.release(mark);
   }
 
-  /** RGB in 0..1, less 1/2, to its latent [h, w, M]. */
-  *analysis(rgb, height, width, level) {
-    const { kernels } = this, rows = Math.ceil(height / UNSHUFFLE), columns = Math.ceil(width / UNSHUFFLE);
-    const x = yield* kernels.multiply(yield* eighth(kernels, rgb, height, width), rows * columns, this.linear("embed"));
-    for (const name of this.a8) yield* this.block(name, level, x, rows, columns);
-    const h = half(rows), w = half(columns), x16 = yield* this.halved(x, rows, columns, h, w);
-    for (const name of this.a16) yield* this.block(name, level, x16, h, w);
-    const y = yield* kernels.multiply(x16, h * w, this.linear("to_y"));
-    scale(kernels, y, h * w, gains(this.get("log_gain"), level));
-    return y;
+  /** Adds to y the latent [h, w, M] of RGB [height, width, 3], -1/2..1/2. */
+  *analysis(engine, rgb, height, width, level, y) {
+    const rows = Math.ceil(height / UNSHUFFLE), columns = Math.ceil(width / UNSHUFFLE), h = half(rows), w = half(columns);
+    const eighth = yield* engine.gather(rgb, ...unshuffled(height, width, rows, columns), 192);
+    const x = yield* engine.multiply(eighth, rows * columns, this.linear(engine, "embed"));
+    for (const name of this.a8) yield* this.block(engine, name, level, x, rows, columns);
+    const x16 = yield* this.halved(engine, x, rows, columns, h, w);
+    for (const name of this.a16) yield* this.block(engine, name, level, x16, h, w);
+    yield* engine.multiply(x16, h * w, this.linear(engine, "to_y", null, gains(this.get("log_gain"), level)), y);
   }
-  /** The quantised latent y [h, w, M], which is changed, to 192 channels at 1/8 of the size, a picture less 1/2. */
-  *synthesis(y, height, width, level) {
-    const { kernels } = this, h = Math.ceil(height / CELL), w = Math.ceil(width / CELL);
+  /** The latent y [h, w, M] to 192 channels at 1/8 of the size, a picture less 1/2. */
+  *synthesis(engine, y, height, width, level) {
+    const h = Math.ceil(height / CELL), w = Math.ceil(width / CELL);
     const rows = Math.ceil(height / UNSHUFFLE), columns = Math.ceil(width / UNSHUFFLE);
-    scale(kernels, y, h * w, gains(this.get("log_inv_gain"), level));
-    const x16 = yield* kernels.multiply(y, h * w, this.linear("from_y"));
-    for (const name of this.s16) yield* this.block(name, level, x16, h, w);
-    const x = yield* this.doubled(x16, h, w, rows, columns);
-    for (const name of this.s8) yield* this.block(name, level, x, rows, columns);
-    return yield* kernels.multiply(x, rows * columns, this.linear("out"));
+    const from = this.linear(engine, "from_y", gains(this.get("log_inv_gain"), level));
+    const x16 = yield* engine.multiply(y, h * w, from);
+    for (const name of this.s16) yield* this.block(engine, name, level, x16, h, w);
+    const x = yield* this.doubled(engine, x16, h, w, rows, columns);
+    for (const name of this.s8) yield* this.block(engine, name, level, x, rows, columns);
+    return yield* engine.multiply(x, rows * columns, this.linear(engine, "out"));
   }
   /** The convolution 2x2 of stride 2; the last row and column are repeated. */
-  *halved(x, rows, columns, h, w) {
-    const { kernels } = this, [m, c] = this.tensors.shape("down.weight"), weight = this.get("down.weight");
-    const turned = new Float32Array(m * 4 * c), wide = kernels.take(h * w * 4 * c), values = kernels.f32;
+  *halved(engine, x, rows, columns, h, w) {
+    const [m, c] = this.tensors.shape("down.weight"), weight = this.get("down.weight"), turned = new Float32Array(m * 4 * c);
     for (let j = 0; j < m; j++)
       for (let i = 0; i < c; i++) for (let k = 0; k < 4; k++) turned[(j * 4 + k) * c + i] = weight[(j * c + i) * 4 + k];
-    yield* each(h, (i) => {
-      for (let j = 0; j < w; j++)
-        for (let k = 0; k < 4; k++) {
-          const row = Math.min(rows - 1, 2 * i + (k >> 1)), column = Math.min(columns - 1, 2 * j + (k & 1));
-          const from = x / 4 + (row * columns + column) * c;
-          values.copyWithin(wide / 4 + ((i * w + j) * 4 + k) * c, from, from + c);
-        }
-    });
-    return yield* kernels.multiply(wide, h * w, kernels.matrix(turned, this.get("down.bias"), m, 4 * c));
+    const down = table(h, 4 * c, (i, e) => Math.min(rows - 1, 2 * i + (e >= 2 * c)) * columns * c);
+    const across = table(w, 4 * c, (j, e) => Math.min(columns - 1, 2 * j + (Math.floor(e / c) & 1)) * c + (e % c));
+    const wide = yield* engine.gather(x, down, across, 4 * c);
+    return yield* engine.multiply(wide, h * w, engine.matrix(turned, this.get("down.bias"), m, 4 * c));
   }
   /** The transposed convolution 2x2 of stride 2, cropped. */
-  *doubled(x, h, w, rows, columns) {
-    const { kernels } = this, [k, c] = this.tensors.shape("up.weight"), weight = this.get("up.weight");
+  *doubled(engine, x, h, w, rows, columns) {
+    const [k, c] = this.tensors.shape("up.weight"), weight = this.get("up.weight");
     const turned = new Float32Array(4 * c * k), bias = this.get("up.bias"), shifts = new Float32Array(4 * c);
     for (let i = 0; i < k; i++)
       for (let j = 0; j < 4 * c; j++) turned[j * k + i] = weight[i * 4 * c + j]; // j: channel, then place
     for (let j = 0; j < 4 * c; j++) shifts[j] = bias[j >> 2];
-    const wide = yield* kernels.multiply(x, h * w, kernels.matrix(turned, shifts, 4 * c, k));
-    return shuffled(kernels, wide, w, 2, c, rows, columns);
+    const wide = yield* engine.multiply(x, h * w, engine.matrix(turned, shifts, 4 * c, k));
+    return yield* doubled(engine, wide, w, c, rows, columns);
   }
 }
 
-/** Multiplies each row of x [n, c] by c factors, in place. */
-function scale(kernels, x, n, factors) {
-  const c = factors.length, values = kernels.f32;
-  for (let at = x / 4, end = at + n * c; at < end; at += c) for (let k = 0; k < c; k++) values[at + k] *= factors[k];
+/** Tables that gather a picture as 192 channels at 1/8 of its size; the last row and column are repeated. */
+function unshuffled(height, width, rows, columns) {
+  const down = table(rows, 192, (i, e) => Math.min(height - 1, 8 * i + ((e >> 3) & 7)) * width * 3);
+  return [down, table(columns, 192, (j, e) => Math.min(width - 1, 8 * j + (e & 7)) * 3 + (e >> 6))];
 }
 
-/** RGB in 0..1, less 1/2, as 192 channels at 1/8 of the size; the last row and column are repeated. */
-function* eighth(kernels, rgb, height, width) {
-  const rows = Math.ceil(height / UNSHUFFLE), columns = Math.ceil(width / UNSHUFFLE);
-  const out = kernels.take(rows * columns * 192), values = kernels.f32;
-  yield* each(rows * UNSHUFFLE, (i) => {
-    const line = Math.min(i, height - 1) * width;
-    for (let j = 0; j < columns * UNSHUFFLE; j++) {
-      const from = 3 * (line + Math.min(j, width - 1)), to = out / 4 + ((i >> 3) * columns + (j >> 3)) * 192 + (i & 7) * 8 + (j & 7);
-      for (let c = 0; c < 3; c++) values[to + 64 * c] = rgb[from + c] - 0.5;
-    }
-  });
-  return out;
-}
-
-/** LIFF: predicts a layer from the one below it. */
+/** LIFF: predicts a layer from the one below it, on an engine: Kernels, or Gpu. */
 class LIFF {
-  constructor(kernels, tensors) {
-    Object.assign(this, { kernels, tensors });
+  constructor(tensors) {
     const embed = tensors.get("embed.weight"), [channels] = tensors.shape("embed.weight");
-    const ordered = new Float32Array(channels * 108); // in: 12 channels, 3 x 3; now 3 x 3, then channels
+    this.embed = new Float32Array(channels * 108); // in: 12 channels, 3 x 3; now 3 x 3, then channels
     for (let j = 0; j < channels; j++)
       for (let colour = 0; colour < 3; colour++) {
         const own = embed.subarray(j * 108 + colour * 36, j * 108 + (colour + 1) * 36);
         const mean = own.reduce((a, b) => a + b) / 36;
-        own.forEach((v, k) => (ordered[j * 108 + (k % 9) * 12 + colour * 4 + Math.floor(k / 9)] = v - mean));
+        own.forEach((v, k) => (this.embed[j * 108 + (k % 9) * 12 + colour * 4 + Math.floor(k / 9)] = v - mean));
       }
     this.c = channels;
-    this.embed = kernels.matrix(ordered, null, channels, 108);
-    this.zeros = kernels.zeros(channels);
     this.blocks = [];
     for (let k = 0; tensors.has(`blocks.${k}.dw.weight`); k++) {
-      const part = tensors.part(`blocks.${k}`), matrix = (name) => {
-        const [m, n] = part.shape(`${name}.weight`);
-        return kernels.matrix(part.get(`${name}.weight`), null, m, n);
-      };
-      this.blocks.push({ dw: kernels.put(taps(part.get("dw.weight"), channels)), p1: matrix("p1"), p2: matrix("p2") });
+      const part = tensors.part(`blocks.${k}`), m = part.shape("p1.weight")[0];
+      const dw = taps(part.get("dw.weight"), channels);
+      this.blocks.push({ dw, m, p1: part.get("p1.weight"), p2: part.get("p2.weight") });
     }
-    const [m] = tensors.shape("out.weight");
-    this.taps = m / 12;
-    this.out = kernels.matrix(tensors.get("out.weight"), null, m, channels);
+    this.out = tensors.get("out.weight");
+    this.taps = tensors.shape("out.weight")[0] / 12;
     const side = Math.floor(Math.sqrt(this.taps - 1)) + 1, all = Array.from({ length: this.taps }, (_, k) => k);
     this.rows = along(tensors.part("rows_phi"), all.map((k) => Math.floor(k / side)));
     this.columns = along(tensors.part("columns_phi"), all.map((k) => k % side));
   }
 
-  /** RGB of the layer below, 3 bytes a pixel, [h, w], to float32 RGB in about 0..1, [height, width]. */
-  *predict(low, h, w, height, width) {
-    const { kernels } = this, mark = kernels.mark(), out = yield* bicubic(low, h, w, height, width);
-    const features = yield* this.features(low, h, w), stride = this.out.m, n = this.taps, wide = half(w);
-    const [row, dy] = nearest(h, height), [column, dx] = nearest(w, width), cells = [(2 * h) / height, (2 * w) / width];
-    const a = yield* sampled(this.rows, dy, cells[0], cells[1]), b = yield* sampled(this.columns, dx, cells[1], cells[0]);
-    const line = new Float32Array(w * 3 * n), f = kernels.f32;
-    let to = 0;
-    yield* each(height, (y) => {
-      for (let x = 0; x < w; x++) {
-        let from = features / 4 + ((row[y] >> 1) * wide + (x >> 1)) * stride + ((row[y] & 1) * 2 + (x & 1)) * 3 * n;
-        for (let c = 0, at = x * 3 * n; c < 3; c++) for (let k = 0; k < n; k++) line[at++] = f[from++] * a[y * n + k];
-      }
-      for (let x = 0; x < width; x++)
-        for (let c = 0, at = column[x] * 3 * n; c < 3; c++) {
-          let sum = 0;
-          for (let k = 0; k < n; k++) sum += line[at++] * b[x * n + k];
-          out[to++] += sum;
-        }
-    });
-    kernels.release(mark);
+  /** RGB [h, w, 3] of the layer below, -1/2..1/2, to that of a layer, [height, width, 3]. */
+  *predict(engine, low, h, w, height, width) {
+    const cells = [(2 * h) / height, (2 * w) / width], out = engine.take(height * width * 3), mark = engine.mark();
+    const features = yield* this.features(engine, low, h, w);
+    const down = yield* axis(this.rows, this.taps, h, height, cells[0], cells[1]);
+    const across = yield* axis(this.columns, this.taps, w, width, cells[1], cells[0]);
+    yield* engine.sample(low, w, features.at, features.m, down, across, this.taps, out);
+    engine.release(mark);
     return out;
   }
 
-  /** Features at half of the lower layer's size. */
-  *features(low, h, w) {
-    const { kernels, c, embed } = this, { run } = kernels, rows = half(h), columns = half(w), n = rows * columns;
-    const x = kernels.take(n * c), seen = kernels.take(columns * 108), values = kernels.f32;
-    yield* each(rows, (i) => {
-      for (let j = 0, at = seen / 4; j < columns; j++)
-        for (let di = -1; di < 2; di++)
-          for (let dj = -1; dj < 2; dj++) {
-            const top = 2 * Math.max(0, Math.min(rows - 1, i + di)), left = 2 * Math.max(0, Math.min(columns - 1, j + dj));
-            for (let colour = 0; colour < 3; colour++)
-              for (let k = 0; k < 4; k++) {
-                const y = Math.min(h - 1, top + (k >> 1)), x = Math.min(w - 1, left + (k & 1));
-                values[at++] = low[(y * w + x) * 3 + colour] / 255 - 0.5;
-              }
-          }
-      run.multiply(seen, embed.panels, embed.bias, x + 4 * i * columns * c, columns, 108, c, false);
-    });
-    for (const { dw, p1, p2 } of this.blocks) {
-      const mark = kernels.mark(), h = yield* kernels.depthwise(x, dw, this.zeros, rows, columns, c);
-      const wide = kernels.take(Math.min(n, PIECE) * p1.m);
-      for (const [at, count] of pieces(n)) {
-        run.multiply(h + 4 * at * c, p1.panels, p1.bias, wide, count, c, p1.m, false);
-        run.relu(wide, count * p1.m);
-        yield* kernels.multiply(wide, count, p2, x + 4 * at * c);
-      }
-      kernels.release(mark);
+  /** Features at half of the lower layer's size, and the count of their channels. */
+  *features(engine, low, h, w) {
+    const { c } = this, rows = half(h), columns = half(w), n = rows * columns, x = engine.zeros(n * c), mark = engine.mark();
+    const seen = yield* engine.gather(low, ...neighbours(h, w, rows, columns), 108);
+    yield* engine.multiply(seen, n, engine.matrix(this.embed, null, c, 108), x);
+    engine.release(mark);
+    for (const { dw, m, p1, p2 } of this.blocks) {
+      const bias = engine.put(new Float32Array(c));
+      yield* engine.block(x, rows, columns, {
+        taps: engine.put(dw),
+        bias,
+        p1: engine.matrix(p1, null, m, c),
+        p2: engine.matrix(p2, null, c, m),
+        gated: false,
+      });
+      engine.release(mark);
     }
-    return yield* kernels.multiply(x, n, this.out);
+    const out = engine.matrix(this.out, null, 12 * this.taps, c);
+    return { at: yield* engine.multiply(x, n, out), m: out.m };
   }
+}
+
+/** Tables that gather 3 x 3 neighbours of 2 x 2 pixels from a picture; rows and columns at its edges are repeated. */
+function neighbours(h, w, rows, columns) {
+  const at = (i, count, size, near, k) => Math.min(size - 1, 2 * Math.max(0, Math.min(count - 1, i + near)) + k);
+  const down = table(rows, 108, (i, e) => at(i, rows, h, Math.floor(e / 36) - 1, (e >> 1) & 1) * w * 3);
+  const colour = (e) => (e >> 2) % 3;
+  return [down, table(columns, 108, (j, e) => at(j, columns, w, (Math.floor(e / 12) % 3) - 1, e & 1) * 3 + colour(e))];
 }
 
 /** The function of the place along an axis: cosines of these orders, and what a small network adds. */
@@ -614,53 +638,23 @@ function along(tensors, orders) {
   };
 }
 
-function* sampled(axis, offsets, cell, across) {
-  const all = [];
-  yield* each(offsets.length, (k) => all.push(...axis(offsets[k], cell, across)));
-  return Float32Array.from(all);
-}
-
-/** Of each of `high` samples: the nearest of `low` samples, and the offset from it, -1..1 within it. */
-function nearest(low, high) {
-  const all = Array.from({ length: high }, (_, i) => i), at = all.map((i) => Math.floor(((2 * i + 1) * low) / (2 * high)));
-  return [at, all.map((i) => ((2 * i + 1) * low - (2 * at[i] + 1) * high) / high)];
-}
-
-/** Bicubic interpolation: Keys' kernel with a = -0.75, edges repeated. */
-function* bicubic(low, h, w, height, width) {
-  const [across, down] = [cubicTaps(w, width), cubicTaps(h, height)], out = new Float32Array(height * width * 3);
-  const lines = new Map(); // rows of the lower layer, widened
-  const line = (y) => {
-    if (!lines.has(y)) {
-      const wide = new Float32Array(width * 3);
-      for (let x = 0; x < width; x++)
-        for (let c = 0; c < 3; c++)
-          for (let k = 0; k < 4; k++) wide[3 * x + c] += (across.weight[4 * x + k] * low[(y * w + across.source[4 * x + k]) * 3 + c]) / 255;
-      lines.set(y, wide);
+/** What `sample` takes for one axis, [high, AXIS + n]: of each of `high` samples the nearest of `low` samples; the four that
+    bicubic interpolation takes, edges repeated, and their weights (Keys' kernel with a = -0.75); and the n functions `phi` of the
+    offset from the nearest, -1..1 within it. */
+function* axis(phi, n, low, high, cell, across) {
+  const out = new Float32Array(high * (AXIS + n));
+  yield* each(high, (i) => {
+    const nearest = Math.floor(((2 * i + 1) * low) / (2 * high)), at = i * (AXIS + n);
+    const position = ((i + 0.5) * low) / high - 0.5, base = Math.floor(position);
+    out[at] = nearest;
+    for (let k = 0; k < 4; k++) {
+      const source = base + k - 1, t = Math.abs(position - source);
+      out[at + 1 + k] = Math.max(0, Math.min(low - 1, source));
+      out[at + 5 + k] = t <= 1 ? (1.25 * t - 2.25) * t * t + 1 : -0.75 * (((t - 5) * t + 8) * t - 4);
     }
-    return lines.get(y);
-  };
-  yield* each(height, (y) => {
-    const first = down.source[4 * y];
-    for (const old of lines.keys()) if (old < first) lines.delete(old);
-    const near = [0, 1, 2, 3].map((k) => line(down.source[4 * y + k])), [a, b, c, d] = down.weight.subarray(4 * y, 4 * y + 4);
-    for (let x = 0; x < 3 * width; x++)
-      out[y * 3 * width + x] = a * near[0][x] + b * near[1][x] + c * near[2][x] + d * near[3][x];
+    out.set(phi(((2 * i + 1) * low - (2 * nearest + 1) * high) / high, cell, across), at + AXIS);
   });
   return out;
-}
-
-function cubicTaps(low, high) {
-  const source = new Int32Array(4 * high), weight = new Float64Array(4 * high);
-  for (let i = 0; i < high; i++) {
-    const position = ((i + 0.5) * low) / high - 0.5, base = Math.floor(position);
-    for (let k = 0; k < 4; k++) {
-      const at = base + k - 1, t = Math.abs(position - at);
-      source[4 * i + k] = Math.max(0, Math.min(low - 1, at));
-      weight[4 * i + k] = t <= 1 ? (1.25 * t - 2.25) * t * t + 1 : -0.75 * (((t - 5) * t + 8) * t - 4);
-    }
-  }
-  return { source, weight };
 }
 
 /** A set of weights, ready to decode: `decode` gives the layers of a file in turn. */
@@ -671,38 +665,72 @@ export class Decoder {
   }
   constructor(kernels, tensors) {
     this.kernels = kernels;
+    this.gpu = null; // or a Gpu, for the pixels of layers that are not small
     [this.base, this.residual] = ["base", "residual"].map((part) => new Entropy(kernels, tensors.part(part)));
-    this.transforms = new Transforms(kernels, tensors.part("base"));
-    this.liff = new LIFF(kernels, tensors.part("liff"));
+    this.transforms = new Transforms(tensors.part("base"));
+    this.liff = new LIFF(tensors.part("liff"));
   }
   /** A layer's bytes to {width, height, rgb}, 3 bytes a pixel, in steps; `below` is what this gave for the layer below. */
   *layer(data, { width, height, quality }, below, seen) {
     if (data[0] === 1) return { width, height, rgb: oneColour(data, width * height) };
-    const { kernels, transforms } = this, mark = kernels.mark(), level = levelOf(quality);
-    const h = Math.ceil(height / CELL), w = Math.ceil(width / CELL), entropy = below ? this.residual : this.base;
+    const { kernels } = this, mark = kernels.mark(), entropy = below ? this.residual : this.base;
+    const h = Math.ceil(height / CELL), w = Math.ceil(width / CELL), count = h * w * entropy.m;
     try {
-      const y = yield* entropy.read(data, h, w, seen && ((z) => seen("z", z))), count = h * w * entropy.m;
-      seen?.("y", kernels.f32.slice(y / 4, y / 4 + count));
-      if (below) {
-        const prediction = yield* this.liff.predict(below.rgb, below.height, below.width, height, width), here = kernels.mark();
-        const known = yield* transforms.analysis(prediction, height, width, level), values = kernels.f32;
-        for (let k = 0; k < count; k++) values[y / 4 + k] += values[known / 4 + k];
-        kernels.release(here);
-      }
-      const out = yield* transforms.synthesis(y, height, width, level), columns = Math.ceil(width / UNSHUFFLE);
-      const rgb = new Uint8ClampedArray(height * width * 3), values = kernels.f32; // which rounds and clamps
-      let k = 0;
-      yield* each(height, (i) => {
-        for (let j = 0; j < width; j++) {
-          const at = out / 4 + ((i >> 3) * columns + (j >> 3)) * 192 + (i & 7) * 8 + (j & 7);
-          for (let c = 0; c < 3; c++, k++) rgb[k] = 255 * Math.fround(values[at + 64 * c] + 0.5);
-        }
-      });
+      const y = yield* entropy.read(data, h, w, seen && ((z) => seen("z", z)));
+      const latent = kernels.f32.slice(y / 4, y / 4 + count);
+      seen?.("y", latent);
+      kernels.release(mark);
+      const rgb = yield* this.pixels(latent, height, width, levelOf(quality), below);
       return { width, height, rgb };
     } finally {
       kernels.release(mark); // also after an error
     }
   }
+  /** A latent's pixels, by the GPU where there is one and the layer is not small. Where it fails, WebAssembly makes them. */
+  *pixels(latent, height, width, level, below) {
+    const { gpu } = this;
+    if (gpu && height * width >= gpu.least) {
+      try {
+        return yield* gpu.checked(this.reconstructed(gpu, latent, height, width, level, below));
+      } catch (error) {
+        console.warn(`WebGPU: ${error.message}`);
+        if (!(error instanceof RangeError)) this.gpu = null; // after others than too large a layer, for good
+      }
+    }
+    return yield* this.reconstructed(this.kernels, latent, height, width, level, below);
+  }
+  *reconstructed(engine, latent, height, width, level, below) {
+    const mark = engine.mark(), rows = Math.ceil(height / UNSHUFFLE), columns = Math.ceil(width / UNSHUFFLE);
+    try {
+      const y = engine.put(latent), inner = engine.mark();
+      if (below) {
+        const low = engine.put(centred(below.rgb));
+        const prediction = yield* this.liff.predict(engine, low, below.height, below.width, height, width);
+        yield* this.transforms.analysis(engine, prediction, height, width, level, y);
+        engine.release(inner);
+      }
+      const out = yield* this.transforms.synthesis(engine, y, height, width, level);
+      const values = yield* engine.numbers(out, rows * columns * 192);
+      const rgb = new Uint8ClampedArray(height * width * 3); // which rounds and clamps
+      let k = 0;
+      yield* each(height, (i) => {
+        for (let j = 0; j < width; j++) {
+          const at = ((i >> 3) * columns + (j >> 3)) * 192 + (i & 7) * 8 + (j & 7);
+          for (let c = 0; c < 3; c++, k++) rgb[k] = 255 * Math.fround(values[at + 64 * c] + 0.5);
+        }
+      });
+      return rgb;
+    } finally {
+      engine.release(mark);
+    }
+  }
+}
+
+/** 0..255 as -1/2..1/2. */
+function centred(rgb) {
+  const out = new Float32Array(rgb.length);
+  for (let k = 0; k < out.length; k++) out[k] = rgb[k] / 255 - 0.5;
+  return out;
 }
 
 function oneColour(data, pixels) {

@@ -2,13 +2,14 @@
 // needs and no others, keeps them, and decodes here, away from the page, in slices: other requests wait for one at most.
 
 import { CompassError, HEADER_READ, layerFor, payload, readHeader } from "./container.js";
+import { Gpu } from "./gpu.js";
 import { Decoder } from "./lean.js";
 import { png } from "./png.js";
 
 const CACHE = "compass-weights", FILES = 16; // whose bytes and pixels are kept
 const SLICE = 40; // milliseconds
 const files = new Map(), decoders = new Map();
-let decoding = Promise.resolve();
+let decoding = Promise.resolve(), gpu = null;
 
 self.addEventListener("install", () => self.skipWaiting());
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
@@ -90,13 +91,15 @@ class File {
   }
 }
 
-/** What a generator returns. One runs at a time, as all use a decoder's memory. */
+/** What a generator returns. It is given what the promises hold that it yields. One runs at a time, as all use a decoder's
+    memory. */
 function inSlices(steps) {
   const run = async () => {
-    for (;;) {
+    for (let sent; ; ) {
       for (const end = performance.now() + SLICE; performance.now() < end; ) {
-        const { done, value } = steps.next();
+        const { done, value } = steps.next(sent);
         if (done) return value;
+        sent = value && (await value);
       }
       await new Promise((resolve) => setTimeout(resolve)); // some 4 ms: other requests
     }
@@ -125,7 +128,10 @@ async function load(identity) {
     await cache.put(address, found.clone());
   }
   const kernels = await fetch(new URL("kernels.wasm", import.meta.url));
-  return Decoder.load(await kernels.arrayBuffer(), await found.arrayBuffer());
+  const decoder = await Decoder.load(await kernels.arrayBuffer(), await found.arrayBuffer());
+  gpu ??= Gpu.load();
+  gpu.then((ready) => (decoder.gpu = ready)); // until then WebAssembly does all
+  return decoder;
 }
 
 /** The alpha of a layer, 1 byte a pixel, from a lossless WebP or a PNG. */
