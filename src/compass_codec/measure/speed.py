@@ -88,8 +88,10 @@ def profiles() -> str:
 
     from compass_codec import pictures, weights
     from compass_codec.codec import Codec, layer_sizes
+    from compass_codec.engines import threads
     from compass_codec.errors import WeightsError
 
+    threads.use_one()
     installed = {found.profile: found for found in weights.sets() if not isinstance(found, WeightsError)}
     layers, pixels = pictures.pyramid(photograph(*SIZE), layer_sizes(SIZE, SCALES)), SIZE[0] * SIZE[1] / 1e6
     spent: dict[str, list[float]] = {}
@@ -112,7 +114,7 @@ def profiles() -> str:
     head = ["profile", "encoding", "decoding", f"of the times of `{names[0]}`", "layers 0 and 1, of decoding all"]
     head += ["kMAC a pixel, encoding and decoding", "parameters"]
     return (
-        f"PyTorch {torch.__version__} with {torch.get_num_threads()} threads, float32. Processor time a megapixel "
+        f"PyTorch {torch.__version__} with one thread, float32. Processor time a megapixel "
         f"of the largest layer, multiply-accumulates of convolutions and matrix products a pixel of it.\n\n"
         f"{rows(head, body)}"
     )
