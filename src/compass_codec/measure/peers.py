@@ -164,7 +164,9 @@ def _weights(name: str, quality: int) -> Path:
             digest = file.name.split(".")[0].rpartition("-")[2]
             torch.hub.download_url_to_file(url, str(file), digest, progress=False)
         except (OSError, RuntimeError, HTTPException) as e:
-            raise Gap(f"its weights are neither in {file.parent} nor to be fetched ({e})") from e
+            # a page of results does not name the home of whoever made it
+            folder = str(file.parent).replace(str(Path.home()), "~", 1)
+            raise Gap(f"its weights are neither in {folder} nor to be fetched ({e})") from e
         finally:
             socket.setdefaulttimeout(patience)
     return file
