@@ -44,6 +44,9 @@ def test_round_trip(tmp_path, size, count):
     result = compass("encode", source, "--scales", SCALES[count], "--verify", "--device", "cpu")
     assert result.code == 0, result.err
     assert "verified" in result.out and len(result.out.splitlines()) == count + 2
+    assert result.out.splitlines()[0].endswith("PSNR")
+    silent = compass("encode", source, "--scales", SCALES[count], "--force", "--device", "cpu")
+    assert silent.code == 0 and "PSNR" not in silent.out
     assert compass("decode", file, "--all", "--device", "cpu").code == 0
     scales = [float(s) for s in SCALES[count].split(",")]
     for k, expected in enumerate(layer_sizes(size, scales)):

@@ -43,7 +43,9 @@ class Encoded:
     def layers(self) -> list[NDArray[np.uint8]]:
         """Of each layer uint8 [height, width, 3], smallest first. The top layer, which no other needs, is reconstructed
         when this is first asked for."""
-        return [*self._lower, self._top()]
+        layers = [*self._lower, self._top()]
+        self._top = lambda: layers[-1]  # the latent that it held is not needed any more
+        return layers
 
 
 def layer_sizes(size: tuple[int, int], scales: Sequence[float]) -> list[tuple[int, int]]:
