@@ -319,6 +319,32 @@ def test_golden_files_by_webgpu(site, webgpu):
     ]
 
 
+# Whether the decoder takes window.gpu, as it is and with one of its shaders in the place of another.
+ACCEPT = """
+const done = arguments[1];
+(async () => {
+  const { Decoder } = await import("./lean.js"), bytes = async (name) => (await fetch(name)).arrayBuffer(), found = [];
+  const decoder = await Decoder.load(await bytes("kernels.wasm"), await bytes(arguments[0])), { pipelines } = gpu;
+  for (const wrong of [{}, { gated: pipelines.rectified }, { added: pipelines.multiply }]) {
+    [gpu.pipelines, decoder.gpu] = [{ ...pipelines, ...wrong }, null];
+    const steps = decoder.accept(gpu);
+    for (let sent; ; ) {
+      const { done, value } = steps.next(sent);
+      if (done) break;
+      sent = await value;
+    }
+    found.push(Boolean(decoder.gpu));
+  }
+  done(found);
+})().catch((error) => done(String(error.stack)));
+"""
+
+
+def test_a_device_that_computes_other_pixels_is_not_taken(webgpu):
+    assert webgpu.execute_async_script(LOAD, PRETEND) is True
+    assert webgpu.execute_async_script(ACCEPT, weights_address()) == [True, False, False]
+
+
 def test_without_a_device_there_is_no_webgpu(site, webgpu):
     reasons = (
         "",  # a software adapter
@@ -376,6 +402,7 @@ def test_webgpu_in_the_worker(site, webgpu, codec):
     WebDriverWait(webgpu, 100, 1).until(
         lambda _: submitted(1, next(names))
     )  # WebAssembly serves until the device is ready
+    submitted(1, "again.cmps")  # behind which all of the trial is done
     assert submitted(0, "small.cmps") == 0
     assert submitted(1, "large.cmps") > 0
     answer(webgpu, "lose")

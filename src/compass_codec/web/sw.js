@@ -130,7 +130,7 @@ async function load(identity) {
   const kernels = await fetch(new URL("kernels.wasm", import.meta.url));
   const decoder = await Decoder.load(await kernels.arrayBuffer(), await found.arrayBuffer());
   gpu ??= Gpu.load();
-  gpu.then((ready) => (decoder.gpu = ready)); // until then WebAssembly does all
+  gpu.then((ready) => ready && inSlices(decoder.accept(ready))); // until then WebAssembly does all
   return decoder;
 }
 
