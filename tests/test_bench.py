@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from compass_codec.measure.runner import Cache, Runner
 from compass_codec.measure.tables import TESTED, Column, Points, Published, Results, compare, single_column
 from compass_codec.measure.task import Original, Settings, Task
 from compass_codec.metrics import METRICS, Metric, psnr
+from compass_codec.weights import CARD, PATH, choose
 
 # peers, and the first file of their weights
 COMPRESSAI = {
@@ -422,6 +424,28 @@ class TestCommand:
         ]
         lost = f"- 1x, 2x: single layer, own base codec, {single['bd_rate']:+.1f} %"
         assert (lost in text) == (single["bd_rate"] > 0)
+
+    def test_a_set_without_a_base_codec_of_its_own_has_no_rows_for_it(self, out, tmp_path, monkeypatch):
+        folder = tmp_path / "twin"
+        shutil.copytree(choose(model="lean").folder, folder)
+        card = json.loads((folder / CARD).read_text())
+        (folder / CARD).write_text(json.dumps(card | {"profile": "twin"}))
+        monkeypatch.setenv(PATH, str(tmp_path))
+        arguments = ["--images", out.parent / "in", "--out", tmp_path / "out", "--tables", "two,single", "--two", "2"]
+        arguments += ["--jobs", 1, "--peers", "", "--metrics", "psnr", "--device", "cpu", "--no-page"]
+        result = compass("bench", *arguments, "--model", "lean", "--model", "twin", "--model", "visual")
+        assert result.code == 0, result.err
+        found = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert list(found["two"][0]["rows"])[3:] == [
+            "COMPASS with twin",
+            "COMPASS with visual",
+            "simulcast, base codec of visual",
+            "single layer, base codec of visual",
+        ]
+        assert list(found["single"]["rows"]) == [TESTED, "COMPASS with visual"]
+        assert found["two"][0]["compass_against"]["COMPASS with twin"]["bd_rate"] == 0
+        assert found["cost"]["COMPASS with twin"]["decode_seconds"] > 0
+        assert not (tmp_path / "out" / "compare.html").exists() and "compare.html" not in result.err
 
     def test_plots(self, out):
         for name in ("rd.png", "bits.png"):

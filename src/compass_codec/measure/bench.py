@@ -103,6 +103,7 @@ def _crop(text: str) -> Crop:
     help="Shown on the page: a picture, and the middle of the crop in parts of its width and height; may be given "
     "several times. Default: the middles of the first pictures.",
 )
+@click.option("--page/--no-page", default=True, help="Write the page of crops, which takes a while. Default: yes.")
 @click.option("--quick", is_flag=True, help=f"Use only {QUICK} of the pictures.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Processes of one thread each; default: one for each core.")
 @click.option(
@@ -137,6 +138,7 @@ def bench(
     peers: tuple[str, ...],
     curves: tuple[Path, ...],
     crops: tuple[Crop, ...],
+    page: bool,
     quick: bool,
     jobs: int | None,
     device: str,
@@ -171,8 +173,7 @@ def bench(
         pictures = pictures_in(images, QUICK if quick else 0)
         sources = [Original.of(path) for path in pictures]
         first = choose(weights, models[0]).folder if models else weights
-        for model in models[1:]:
-            choose(model=model)
+        bases = _base_codecs(first, models[1:])
         if unknown := {name for name, _ in crops} - {path.name for path in pictures}:
             raise ValueError(f"--crop {min(unknown)}: not among the pictures that are measured")
         out.mkdir(parents=True, exist_ok=True)
@@ -192,17 +193,38 @@ def bench(
     layered_methods = [OURS, *sets, *([LEVELS] if J2K in peers else [])]
     work = [job for scales in layered for method in layered_methods for job in results.jobs(method, scales)]
     singles = {s for scales in layered for s in scales} | ({FULL} if "single" in tables else set())
-    work += [job for s in sorted(singles) for method in (OURS, *sets, *peers) for job in results.jobs(method, (s,))]
+    work += [
+        job
+        for s in sorted(singles)
+        for method in (OURS, *map(other_set, bases), *peers)
+        for job in results.jobs(method, (s,))
+    ]
     if "ablation" in tables:
         work += [job for m in (OURS, *ABLATED.values()) for job in results.jobs(m, (1.0, MIDDLE, ablation))]
     _run(runner, work, "measuring")
-    report = _analyse(results, wanted, tables, (1.0, MIDDLE, ablation), peers, published, models[1:])
+    report = _analyse(results, wanted, tables, (1.0, MIDDLE, ablation), peers, published, models[1:], bases)
     report.facts |= _facts(runner, results, peers, curves)
-    report.facts |= {"metrics": list(measured), "metric_gaps": missing_metrics, "models": list(models)}
+    report.facts |= {"metrics": list(measured), "metric_gaps": missing_metrics, "models": list(models), "page": page}
     shown = layered[-1] if layered else (FULL,)
-    _write_page(runner, results, shown, [*sets, *peers], out, crops)
+    if page:
+        _write_page(runner, results, shown, [*sets, *peers], out, crops)
     _measure_cost(report, results, settings, out)
     _write(report, out)
+
+
+def _base_codecs(first: Path | None, models: Sequence[str]) -> list[str]:
+    """Those of ``models`` whose base codec none before them has, nor the set in ``first``: what is coded as single
+    layers depends on that alone. Raises WeightsError."""
+    from compass_codec.weights import choose
+
+    def base(folder: Path | None, model: str | None = None) -> tuple[str, str]:
+        found = choose(folder, model)
+        return found.spec["parts"].get("base", found.identity), json.dumps(found.spec.get("base"))
+
+    seen = {base(first): ""}
+    for model in models:
+        seen.setdefault(base(None, model), model)
+    return [model for model in seen.values() if model]
 
 
 def _available(metrics: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -241,19 +263,20 @@ def _analyse(
     ablated: Scales,
     peers: Sequence[str],
     published: Published,
-    models: Sequence[str] = (),
+    models: Sequence[str],
+    bases: Sequence[str],
 ) -> Report:
     from compass_codec.measure.report import Report
     from compass_codec.measure.tables import ablation_column, layered_column, single_column
 
     report = Report({})
     columns: dict[str, list[Column]] = {
-        name: [layered_column(results, scales, peers, published, models) for scales in found]
+        name: [layered_column(results, scales, peers, published, models, bases) for scales in found]
         for name, found in wanted.items()
     }
     report.two, report.three = columns["two"], columns["three"]
     if "single" in tables:
-        report.single = single_column(results, peers, published, models)
+        report.single = single_column(results, peers, published, bases)
     if "ablation" in tables:
         report.ablation = ablation_column(results, ablated)
     return report
@@ -304,7 +327,7 @@ def _measure_cost(report: Report, results: Results, settings: Any, out: Path) ->
     """Of the column with the most layers, at its largest scale, on the first picture."""
     from compass_codec.measure.cost import cost
     from compass_codec.measure.report import cost_settings
-    from compass_codec.measure.tables import LEVELS_TITLE, TESTED
+    from compass_codec.measure.tables import LEVELS_TITLE, TESTED, set_title
 
     columns = report.columns()
     if not columns:
@@ -312,6 +335,7 @@ def _measure_cost(report: Report, results: Results, settings: Any, out: Path) ->
     column = max(columns, key=lambda c: (len(c.scales), c.scales[-1]))
     prefix = "simulcast " if len(column.scales) > 1 else ""
     methods = {TESTED: OURS, LEVELS_TITLE: LEVELS}
+    methods |= {set_title(model): other_set(model) for model in report.facts["models"][1:]}
     methods |= {prefix + peer.title: name for name, peer in PEERS.items()}
     picture = results.sources[0].path
     report.cost_scales, report.facts["cost_picture"] = column.scales, picture.name
@@ -331,7 +355,7 @@ def _write(report: Report, out: Path) -> None:
 
     write_file(out / "results.json", (json.dumps(report.data(), indent=1) + "\n").encode())
     columns = report.columns()
-    written = ["results.json", "results.md", "compare.html"]
+    written = ["results.json", "results.md", *(["compare.html"] if report.facts["page"] else [])]
     if columns:
         for metric in report.facts["metrics"]:
             name = "rd.png" if metric == "psnr" else f"rd-{metric}.png"

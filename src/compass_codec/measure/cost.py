@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compass_codec.measure.peers import J2K, PEERS, Gap
-from compass_codec.measure.protocol import LEVELS, OURS, Scales, layers_of
+from compass_codec.measure.protocol import LEVELS, OURS, Scales, kind_of, layers_of, model_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +77,7 @@ def cost(method: str, picture: Path, scales: Scales, setting: float, weights: Pa
 
 def _files(task: dict[str, Any], layers: list[NDArray[np.uint8]]) -> list[bytes]:
     method, scales, setting = task["method"], task["scales"], task["setting"]
-    if method == OURS:
+    if kind_of(method) == OURS:
         return [_codec(task).encode_layers(layers, [s / scales[0] for s in scales], setting).data]
     if method == LEVELS:
         return [PEERS[J2K].encode(layers[-1], setting)]
@@ -86,7 +86,7 @@ def _files(task: dict[str, Any], layers: list[NDArray[np.uint8]]) -> list[bytes]
 
 def _pictures(task: dict[str, Any], files: list[bytes]) -> None:
     method = task["method"]
-    if method == OURS:
+    if kind_of(method) == OURS:
         from compass_codec import container
 
         (data,) = files
@@ -105,7 +105,8 @@ def _pictures(task: dict[str, Any], files: list[bytes]) -> None:
 def _codec(task: dict[str, Any]) -> Codec:
     from compass_codec.codec import shared
 
-    return shared(task["device"], Path(task["weights"]) if task["weights"] else None, engine="torch")
+    weights = Path(task["weights"]) if task["weights"] else None
+    return shared(task["device"], weights, model=model_of(task["method"]), engine="torch")
 
 
 def main() -> None:
@@ -119,7 +120,7 @@ def main() -> None:
     else:
         with Image.open(task["picture"]) as image:
             layers = layers_of(image, tuple(task["scales"]))
-    if task["method"] == OURS:
+    if kind_of(task["method"]) == OURS:
         _codec(task)  # loading the weights is not what is timed
     else:
         PEERS[J2K if task["method"] == LEVELS else task["method"]].load()

@@ -91,7 +91,7 @@ class Report:
         yield "\n".join(lost) if lost else "At no setting that was measured here, by bits."
         if TESTED in self.costs:
             _, ours = self.costs[TESTED]
-            others = [cost for name, (_, cost) in self.costs.items() if name != TESTED]
+            others = [cost for name, (_, cost) in self.costs.items() if not name.startswith(TESTED)]
             if others:
                 quick = max(others, key=lambda c: ours.decode_seconds / c.decode_seconds)
                 slow = min(others, key=lambda c: ours.decode_seconds / c.decode_seconds)

@@ -249,9 +249,15 @@ def set_title(model: str) -> str:
 
 
 def layered_column(
-    results: Results, scales: Scales, peers: Sequence[str], published: Published, models: Sequence[str] = ()
+    results: Results,
+    scales: Scales,
+    peers: Sequence[str],
+    published: Published,
+    models: Sequence[str] = (),
+    bases: Sequence[str] = (),
 ) -> Column:
-    """A column of the paper's tables 2 and 3: COMPASS in layers of ``scales`` against everything else."""
+    """A column of the paper's tables 2 and 3: COMPASS in layers of ``scales`` against everything else. Those of
+    ``models`` that are in ``bases`` have a base codec of their own."""
     column = Column(scales)
     column.add(TESTED, partial(results.points, OURS, scales))
     column.add(paper.SIMULCAST, partial(results.simulcast, OURS, scales))
@@ -259,8 +265,9 @@ def layered_column(
     for model in models:
         other = other_set(model)
         column.add(set_title(model), partial(results.points, other, scales))
-        column.add(f"simulcast, base codec of {model}", partial(results.simulcast, other, scales))
-        column.add(f"single layer, base codec of {model}", partial(results.points, other, scales[-1:]))
+        if model in bases:
+            column.add(f"simulcast, base codec of {model}", partial(results.simulcast, other, scales))
+            column.add(f"single layer, base codec of {model}", partial(results.points, other, scales[-1:]))
     for name, curves in published.layered.items():
         column.add(name, partial(_published, curves.get(scales), results.sources))
     for peer in peers:
@@ -272,11 +279,11 @@ def layered_column(
     return column
 
 
-def single_column(results: Results, peers: Sequence[str], published: Published, models: Sequence[str] = ()) -> Column:
+def single_column(results: Results, peers: Sequence[str], published: Published, bases: Sequence[str] = ()) -> Column:
     """One layer at full size: our base codec, as COMPASS with one layer, against everything else."""
     column = Column((FULL,))
     column.add(TESTED, partial(results.points, OURS, (FULL,)))
-    for model in models:
+    for model in bases:
         column.add(set_title(model), partial(results.points, other_set(model), (FULL,)))
     for peer in peers:
         column.add(PEERS[peer].title, partial(results.points, peer, (FULL,)))
