@@ -22,13 +22,16 @@ from compass_codec.measure.protocol import OURS, other_set
 from compass_codec.measure.tables import TESTED, Published, Results, layered_column
 from compass_codec.measure.task import Original, Task
 from compass_codec.training import baselines, tables
+from compass_codec.training.ablations import SecondStage
 from compass_codec.training.baselines import SYSTEMS, main
 from compass_codec.training.start import noise_pictures
 from compass_codec.training.tensors import read_tensors
 from compass_codec.training.trainer import Run
 from compass_codec.weights import choose, read_set
 
-LEAN = [name for name, system in SYSTEMS.items() if system.layers.backbone == "lean"]  # test_papers.py has the others
+LEAN = [
+    name for name, system in SYSTEMS.items() if system.layers.backbone in ("lean", "padded")
+]  # test_papers.py: others
 SMALL = {"c8": 16, "c16": 24, "n8": 1, "n16": 1, "m": 16, "n": 8, "h": 16, "g": 16}
 
 
@@ -106,8 +109,9 @@ def test_tables_of_a_factorized_prior_are_not_counted(run, photos):
     )
 
 
-@pytest.mark.parametrize("name", LEAN)
-@pytest.mark.parametrize("engine", ["torch", "onnx"])
+@pytest.mark.parametrize(
+    ("name", "engine"), [(n, e) for n in LEAN for e in ("torch", "onnx") if n != "padded" or e == "torch"]
+)
 def test_files_of_every_system_decode(run, name, engine, monkeypatch):
     monkeypatch.setenv("COMPASS_MODELS", str(run / "weights"))
     layers = [np.array(crop(*size)) for size in ((35, 25), (70, 50), (112, 80))]
@@ -120,6 +124,37 @@ def test_files_of_every_system_decode(run, name, engine, monkeypatch):
     assert choose().profile == "lean", "never chosen by default"
 
 
+def test_padding_is_in_the_file_and_not_in_the_picture(run, monkeypatch):
+    """The set's files hold what lean's codecs make of pictures that were padded before."""
+    monkeypatch.setenv("COMPASS_MODELS", str(run / "weights"))
+    codec, picture = Codec.load("cpu", model="padded"), np.array(crop(70, 50))
+    data, reconstruct = codec.encode_layer(picture, None, 60)
+    whole = np.pad(picture, ((0, 14), (0, 58), (0, 0)), "edge")
+    inner, theirs = codec.base.layer.encode(whole, lambda: codec.predict(None, (64, 128)), 60)
+    assert data == inner and np.array_equal(reconstruct(), theirs()[:50, :70])
+    z, y = codec.base.parse(data, (50, 70))
+    assert z.shape[1:] == (1, 2) and y.shape[1:] == (4, 8)
+
+
+def test_a_second_layer_is_trained_above_the_first_codec(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "DIMENSIONS", SMALL)
+    result = train(tmp_path, photos, "--only", "second", steps=1)
+    assert result.exit_code == 1 and str(tmp_path / "weights" / "first" / "model.json") in result.output
+    assert result.output.count("Error") == 1
+    stage = SecondStage(run / "weights" / "first", **SMALL)
+    stage.freeze()
+    assert {name.split(".")[0] for name, p in stage.named_parameters() if p.requires_grad} == {"residual", "liff"}
+    kept = read_tensors(run / "weights" / "first" / "residual.safetensors")["to_y.weight"]
+    assert torch.equal(stage.first.residual.codec.to_y.weight, kept.float())
+    x, level = torch.rand(2, 3, 40, 56), torch.full((2,), 3.0)
+    stage.eval()
+    assert torch.equal(stage.lower(x, level), stage.lower(x, level)), "the same step each time"
+    found = stage.lower(x, level)
+    with torch.no_grad():
+        stage.first.residual.codec.to_y.weight.neg_()
+    assert found.shape == x.shape and not torch.equal(stage.lower(x, level), found)
+
+
 def test_sets_are_what_they_say(run):
     sets = {name: read_set(run / "weights" / name) for name in LEAN}
     tensors = {
@@ -129,8 +164,9 @@ def test_sets_are_what_they_say(run):
     for name in LEAN:
         system = SYSTEMS[name]
         spec = sets[name].spec
-        assert (spec["profile"], spec["purpose"], list(spec["parts"])) == (
+        assert (spec["profile"], spec["backbone"], spec["purpose"], list(spec["parts"])) == (
             name,
+            system.layers.backbone,
             system.purpose,
             ["base", "residual", "liff"],
         )
@@ -163,7 +199,7 @@ def test_every_set_has_its_rows_in_a_column(tmp_path):
         for layers in (scales, scales[:1], scales[1:])
         for q in qualities
     }
-    column = layered_column(Results([source], qualities, records), scales, [], Published(), models)
+    column = layered_column(Results([source], qualities, records), scales, [], Published(), models, models)
     theirs = [paper.SIMULCAST, paper.SINGLE]
     for model in models:
         theirs += [f"COMPASS with {model}", f"simulcast, base codec of {model}", f"single layer, base codec of {model}"]

@@ -26,7 +26,16 @@ from compass_codec.measure.page import _nearest
 from compass_codec.measure.peers import PEERS, Gap
 from compass_codec.measure.protocol import BICUBIC, FULL, OURS, PADDED, Curve, layers_of, other_set
 from compass_codec.measure.runner import Cache, Runner
-from compass_codec.measure.tables import TESTED, Column, Points, Published, Results, compare, single_column
+from compass_codec.measure.tables import (
+    TESTED,
+    Column,
+    Points,
+    Published,
+    Results,
+    ablation_column,
+    compare,
+    single_column,
+)
 from compass_codec.measure.task import Original, Settings, Task
 from compass_codec.metrics import METRICS, Metric, psnr
 from compass_codec.weights import CARD, PATH, choose
@@ -285,6 +294,17 @@ class TestOurs:
         assert np.array_equal(found[0][1], whole[0][1]) and not np.array_equal(found[1][1], whole[1][1])
         assert all(psnr(p, layer) > 20 for (_, p), layer in zip(found, layers, strict=True))
 
+    def test_upper_layers_by_another_set(self, codec, layers, whole, monkeypatch):
+        """With the same set twice it is the codec itself; with another, the first two layers stay."""
+        settings = ((1.0, 1.5, 2.0), 60, None, "cpu")
+        twice = methods.code(other_set("lean+lean"), layers, *settings)
+        assert [end for end, _ in twice] == [end for end, _ in whole]
+        assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(twice, whole, strict=True))
+        mixed = methods.code(other_set("lean+visual"), layers, *settings)
+        assert [end for end, _ in mixed[:2]] == [end for end, _ in whole[:2]] and mixed[2][0] != whole[2][0]
+        data, reconstruct = methods.codec(other_set("visual"), None, "cpu").encode_layer(layers[2], whole[1][1], 60)
+        assert len(data) == mixed[2][0] - mixed[1][0] and np.array_equal(reconstruct(), mixed[2][1])
+
     def test_padding_costs_bits_and_keeps_the_sizes(self, layers, whole):
         found = methods.code(PADDED, layers, SCALES, 60, None, "cpu")
         assert [p.shape for _, p in found] == [layer.shape for layer in layers]
@@ -376,6 +396,23 @@ class TestRunner:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         found = {name.split(".")[1] for name in done.stdout.split() if name.startswith("compass_codec.")}
         assert found - {"errors", "files", "models"} == {pattern.split("/")[0] for pattern in runner.CODEC}
+
+
+def test_sets_that_were_trained_for_the_ablation_are_rows_of_it(tmp_path):
+    Image.new("RGB", (64, 32)).save(tmp_path / "a.png")
+    source, qualities, scales = Original.of(tmp_path / "a.png"), (1, 30, 60, 100), (1.0, 2.0, 4.0)
+    kinds = {OURS: 1.0, BICUBIC: 1.02, PADDED: 1.1, other_set("noisy"): 1.2}
+    records = {
+        Task(source, method, scales, q): {"layers": [{"bytes": 999 * more * 1.03**q, "psnr": 28 + q / 10}] * 3}
+        for method, more in kinds.items()
+        for q in qualities
+    }
+    column = ablation_column(Results([source], qualities, records), scales, ["noisy"])
+    assert [round(found.bd_rate) for found in column.against.values()] == [2, 10, 20]
+    text = "\n".join(report.Report({})._ablation(column))
+    assert "| COMPASS with noisy | +20.0 % | +13.00 % |" in text and text.count("noisy") == 1
+    column = ablation_column(Results([source], qualities, records), scales)
+    assert "| COMPASS with noisy | – | +13.00 % |" in "\n".join(report.Report({})._ablation(column))
 
 
 def test_cost_of_a_peer(tmp_path):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NAMES = {
     "mean_scale": "compass_codec.backbones.mean_scale",
     "lean": "compass_codec.backbones.lean",
+    "padded": "compass_codec.backbones.padded",
     "mei": "compass_codec.backbones.predicted",
     "rpn": "compass_codec.backbones.predicted",
 }

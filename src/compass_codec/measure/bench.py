@@ -16,7 +16,7 @@ from compass_codec.commands import values
 from compass_codec.errors import MeasureError, told
 from compass_codec.measure.bd_rate import FEWEST
 from compass_codec.measure.peers import J2K, PEERS, Gap
-from compass_codec.measure.protocol import FULL, LEVELS, OURS, Numbers, Scales, other_set, pictures_in
+from compass_codec.measure.protocol import FULL, LEVELS, OURS, Numbers, Scales, other_set, pictures_in, sets_of
 from compass_codec.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def _crop(text: str) -> Crop:
     "--model",
     "models",
     multiple=True,
-    help="Profile of weights (compass models lists them). Given several times, each after the first is one more row.",
+    help="Profile of weights (compass models lists them). Given several times, each after the first is one more row; "
+    "FIRST+SECOND takes SECOND for layers above the first enhancement layer.",
 )
 @click.option(
     "--metrics",
@@ -200,7 +201,7 @@ def bench(
         for job in results.jobs(method, (s,))
     ]
     if "ablation" in tables:
-        work += [job for m in (OURS, *ABLATED.values()) for job in results.jobs(m, (1.0, MIDDLE, ablation))]
+        work += [job for m in (OURS, *ABLATED.values(), *sets) for job in results.jobs(m, (1.0, MIDDLE, ablation))]
     _run(runner, work, "measuring")
     report = _analyse(results, wanted, tables, (1.0, MIDDLE, ablation), peers, published, models[1:], bases)
     report.facts |= _facts(runner, results, peers, curves)
@@ -223,7 +224,8 @@ def _base_codecs(first: Path | None, models: Sequence[str]) -> list[str]:
 
     seen = {base(first): ""}
     for model in models:
-        seen.setdefault(base(None, model), model)
+        bases = [base(None, name) for name in sets_of(other_set(model))]
+        seen.setdefault(bases[0], model)
     return [model for model in seen.values() if model]
 
 
@@ -278,7 +280,7 @@ def _analyse(
     if "single" in tables:
         report.single = single_column(results, peers, published, bases)
     if "ablation" in tables:
-        report.ablation = ablation_column(results, ablated)
+        report.ablation = ablation_column(results, ablated, models)
     return report
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from compass_codec import container
 from compass_codec.codec import Codec
 from compass_codec.measure.peers import PEERS, resolutions
-from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales, kind_of, model_of
+from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales, kind_of, sets_of
 
 Coded = list[tuple[int, NDArray[np.uint8]]]
 Size = tuple[int, int]  # height, width
@@ -51,6 +51,25 @@ class Remembering(Measured):
         while len(known) > self.KEPT:
             known.popitem(last=False)
         return (strip.clone() for strip in known[key])
+
+
+class Separate(Measured):
+    """Layers above the first enhancement layer have a codec and LIFF of their own, those of the set of ``upper``. No
+    decoder takes two sets for a file; each layer alone decodes with its set."""
+
+    upper: Codec
+
+    def code(self, layers: Sequence[NDArray[np.uint8]], scales: Scales, quality: float) -> Coded:
+        payloads, seen = [], list[NDArray[np.uint8]]()
+        for k, layer in enumerate(layers):
+            codec = self if k < 2 else self.upper
+            with codec.engine.computing():
+                data, reconstruct = codec.encode_layer(layer, seen[-1] if seen else None, quality, True)
+                payloads.append(data)
+                seen.append(reconstruct())
+        sizes, factors = [(p.shape[1], p.shape[0]) for p in layers], [s / scales[0] for s in scales]
+        data = container.write(self.model, sizes, factors, [quality] * len(layers), payloads)
+        return list(zip((entry.end for entry in container.read_header(data).layers), seen, strict=True))
 
 
 class Bicubic(Measured):
@@ -97,7 +116,12 @@ KINDS: dict[str, type[Measured]] = {
 @cache
 def codec(method: str, weights: Path | None, device: str) -> Measured:
     """The codec or one of its ablations, loaded once in a process."""
-    return KINDS[kind_of(method)].load(device, weights, model=model_of(method), engine="torch")
+    first, *others = sets_of(method)
+    if not others:
+        return KINDS[kind_of(method)].load(device, weights, model=first, engine="torch")
+    found = Separate.load(device, weights, model=first, engine="torch")
+    found.upper = Codec.load(device, weights, model=others[0], engine="torch")
+    return found
 
 
 def code(

@@ -43,6 +43,12 @@ def model_of(method: str) -> str | None:
     return method.partition(":")[2] or None
 
 
+def sets_of(method: str) -> Sequence[str | None]:
+    """The same, of two that it names as FIRST+SECOND both: SECOND is for layers above the first enhancement layer."""
+    model = model_of(method)
+    return model.split("+", 1) if model else [None]
+
+
 def title(scales: Scales) -> str:
     return "single layer" if scales == (FULL,) else ", ".join(f"{s:g}x" for s in scales)
 

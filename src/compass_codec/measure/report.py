@@ -10,7 +10,7 @@ from compass_codec.measure import paper
 from compass_codec.measure.cost import Cost
 from compass_codec.measure.peers import J2K, PEERS
 from compass_codec.measure.protocol import PUBLISHED, rows, title
-from compass_codec.measure.tables import ABLATED, TESTED, Column, Comparison, Points
+from compass_codec.measure.tables import TESTED, Column, Comparison, Points
 from compass_codec.metrics import METRICS
 
 NONE = "–"  # noqa: RUF001, a cell without a figure
@@ -149,14 +149,17 @@ class Report:
 
     def _ablation(self, column: Column) -> Iterator[str]:
         yield f"## Without its parts (the paper's table 4), layers {title(column.scales)}"
-        printed = [f"{paper.ABLATION[key]:+.2f} %" for key in ("bicubic", "padded")]
-        body = [[name, _rate(column.against.get(name)), p] for name, p in zip(ABLATED, printed, strict=True)]
-        body.append(["noisy latents in training's distortion", NONE, f"{paper.ABLATION['noisy']:+.2f} %"])
+        names = [name for name in (*column.rows, *column.gaps) if name != TESTED]
+        names += [] if paper.NOISY in names else [paper.NOISY]
+        body = []
+        for name in names:
+            theirs = f"{paper.ABLATION[name]:+.2f} %" if name in paper.ABLATION else NONE
+            body.append([name, _rate(column.against.get(name)), theirs])
         yield rows(["instead", "BD-rate against the whole", "the paper"], body)
         yield (
-            "The weights are those of the whole codec: nothing was trained again for the ablation, so the first row "
-            "also holds what the residual codec does not know of bicubic prediction. The paper does not say at "
-            "which scale factors it measured. The last row would need weights trained that way."
+            f"Rows without {TESTED} in their name have the weights of the whole codec: nothing was trained again for "
+            "them, so bicubic prediction also costs what the residual codec does not know of it. The paper does not "
+            "say at which scale factors it measured."
         )
 
     def _layers(self) -> Iterator[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import compass_codec
 from compass_codec.measure.peers import J2K, PEERS, Gap
-from compass_codec.measure.protocol import LEVELS, kind_of, layers_of, model_of
+from compass_codec.measure.protocol import LEVELS, kind_of, layers_of, sets_of
 from compass_codec.measure.task import SECONDS, Original, Record, Settings, Task, load
 from compass_codec.metrics import METRICS
 
@@ -42,7 +42,7 @@ def identity(method: str, settings: Settings) -> str:
     for pattern in CODEC:
         for path in sorted(Path(compass_codec.__file__).parent.glob(f"{pattern}.py")):
             digest.update(path.read_bytes())
-    weights = weights_identity(settings.weights, model_of(method))
+    weights = " and ".join(weights_identity(settings.weights, model) for model in sets_of(method))
     code = f"code {digest.hexdigest()[:12]}, {precision(settings.device)}"
     return f"{kind_of(method)} {compass_codec.__version__}, weights {weights}, {code}, {measured}"
 

@@ -292,11 +292,11 @@ def single_column(results: Results, peers: Sequence[str], published: Published, 
     return column
 
 
-def ablation_column(results: Results, scales: Scales) -> Column:
+def ablation_column(results: Results, scales: Scales, models: Sequence[str] = ()) -> Column:
     """The paper's table 4; ``against`` is each ablated codec against the whole one, as there."""
     column = Column(scales)
     column.add(TESTED, lambda: results.points(OURS, scales))
-    for name, method in ABLATED.items():
+    for name, method in (ABLATED | {set_title(model): other_set(model) for model in models}).items():
         try:
             column.rows[name] = results.points(method, scales)
             column.against[name] = compare(column.rows[name], column.rows[TESTED])
@@ -306,6 +306,6 @@ def ablation_column(results: Results, scales: Scales) -> Column:
 
 
 ABLATED = {
-    "bicubic instead of LIFF": BICUBIC,
-    "pictures padded to 64 instead of layer-wise padding": PADDED,
+    paper.BICUBIC: BICUBIC,
+    paper.PADDED: PADDED,
 }

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from compass_codec.training.ablations import BicubicStage, FirstStage, NoisyStage, PaddedStage, SecondStage
 from compass_codec.training.command import Integers, carry_out
 from compass_codec.training.lean import LeanContextStage, LeanLayersStage, LeanResidualStage, LeanStage
 from compass_codec.training.predicted import MeiStage, RpnStage
@@ -22,18 +23,6 @@ from compass_codec.training.trainer import Plan
 
 RATE, HYPER_RATE = 5e-4, 2.0  # learning rates; that of hyper networks is relative
 DIMENSIONS: dict[str, Any] = {}  # of all base codecs, and so of the enhancement codecs that start from them
-
-
-class BicubicStage(LeanResidualStage):
-    """Bicubic interpolation in the place of LIFF, which stays as it starts and then adds exactly zero to it."""
-
-    trains = ("residual",)
-
-
-class NoisyStage(LeanResidualStage):
-    """The distortion is that of noisy latents, in the place of rounded ones."""
-
-    noisy = True
 
 
 @dataclass(frozen=True)
@@ -54,6 +43,9 @@ SYSTEMS = {
     "latent": System("as context, with the difference of latents as lean has it", layers=LeanLayersStage),
     "bicubic": System("as context, with bicubic interpolation for LIFF", layers=BicubicStage),
     "noisy": System("as context, with noisy latents in the distortion of training", layers=NoisyStage),
+    "padded": System("as context, with layers padded to multiples of 64", layers=PaddedStage),
+    "first": System("as context, for first enhancement layers alone", layers=FirstStage),
+    "second": System("as context, for second enhancement layers alone, above first", layers=SecondStage),
     "mei": System("Mei et al. with the mean-scale hyperprior", entropy="hyperprior", layers=MeiStage),
     "mei-original": System("Mei et al. with the factorized prior", entropy="factorized", layers=MeiStage),
     "rpn": System("RPN with the mean-scale hyperprior", entropy="hyperprior", layers=RpnStage),
@@ -107,7 +99,8 @@ def main(
             return LeanContextStage(**DIMENSIONS, entropy=entropy)
 
         def make_layers(name: str = name, system: System = system) -> LeanStage:
-            stage = system.layers()
+            alone = issubclass(system.layers, SecondStage)
+            stage = system.layers(**{"first": run / "weights" / "first"} if alone else {})
             stage.card = {"profile": name, "purpose": system.purpose}
             return stage
 

@@ -373,7 +373,7 @@ def start(stage: LeanStage, weights: Path | None, pictures: Pictures, seed: int)
 
 def _start_base(stage: LeanStage, weights: Path | None, seed: int) -> str:
     if weights is not None and weights.is_dir():
-        stage.base = _rated(weights, "base", RatedLean)  # type: ignore[assignment]
+        stage.base = codec_of(weights, "base", RatedLean)  # type: ignore[assignment]
         return "base from weights"
     rated: Any = stage.base
     assert stage.crops is not None
@@ -412,15 +412,14 @@ def _start_layers(stage: LeanLayersStage, weights: Path) -> list[str]:
     residual.load_state_dict(stage.base.state_dict(), strict=False)  # what both have
     words = ["residual from base", "liff from bicubic"]
     if (weights / "residual.safetensors").exists():
-        residual = _rated(weights, "residual", stage.rated)
+        residual = codec_of(weights, "residual", stage.rated)
         words[0] = "residual from weights"
     else:
         stage.begin(residual)
     if "liff" not in stage.writes:
         words.pop()
-    elif (path := weights / "liff.safetensors").exists():
-        stage.liff = _made(weights, "liff", LeanLIFF)
-        fill_module(stage.liff, read_tensors(path), path)
+    elif (weights / "liff.safetensors").exists():
+        stage.liff = liff_of(weights)  # type: ignore[assignment]
         words[1] = "liff from weights"
     stage.residual = residual  # type: ignore[assignment]
     return words
@@ -437,7 +436,7 @@ def _made(folder: Path, part: str, kind: Callable[..., Any]) -> Any:
         raise ValueError(f"{folder / CARD}: {part} {found.spec.get(part)!r} cannot be used") from error
 
 
-def _rated(folder: Path, part: str, kind: type[R]) -> R:
+def codec_of(folder: Path, part: str, kind: type[R]) -> R:
     """The codec ``part`` of the set in ``folder``."""
     path = folder / f"{part}.safetensors"
     rated: R = _made(folder, part, kind)
@@ -445,6 +444,14 @@ def _rated(folder: Path, part: str, kind: type[R]) -> R:
     fill_module(rated.codec, tensors, path)
     fill_module(rated.bottleneck, below(tensors, "bottleneck."), path)
     return rated
+
+
+def liff_of(folder: Path) -> LeanLIFF:
+    """LIFF of the set in ``folder``."""
+    path = folder / "liff.safetensors"
+    liff: LeanLIFF = _made(folder, "liff", LeanLIFF)
+    fill_module(liff, read_tensors(path), path)
+    return liff
 
 
 def _more_levels(gains: Tensor, of_latent: bool) -> Tensor:
