@@ -412,7 +412,7 @@ def test_sets_that_were_trained_for_the_ablation_are_rows_of_it(tmp_path):
     text = "\n".join(report.Report({})._ablation(column))
     assert "| COMPASS with noisy | +20.0 % | +13.00 % |" in text and text.count("noisy") == 1
     column = ablation_column(Results([source], qualities, records), scales)
-    assert "| COMPASS with noisy | – | +13.00 % |" in "\n".join(report.Report({})._ablation(column))
+    assert f"| COMPASS with noisy | {report.NONE} | +13.00 % |" in "\n".join(report.Report({})._ablation(column))
 
 
 def test_cost_of_a_peer(tmp_path):
