@@ -470,16 +470,12 @@ class TestCommand:
         monkeypatch.setenv(PATH, str(tmp_path))
         arguments = ["--images", out.parent / "in", "--out", tmp_path / "out", "--tables", "two,single", "--two", "2"]
         arguments += ["--jobs", 1, "--peers", "", "--metrics", "psnr", "--device", "cpu", "--no-page"]
-        result = compass("bench", *arguments, "--model", "lean", "--model", "twin", "--model", "visual")
+        result = compass("bench", *arguments, "--model", "lean", "--model", "twin")
         assert result.code == 0, result.err
         found = json.loads((tmp_path / "out" / "results.json").read_text())
-        assert list(found["two"][0]["rows"])[3:] == [
-            "COMPASS with twin",
-            "COMPASS with visual",
-            "simulcast, base codec of visual",
-            "single layer, base codec of visual",
-        ]
-        assert list(found["single"]["rows"]) == [TESTED, "COMPASS with visual"]
+        assert list(found["two"][0]["rows"])[3:] == ["COMPASS with twin"]
+        assert list(found["single"]["rows"]) == [TESTED]
+        assert bench._base_codecs(None, ["twin", "visual", "visual+twin", "paper"]) == ["visual", "paper"]
         assert found["two"][0]["compass_against"]["COMPASS with twin"]["bd_rate"] == 0
         assert found["cost"]["COMPASS with twin"]["decode_seconds"] > 0
         assert not (tmp_path / "out" / "compare.html").exists() and "compare.html" not in result.err
