@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 C = TypeVar("C", bound=EntropyModel)
-STEPS = (0, 0, 4, 8, 12, 16, 24, 32, 48, 64)  # of gradients, that an effort adds to those below it
+STEPS = (0, 0, 4, 6, 12, 16, 24, 32, 48, 64)  # of gradients, that an effort adds to those below it
 # Effort 1: so much of the quantisation errors stays, less what a second analysis sees of them so many times.
 STAYS, SEEN = 0.7, 0.74
 TOWARDS = 0.5  # how far y goes to what a Newton step from the quantised latent gives
@@ -290,7 +290,10 @@ class Search:
             return last
         networks = self.layer.at(job.quality)
         given = torch.cat(list(self.layer.given(networks, predict(job.below, job.size), job.size)), 2)
-        analysed = self.layer.analysis(networks, job.picture, [given])
+        if last is not None and self.of_latents:  # that of the picture stays
+            analysed = last.analysed + (last.given - given)
+        else:
+            analysed = self.layer.analysis(networks, job.picture, [given])
         if last is None:
             z = self.layer.exact.z(analysed, self.layer.lambda_of(job.quality))
             return Latents(job.below, given, analysed, analysed.clone(), z)
