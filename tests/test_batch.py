@@ -361,7 +361,7 @@ def test_a_note_says_what_was_converted(tmp_path):
 
 
 def test_heic_is_a_picture_where_pillow_heif_is_installed():
-    assert {".heic", ".heif", ".avif", ".png"} <= batch.picture_suffixes()
+    assert {".heic", ".heif", ".avif", ".png", ".mpo"} <= batch.picture_suffixes()
 
 
 def test_without_pillow_heif_a_line_says_what_to_install(tmp_path, album):

@@ -65,8 +65,10 @@ def test_one_layer_and_the_highest(coded, tmp_path):
 def test_default_layer_of_a_cut_file_is_the_highest_complete(coded, tmp_path):
     end = container.read_header(coded.read_bytes()).layers[1].end
     coded.write_bytes(coded.read_bytes()[: end + 5])
-    assert compass("decode", coded).code == 0
+    result = compass("decode", coded)
+    assert result.code == 0 and "layer 1 of 0 to 2 is the highest that is there whole" in result.err
     assert Image.open(tmp_path / "photo.layer1.png").size == (40, 30)
+    assert compass("decode", coded, "--layer", 1, "-o", tmp_path / "asked.png").err == ""
     result = compass("decode", coded, "--layer", 2, "-o", tmp_path / "x.png")
     assert result.code == 1 and "layer 2 ends at" in result.err and not (tmp_path / "x.png").exists()
     assert "cut off" in compass("info", coded).out
@@ -198,8 +200,10 @@ def test_a_directory_is_no_picture(tmp_path, photo, coded):
     ):
         result = compass(*args)
         assert result.code == 1 and len(lines(result)) == 1 and str(tmp_path) in result.err
-    result = compass("encode", photo, "--scales", "1", "-o", tmp_path)
-    assert result.code == 1 and len(lines(result)) == 1
+    for args in (["encode", photo, "--scales", "1"], ["decode", coded]):
+        result = compass(*args, "-o", tmp_path)
+        assert result.code == 1 and len(lines(result)) == 1
+        assert f"{tmp_path}: is a directory" in result.err, "the output, not the source"
 
 
 def test_layer_that_is_not_there(coded):

@@ -68,6 +68,7 @@ def test_best_effort(tmp_path, small_file):
         result = compass("decode", file, "--best-effort", "-o", tmp_path / f"best{layer}.png")
         if layer:
             assert result.code == 0 and f"layer {layer - 1}," in result.out
+            assert f"layer {layer - 1} of 0 to 2 is the highest" in result.err
         else:
             assert result.code == 1 and "nothing decodes" in result.err
     file.write_bytes(small_file)
@@ -279,6 +280,14 @@ def test_a_format_that_cannot_work_is_refused_before_anything(tmp_path, small_fi
     for extension in ("wmf", "h5", "pgm"):
         result = compass("decode", tmp_path / "x.cmps", "--format", extension)
         assert result.code == 2 and len(result.err.splitlines()) == 1 and extension in result.err
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    from compass_codec.files import write_file
+
+    with pytest.raises(FileNotFoundError) as found:
+        write_file(tmp_path / "none" / "a.cmps", b"data")
+    assert found.value.filename == str(tmp_path / "none" / "a.cmps")
 
 
 def test_an_interrupt_while_a_file_is_made_leaves_none(tmp_path, monkeypatch):

@@ -530,19 +530,22 @@ def test_bad_methods(site):
     assert answer.status == 405 and answer.line
 
 
-def test_broken_files(site, small_file):
+def test_broken_files(site, small_file, caplog):
     assert site.get("/cut.png").image.size == (40, 30), "what is there is served"
     for path, text in [("/damaged.png", "layer 2 is damaged"), ("/stub.png", "layer 0"), ("/text.png", "not a .cmps")]:
         answer = site.get(path)
         assert answer.status == 500 and text in answer.line and answer.headers["cache-control"] == "no-store"
+        assert caplog.messages[-1].startswith(f"{path}: ") and text in caplog.messages[-1]
     assert site.get("/damaged.png?w=40").status == 200
     assert "vary" not in answer.headers
 
 
-def test_weights_that_are_not_here(start, tmp_path, codec):
+def test_weights_that_are_not_here(start, tmp_path, codec, caplog):
+    """The client is not told where they were looked for."""
     (tmp_path / "x.cmps").write_bytes(container.write("0123456789ab", [(9, 9)], [1], [50], [b"x" * 50]))
     answer = start(tmp_path, codec).get("/x.png")
-    assert answer.status == 500 and "0123456789ab" in answer.line
+    assert (answer.status, answer.line) == (500, "/x.png: made with weights that are not here\n")
+    assert "0123456789ab" in caplog.text and str(codec.folder) in caplog.text
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, RuntimeError, MemoryError, struct.error, EOFError])
@@ -845,6 +848,16 @@ def test_the_command(folder):
         out, err = process.communicate(timeout=20)
     assert process.returncode == 0 and out == ""
     assert [line for line in err.splitlines() if "GET /photo.png?w=20" not in line] == ["stopped"]
+
+
+def test_quiet_is_quiet_to_the_end(folder, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uvicorn.Server, "run", stop)
+    for options, said in (([], "stopped\n"), (["--quiet"], "")):
+        result = compass("serve", folder, "--port", "0", *options)
+        assert (result.code, result.err, bool(result.out)) == (0, said, bool(said))
 
 
 def test_ctrl_c_does_not_wait_for_a_decode(tmp_path, folder):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: beside it first, flushed to disk, then renamed. Raises OSError.
+    """Write a file whole or not at all: beside it first, flushed to disk, then renamed. Raises OSError naming it.
 
     What is there and no regular file, such as a device or a pipe, is written to as it is.
     """
@@ -31,6 +32,9 @@ def write_file(path: Path, data: bytes) -> None:
             mode = 0o666 & ~mask
         temporary.chmod(mode)
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as e:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(e, OSError):
+            raise OSError(e.errno, e.strerror or str(e), str(path)) from e
         raise

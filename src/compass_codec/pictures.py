@@ -505,11 +505,12 @@ def _check_suffix(suffix: str) -> str:
     if name is None and suffix in HEIC_SUFFIXES:
         raise PictureError(f"{suffix} {NEEDS_HEIF}")
     if name is None or name not in Image.SAVE:
-        raise PictureError(f"no picture format known for {suffix or 'a name without extension'!r}")
+        raise PictureError(f"no picture format known for {repr(suffix) if suffix else 'a name without extension'}")
     if suffix in NOT_WRITTEN:
         raise PictureError(f"{suffix} is not written: {NOT_WRITTEN[suffix]}")
     # some can only be written by programs that are not here, or hold no colours
-    _save(Image.new("RGB", (ICNS_SIDE,) * 2 if name == "ICNS" else (16, 16)), name, suffix, None, [])
+    trial = Image.new("RGB", (ICNS_SIDE,) * 2 if name == "ICNS" else (16, 16))
+    _save(trial, name, suffix, None, [], f"{suffix} cannot be written here")
     return name
 
 
@@ -538,12 +539,14 @@ class _Png(io.BytesIO):
     name = "a.png"
 
 
-def _save(image: Image.Image, name: str, suffix: str, extras: Extras | None, notes: list[str]) -> bytes:
+def _save(
+    image: Image.Image, name: str, suffix: str, extras: Extras | None, notes: list[str], failed: str = ""
+) -> bytes:
     options = dict(SAVING.get(name, {}))
     if suffix.lower() in CODESTREAMS:
         options["no_jp2"] = True
     buffer = _Png() if name == "PNG" else io.BytesIO()
-    with library(f"{image.width} x {image.height} cannot be written as {suffix}"):
+    with library(failed or f"{image.width} x {image.height} cannot be written as {suffix}"):
         if extras and name in WITH_EXTRAS:
             options |= _metadata(extras, name, image.size, notes)
         elif extras:

@@ -37,7 +37,7 @@ from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from compass_codec import __version__, container, page, pictures
-from compass_codec.errors import CompassError, TruncatedError
+from compass_codec.errors import CompassError, TruncatedError, WeightsError
 from compass_codec.web.routes import routes
 
 if TYPE_CHECKING:
@@ -394,7 +394,6 @@ class App:
         except (HTTPException, Busy, CompassError, OSError):
             raise
         except Exception as e:  # whatever a library says of one file's bytes
-            logging.getLogger(__name__).error("%s: %s", request.url.path, " ".join(repr(e).split()))
             raise CompassError(f"cannot be decoded ({type(e).__name__})") from e
 
     def _find(self, name: str, suffix: str = "cmps") -> Path:
@@ -565,7 +564,11 @@ def make_app(folder: Path, codec: Codec, settings: Settings | None = None) -> St
         return line(503, "too many pictures are being decoded; try again", {"Retry-After": str(RETRY_AFTER)})
 
     async def broken(request: Request, e: Exception) -> Response:
-        return line(500, f"{request.url.path}: {e if isinstance(e, CompassError) else 'cannot be read'}")
+        cause = f" {e.__cause__!r}" if e.__cause__ else ""
+        logging.getLogger(__name__).error("%s", " ".join(f"{request.url.path}: {e}{cause}".split()))
+        # where the server looked for weights, or which file failed, is no client's business
+        why = "made with weights that are not here" if isinstance(e, WeightsError) else e
+        return line(500, f"{request.url.path}: {why if isinstance(e, CompassError) else 'cannot be read'}")
 
     async def failed(_: Request, __: Exception) -> Response:
         return line(500, "the server failed")

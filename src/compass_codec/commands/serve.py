@@ -113,4 +113,5 @@ def serve(
         try:
             uvicorn.Server(config).run(sockets=[listening])
         except KeyboardInterrupt:
-            click.echo("stopped", err=True)
+            if not quiet:
+                click.echo("stopped", err=True)

@@ -46,7 +46,8 @@ def picture_suffixes() -> frozenset[str]:
 
     register()
     formats = Image.registered_extensions().items()
-    return frozenset(s.lower() for s, name in formats if name in Image.OPEN and name not in UNREADABLE)
+    known = Image.OPEN.keys() | {"MPO"}  # which the plugin for JPEG opens
+    return frozenset(s.lower() for s, name in formats if name in known and name not in UNREADABLE)
 
 
 def missing(suffix: str) -> str:

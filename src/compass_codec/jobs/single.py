@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import sys
 import time
@@ -128,6 +129,8 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
         last = min(last, [*sound, False].index(False) - 1)
         if last < 0:
             raise DamagedError("layer 0 is damaged; nothing decodes")
+    if options.layer is None and last < len(header.layers) - 1:
+        notes.append(f"layer {last} of 0 to {len(header.layers) - 1} is the highest that is there whole")
     wanted = {
         k: target.with_name(f"{target.stem}.layer{k}{target.suffix}") if options.numbered else target
         for k in (range(last + 1) if options.every else [last])
@@ -135,7 +138,9 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
     from compass_codec import colour, pictures
 
     formats = {k: Path("x.png") if is_stream(p) and not p.suffix else p for k, p in wanted.items()}
-    for name in formats.values():
+    for path, name in zip(wanted.values(), formats.values(), strict=True):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a directory", str(path))
         pictures.check_format(name)
     outputs = tuple(wanted.values())
     if options.batch and not options.force and all(decoded_alike(p, header.layers[k]) for k, p in wanted.items()):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compass_codec.measure.peers import J2K, PEERS, Gap
-from compass_codec.measure.protocol import LEVELS, OURS, Scales, kind_of, layers_of, model_of
+from compass_codec.measure.protocol import LEVELS, OURS, Scales, kind_of, layers_of, model_of, sets_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +55,8 @@ def forget_peak() -> None:
 
 def cost(method: str, picture: Path, scales: Scales, setting: float, weights: Path | None, device: str) -> Cost:
     """Encode all layers of ``picture`` to one file, or a file each, and decode them. Raises Gap when that fails."""
+    if len(sets_of(method)) > 1:
+        raise Gap("no file holds layers of two sets")
     with tempfile.TemporaryDirectory() as folder:
         task = {
             "method": method,
