@@ -146,7 +146,7 @@ def main(images: Path, quick: int | None, side: int | None, layers: tuple[str, .
             found, pixels = pool.apply(measure, ((files, side, count, effort),))
             for number, each in enumerate(found):
                 change = ", ".join(f"{value:+.1f} %" for value in gains(found[0], each)) if number else "0"
-                seconds = f"{each.seconds / pixels * 1e6:.0f} s"
+                seconds = f"{each.seconds / pixels * 1e6:.2g} s"
                 click.echo(f"| {count} | {number} | {change} | {seconds} | {each.memory:.0f} MiB |")
 
 
