@@ -20,7 +20,7 @@ demo: install  ## encode a photograph in three sizes, decode all three, print th
 	$(BIN)/compass decode out/grace_hopper.cmps --all --force
 
 test: check  ## everything that must pass before a change lands
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10 -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10 -n auto --maxprocesses 4 --dist loadfile
 
 check: install  ## formatting, lint and types
 	$(BIN)/ruff format --check src tests
