@@ -64,7 +64,7 @@ class SecondStage(FirstStage):
     def __init__(self, first: Path, **dimensions: Any) -> None:
         super().__init__(**dimensions)
         self.first = LeanResidualStage()
-        del self.first.base
+        del self.first.base  # it is not needed, and would be in every checkpoint
         self.first.residual = codec_of(first, "residual", RatedLean)  # type: ignore[assignment]
         self.first.liff = liff_of(first)  # type: ignore[assignment]
 

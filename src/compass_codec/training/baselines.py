@@ -99,8 +99,8 @@ def main(
             return LeanContextStage(**DIMENSIONS, entropy=entropy)
 
         def make_layers(name: str = name, system: System = system) -> LeanStage:
-            alone = issubclass(system.layers, SecondStage)
-            stage = system.layers(**{"first": run / "weights" / "first"} if alone else {})
+            kind = system.layers
+            stage = kind(run / "weights" / "first") if issubclass(kind, SecondStage) else kind()
             stage.card = {"profile": name, "purpose": system.purpose}
             return stage
 
