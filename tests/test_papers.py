@@ -9,7 +9,7 @@ import pytest
 import test_baselines
 import torch
 from click.testing import CliRunner
-from conftest import crop
+from conftest import crop, noise_pictures
 from test_lean_codec import SMALL, check_garbage, check_symbols_with, picture
 from torch import nn
 
@@ -28,8 +28,15 @@ from compass_codec.training import average, baselines
 from compass_codec.training.exact import integers
 from compass_codec.training.export import tables_of
 from compass_codec.training.lean import RatedLean, linear_start
-from compass_codec.training.predicted import PredictedStage, RatedMei, RatedRpn, RpnStage
-from compass_codec.training.start import noise_pictures
+from compass_codec.training.predicted import (
+    PredictedStage,
+    RatedMei,
+    RatedRpn,
+    RpnStage,
+    UncertainRpnStage,
+    estimated,
+    weighted,
+)
 from compass_codec.weights import read_set
 
 CPU = torch.device("cpu")
@@ -154,6 +161,49 @@ def test_the_start_predicts(kind):
     with torch.no_grad():
         whole, rest = residual.codec.analysis(x - 0.5, level), stage.difference(x, prediction, level)[0]
     assert rest.square().sum() < 0.3 * whole.square().sum()
+
+
+def test_uncertainty_is_learnt_first_and_then_guides_layers_below_others():
+    torch.manual_seed(3)
+    stage, plain = (kind(**SMALL, entropy="hyperprior") for kind in (UncertainRpnStage, RpnStage))
+    linear_start(stage.base.codec, noise_pictures(4, 64))
+    stage.residual = rated_of(RatedRpn)
+    nn.init.normal_(stage.uncertainty[-1].weight)
+    plain.base, plain.residual = stage.base, stage.residual
+    stage.freeze()
+    x, lam = noise_pictures(2, 96), torch.tensor([0.01, 0.05])
+
+    def gradients(stage: RpnStage, progress: float, *factors: float) -> dict[str, torch.Tensor]:
+        torch.manual_seed(4)
+        stage.progress = progress
+        stage.zero_grad()
+        stage(x, lam, level_of(lam, LAMBDAS).float(), factors)[0].backward()
+        return {n: p.grad for n, p in stage.named_parameters() if p.grad is not None}
+
+    for progress, factors, differ in ((0.3, (2.0, 1.5), False), (0.7, (2.0,), False), (0.7, (2.0, 1.5), True)):
+        found, expected = gradients(stage, progress, *factors), gradients(plain, progress, *factors)
+        assert (found.keys() - expected.keys() != set()) == (progress < 0.5)
+        assert differ == any((found[n] - g).norm() > 1e-3 * g.norm() for n, g in expected.items())
+
+
+def test_uncertain_pixels_count_more_and_all_together_as_much():
+    log_variance = torch.full((1, 1, 2, 2), -7.0)
+    log_variance[..., 0] = -4.0
+    x = torch.zeros(1, 3, 48, 48)
+    assert weighted(log_variance)(x, x + 0.1).item() == pytest.approx(0.01)
+    left, right = x.clone(), x.clone()
+    left[..., :8], right[..., -8:] = 0.1, 0.1
+    assert weighted(log_variance)(x, left) > 20 * weighted(log_variance)(x, right) > 0
+    assert weighted(log_variance * 0)(x, left).item() == pytest.approx(0.01 / 6)
+
+
+def test_the_likeliest_variance_is_that_of_the_errors():
+    x, rec = torch.zeros(1, 3, 20, 31), torch.zeros(1, 3, 20, 31)
+    rec[..., :16], rec[..., 16:] = 0.1, 0.02
+    logs = torch.tensor([0.01, 0.01, 0.0004, 0.0004]).log().expand(1, 1, 3, 4)
+    best = estimated(logs)(x, rec)
+    for other in (logs - 0.2, logs + 0.2, logs.flip(-1)):
+        assert estimated(other)(x, rec) > best
 
 
 @pytest.mark.parametrize(

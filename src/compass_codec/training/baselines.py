@@ -18,7 +18,7 @@ import click
 from compass_codec.training.ablations import BicubicStage, FirstStage, NoisyStage, PaddedStage, SecondStage
 from compass_codec.training.command import Integers, carry_out
 from compass_codec.training.lean import LeanContextStage, LeanLayersStage, LeanResidualStage, LeanStage
-from compass_codec.training.predicted import MeiStage, RpnStage
+from compass_codec.training.predicted import MeiStage, RpnStage, UncertainRpnStage
 from compass_codec.training.trainer import Plan
 
 RATE, HYPER_RATE = 5e-4, 2.0  # learning rates; that of hyper networks is relative
@@ -49,6 +49,7 @@ SYSTEMS = {
     "mei": System("Mei et al. with the mean-scale hyperprior", entropy="hyperprior", layers=MeiStage),
     "mei-original": System("Mei et al. with the factorized prior", entropy="factorized", layers=MeiStage),
     "rpn": System("RPN with the mean-scale hyperprior", entropy="hyperprior", layers=RpnStage),
+    "rpn-guided": System("as rpn, with its uncertainty-guided loss", entropy="hyperprior", layers=UncertainRpnStage),
 }
 
 

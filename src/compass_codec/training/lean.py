@@ -1,4 +1,4 @@
-"""Training the base layer of the lean backbone: what it minimises, what it starts from, and its weights file."""
+"""Training the lean backbone: its stages, what they minimise, and what they start from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compass_codec.distortions import TUNES
+from compass_codec.distortions import TUNES, Distortion
 from compass_codec.networks.lean import EntropyModel, LeanCodec
 from compass_codec.networks.lean_liff import LeanLIFF
 from compass_codec.networks.numbers import FACTORIZED, LAMBDAS, UNSHUFFLE
@@ -195,6 +195,11 @@ class LeanLayersStage(LeanStage):
         size, predicted = (x.shape[-2], x.shape[-1]), codec.analysis(known - 0.5, level)
         return codec.analysis(x - 0.5, level) - predicted, lambda y: codec.synthesis(y + predicted, level, size) + 0.5
 
+    def distortions(self, layers: list[tuple[Tensor, Tensor]]) -> list[Distortion]:
+        """What each of the enhancement ``layers``, from the lowest up, is trained by: pictures [B, 3, H, W] in 0..1 and
+        what is decoded of them."""
+        return [self.distortion] * len(layers)
+
     def freeze(self) -> None:
         for name, child in self.named_children():
             child.requires_grad_(name in self.trains)
@@ -231,21 +236,24 @@ class LeanLayersStage(LeanStage):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         layers = pyramid(x, lam, level, factors, self.lambdas)
         target, _, level = layers.pop()
-        rec = self.lower(target, level)
-        loss = x.new_zeros(())
-        parts: dict[str, Tensor] = {}
+        rec, coded = self.lower(target, level), []
         for target, lam, level in reversed(layers):
             known = self.liff(rec, (target.shape[-2], target.shape[-1]))
             y, layer_of = self.difference(target, known, level)
             y_hat, bits = self.residual.code(y, level, True)  # type: ignore[call-arg]
             layer = layer_of(y + torch.rand_like(y) - 0.5 if self.noisy and self.training else y_hat)
-            part, parts = cost(target, layer, bits, lam, self.distortion)
+            coded.append((target, layer, known, bits, lam))
+            rec = to_8bit(layer)
+        loss = x.new_zeros(())
+        parts: dict[str, Tensor] = {}
+        distortions = self.distortions([(target, layer) for target, layer, *_ in coded])
+        for (target, layer, known, bits, lam), distortion in zip(coded, distortions, strict=True):
+            part, parts = cost(target, layer, bits, lam, distortion)
             alone, shown = cost(target, known, torch.zeros_like(bits), lam, self.distortion)
             parts["prediction"] = shown["psnr"]
             if self.training:
                 part = part + PREDICTION * alone
             loss = loss + target.shape[-2] * target.shape[-1] / (x.shape[-2] * x.shape[-1]) * part
-            rec = to_8bit(layer)
         return loss, parts
 
 

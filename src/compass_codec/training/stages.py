@@ -126,6 +126,7 @@ class Stage(nn.Module):
     writes: tuple[str, ...] = ()  # parts that are exported; empty: those that it trains
     layered = True  # whether a crop is reduced to lower layers
     lambdas: tuple[float, ...] = LAMBDAS  # that have gains of their own
+    progress = 0.0  # how much of the schedule is done
 
     def __init__(self) -> None:
         super().__init__()

@@ -95,8 +95,6 @@ def make_optimiser(plan: Plan, trained: dict[str, nn.Parameter]) -> torch.optim.
     groups = [{"params": [trained[n] for n in names], "factor": factor} for names, factor in split if names]
     if plan.optimiser == "muon":
         return Muon(groups, lr=plan.lr)
-    if plan.optimiser == "adamw":
-        return torch.optim.AdamW(groups, lr=plan.lr, weight_decay=0.01, fused=True)
     return torch.optim.Adam(groups, lr=plan.lr, fused=True)
 
 
@@ -151,6 +149,7 @@ class Run:
         lam = draw_lambdas(batch, self.generator, self.stage.lambdas)
         rates = torch.stack((lam, level_of(lam, self.stage.lambdas).float())).to(self.device, non_blocking=True)
         x = self.stage.varied(x, rates[0])
+        self.stage.progress = progress
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             loss, parts = self.model(x.contiguous(memory_format=torch.channels_last), *rates, factors)
         self.optimiser.zero_grad(set_to_none=True)
