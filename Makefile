@@ -10,7 +10,7 @@ STEPS ?= 5000
 DATA ?= $(wildcard ../shared/data/train-*.tar)
 CURVES ?= ../shared/anchors/kodak_single_layer_rd.json
 
-.PHONY: demo test check format install kodak tables speed effort layers quality weights-check train train-paper baselines fuzz golden wasm clean
+.PHONY: demo test check format install tables speed effort layers quality weights-check train train-paper baselines fuzz golden wasm screenshots clean
 
 demo: install  ## encode a photograph in three sizes, decode all three, print the table
 	@mkdir -p out
@@ -38,9 +38,6 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-kodak: install  ## rate and distortion on the Kodak pictures, real files
-	$(BIN)/python -m compass_codec.measure.kodak --images $(KODAK) --curves $(CURVES)
-
 tables: install  ## COMPASS next to other codecs on the Kodak pictures; writes docs/results.md
 	$(BIN)/compass bench --images $(KODAK) --out out/bench $(patsubst %,--curves %,$(wildcard ../shared/anchors/*_rd.json)) $(BENCH)
 	cp out/bench/results.md out/bench/*.png docs/
@@ -52,7 +49,8 @@ effort: install  ## what --effort brings and costs
 	OMP_NUM_THREADS=1 $(BIN)/python -m compass_codec.measure.effort --images $(KODAK) --quick 6 --effort 3
 
 quality: install  ## what the numbers of the quality scale mean, next to other formats; writes docs/quality.md
-	$(BIN)/python -W ignore -m compass_codec.measure.quality --images $(KODAK) > out/quality.md
+	@mkdir -p out
+	$(BIN)/python -W ignore -m compass_codec.measure.quality --images $(KODAK) --quick 4 > out/quality.md
 	cp out/quality.md docs/
 
 layers: install  ## what several qualities of one size cost

@@ -6,12 +6,16 @@ import contextlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from compass_codec import cli, engines, metrics, weights
+
+if TYPE_CHECKING:
+    import torch
 
 GOLDEN = Path(__file__).parent / "golden" / weights.DEFAULT
 KODAK = Path(__file__).parents[2] / "shared" / "data" / "kodak"
@@ -31,6 +35,21 @@ def crop(width: int, height: int) -> Image.Image:
     image = image.resize((max(width, round(image.width * factor)), max(height, round(image.height * factor))))
     left, top = (image.width - width) // 2, (image.height - height) // 3
     return image.crop((left, top, left + width, top + height))
+
+
+def noise_pictures(count: int = 16, side: int = 128, seed: int = 0) -> torch.Tensor:
+    """Synthetic pictures [count, 3, side, side] in 0..1 with the 1/f amplitude spectrum of photographs."""
+    import torch
+
+    from compass_codec.training.start import MIX
+
+    generator = torch.Generator().manual_seed(seed)
+    fy, fx = torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side)[None]
+    amplitude = 1 / (fy**2 + fx**2).sqrt().clamp(min=1 / side)
+    white = torch.fft.rfft2(torch.randn(count, 3, side, side, generator=generator))
+    planes = torch.fft.irfft2(white * amplitude, s=(side, side))
+    planes = planes / planes.std((2, 3), keepdim=True) * torch.tensor([0.35, 0.08, 0.04])[:, None, None]
+    return (torch.einsum("boyx,oc->bcyx", planes, MIX) + 0.5).clamp(0, 1)
 
 
 @pytest.fixture(autouse=True)

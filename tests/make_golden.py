@@ -101,6 +101,10 @@ def plain_example(data: bytes) -> str:
         walk.take(4, "checksum of the layer")
     walk.take(4, "checksum of the header")
     for k, layer in enumerate(header.layers):
+        if layer.length == 1 + 3 and data[walk.at] == ONE_COLOUR:
+            walk.take(1, f"layer {k}: one colour")
+            walk.take(3, "red, green, blue")
+            continue
         for _ in range(walk.varint(f"layer {k}: {{}} escapes")):
             walk.varint("escaped value {}")
         walk.take(layer.end - walk.at, "range-coded words")

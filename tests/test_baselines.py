@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import crop
+from conftest import crop, noise_pictures
 from PIL import Image
 
 from compass_codec import container, web
@@ -24,7 +24,6 @@ from compass_codec.measure.task import Original, Task
 from compass_codec.training import baselines, tables
 from compass_codec.training.ablations import SecondStage
 from compass_codec.training.baselines import SYSTEMS, main
-from compass_codec.training.start import noise_pictures
 from compass_codec.training.tensors import read_tensors
 from compass_codec.training.trainer import Run
 from compass_codec.weights import choose, read_set

@@ -412,7 +412,7 @@ def test_names_as_long_as_the_file_system_takes(tmp_path, small_file):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-MODULES = ["measure.kodak", "measure.speed", "measure.effort", "measure.layers", "measure.ratchet", "training.tables"]
+MODULES = ["measure.speed", "measure.effort", "measure.layers", "measure.ratchet", "training.tables"]
 
 
 @pytest.mark.parametrize("name", [*cli.COMMANDS, *MODULES, "training.average"])

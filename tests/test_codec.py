@@ -275,7 +275,7 @@ def test_weights_folder_problems(tmp_path):
 
 @pytest.mark.skipif(not KODAK.is_dir(), reason="the Kodak pictures are not at hand")
 def test_kodak_three_layers_beat_three_files(codec):
-    """Three of the 24 pictures here; `make kodak` measures all of them."""
+    """Three of the 24 pictures here; `make tables` measures all of them."""
     layered = separate = 0
     values = []
     for number in (5, 15, 23):

@@ -7,7 +7,6 @@ import make_golden
 import pytest
 from conftest import GOLDEN
 
-from compass_codec import container
 from compass_codec.weights import choose
 
 ROOT = Path(__file__).parents[1]
@@ -18,12 +17,6 @@ def test_the_example_in_the_format_document_is_a_golden_file():
     block = re.findall(r"```text\n(.*?)```", text, re.DOTALL)[-1]
     described = bytes.fromhex("".join(line.split("  ")[0] for line in block.splitlines()))
     assert described == (GOLDEN / "small.cmps").read_bytes()
-
-
-def test_the_largest_header_in_the_format_document(small_file):
-    """17 fixed bytes and up to 21 for each layer."""
-    header = container.read_header(small_file)
-    assert header.length <= 17 + 21 * len(header.layers) <= 80
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from conftest import crop, psnr
 from PIL import Image
 
-from compass_codec.measure import kodak, layers
+from compass_codec.measure import layers
 
 
 def test_each_size_once():
@@ -43,16 +43,8 @@ def test_the_command(codec, tmp_path):
     assert CliRunner().invoke(layers.main, [*arguments[:-1], "40,40"]).exit_code == 2
 
 
-@pytest.mark.parametrize("command", [layers.main, kodak.main])
-def test_bad_input_is_one_line(command, tmp_path):
-    result = CliRunner().invoke(command, ["--images", str(tmp_path)])
+def test_bad_input_is_one_line(tmp_path):
+    result = CliRunner().invoke(layers.main, ["--images", str(tmp_path)])
     assert result.exit_code == 1 and result.output == f"Error: {tmp_path}: no PNG pictures\n"
-    result = CliRunner().invoke(command, ["--images", str(tmp_path), "--weights", str(tmp_path)])
+    result = CliRunner().invoke(layers.main, ["--images", str(tmp_path), "--weights", str(tmp_path)])
     assert result.exit_code == 1 and str(tmp_path) in result.output and result.output.count("\n") == 1
-
-
-def test_curves_that_are_not_there_are_one_line_at_once(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    missing = tmp_path / "curves.json"
-    result = CliRunner().invoke(kodak.main, ["--images", str(tmp_path), "--curves", str(missing)])
-    assert result.exit_code == 1 and result.output == f"Error: {missing}: No such file or directory\n"

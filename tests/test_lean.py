@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import compass
+from conftest import compass, noise_pictures
 from PIL import Image
 from safetensors.torch import save
 
@@ -15,8 +15,7 @@ from compass_codec.engines.torch_engine import TorchEngine
 from compass_codec.errors import CompassError
 from compass_codec.networks import lean_liff, lean_rows
 from compass_codec.networks.lean import EPSILON, LAMBDAS, STEPS, EntropyModel, LeanCodec, RMSNorm
-from compass_codec.networks.lean import multiply_accumulates as codec_multiply_accumulates
-from compass_codec.networks.lean_liff import LeanLIFF, multiply_accumulates
+from compass_codec.networks.lean_liff import LeanLIFF
 from compass_codec.networks.liff import bicubic, nearest
 from compass_codec.networks.rates import level_of
 from compass_codec.training import average
@@ -31,7 +30,6 @@ from compass_codec.training.lean import (
     linear_start,
     start,
 )
-from compass_codec.training.start import noise_pictures
 from compass_codec.training.tensors import read_tensors
 from compass_codec.training.trainer import Plan, Run, make_stage
 from compass_codec.weights import choose, load
@@ -232,13 +230,6 @@ def test_lean_liff_leaves_a_flat_layer_flat_and_adds_in_proportion_to_contrast()
     added, half = (network(x, size) - bicubic(x, size) for x in (low, 0.3 + 0.5 * low))
     assert added.abs().max() > 0.01
     assert torch.allclose(half, 0.5 * added, atol=1e-5)
-
-
-def test_arithmetic_of_enhancement_layers():
-    assert multiply_accumulates(LeanLIFF(), 2.0) < 2
-    assert multiply_accumulates(LeanLIFF(), 1.2) < 6
-    base, above = (codec_multiply_accumulates(kind()) for kind in (LeanCodec, EntropyModel))
-    assert above == {**base, "analysis": 0, "synthesis": 0}, "transforms are those of the base codec"
 
 
 def layers_above(base, stage):

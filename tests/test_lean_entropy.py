@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from conftest import noise_pictures
 from test_lean_codec import SMALL, check_garbage, check_symbols_with, known, picture, steps_of
 from torch import nn
 
@@ -24,7 +25,6 @@ from compass_codec.networks.strips import spans
 from compass_codec.training.exact import integers
 from compass_codec.training.export import export, tables_of
 from compass_codec.training.lean import LeanStage, RatedLean, linear_start
-from compass_codec.training.start import noise_pictures
 from compass_codec.weights import read_set
 
 PYRAMIDS = ["pyramid", "pyramid-fast"]

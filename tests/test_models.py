@@ -23,7 +23,6 @@ from compass_codec import backbones, container, server, weights
 from compass_codec.backbones import mean_scale
 from compass_codec.codec import Codec, _loaded, shared
 from compass_codec.errors import OptionError, WeightsError
-from compass_codec.metrics import psnr
 from compass_codec.networks.arrays import to_bytes
 from compass_codec.training.export import export
 from compass_codec.training.stages import Stage
@@ -323,14 +322,3 @@ print(*{{"torch", "compressai"}} & sys.modules.keys(), file=sys.stderr)
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout and not done.stderr.strip(), (args, done.stderr)
-
-
-@pytest.mark.parametrize("profile", ["lean", "paper"])
-def test_a_file_of_each_installed_set_decodes_without_being_told(profile):
-    picture = crop(70, 45)
-    encoded = shared("cpu", model=profile).encode(picture, [1, 1.4, 2], 60)
-    assert psnr(np.array(picture), encoded.layers[-1]) > 26
-    for k, seen in enumerate(encoded.layers):
-        assert np.array_equal(np.array(compass_codec.decode(encoded.data, layer=k)), seen)
-    half = Codec.load("cpu", model=profile, precision="float16").decode(encoded.data)
-    assert psnr(np.array(half), encoded.layers[-1]) > 40

@@ -69,6 +69,10 @@ def test_best_effort(tmp_path, small_file):
         if layer:
             assert result.code == 0 and f"layer {layer - 1}," in result.out
             assert f"layer {layer - 1} of 0 to 2 is the highest" in result.err
+            named = ("decode", file, "--best-effort", "--layer", layer, "-o", tmp_path / f"named{layer}.png")
+            assert f"layer {layer - 1} of 0 to 2 is the highest" in compass(*named).err
+            lower = ("decode", file, "--best-effort", "--layer", layer - 1, "-o", tmp_path / f"lower{layer}.png")
+            assert compass(*lower).err == ""
         else:
             assert result.code == 1 and "nothing decodes" in result.err
     file.write_bytes(small_file)

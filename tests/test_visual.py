@@ -8,14 +8,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import compass, crop
+from conftest import compass, crop, noise_pictures
 from PIL import Image
 
 import compass_codec
 import compass_codec.pillow  # registers the format
 from compass_codec import codec, container, distortions, metrics, weights
 from compass_codec.backbones.lean import quality_to_lambda
-from compass_codec.training.start import noise_pictures
 
 
 @pytest.fixture(scope="module")

@@ -292,11 +292,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_precision(name: str, device: torch.device) -> str:
-    """What "auto" stands for there, or ``name`` itself."""
-    return fastest(device) if name == "auto" else name
-
-
 def fastest(device: torch.device) -> str:
     """The precision that is fastest there: "float16" on a GPU and on a CPU with matrix units that take it (AMX-FP16),
     otherwise "float32". Without such units a CPU is no faster with 16 bits, and may take twenty times as long."""
@@ -341,7 +336,9 @@ def _wanted(device: str, folder: Path | None, precision: str, model: str | None,
     if engine == "onnx":
         return Kept(found, found.identity, engine, asked, "cpu", "float32")
     chosen = choose_device(device)
-    return Kept(found, found.identity, engine, asked, str(chosen), choose_precision(precision, chosen))
+    return Kept(
+        found, found.identity, engine, asked, str(chosen), fastest(chosen) if precision == "auto" else precision
+    )
 
 
 _loading = threading.Lock()

@@ -31,7 +31,7 @@ class TruncatedError(CompassError):
 
 
 class DamagedError(CompassError):
-    """A checksum does not match: the bytes are not those that were written."""
+    """The bytes are not those that were written: a checksum does not match, or what they say is impossible."""
 
 
 class WeightsError(CompassError):

@@ -129,11 +129,6 @@ class Metric:
             raise MeasureError(f"{a.shape[1]} x {a.shape[0]} pixels are too few for {self.title}")
         return value
 
-    @property
-    def falls(self) -> bool:
-        """Whether a lower value is better."""
-        return self.axis(1) < self.axis(0.5)
-
     def text(self, value: float) -> str:
         return f"{value:.{self.digits}f}{' ' * bool(self.unit)}{self.unit}"
 

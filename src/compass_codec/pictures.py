@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
@@ -22,6 +22,8 @@ from compass_codec.errors import CompassError, DamagedError, PictureError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from compass_codec.container import Sections
 
 
 HEIC = re.compile(rb".{4}ftyp(?:.{4}){0,16}?he[iv][cxms]", re.DOTALL)  # how a file begins
@@ -79,17 +81,6 @@ def library(what: str, kind: type[CompassError] = PictureError) -> Iterator[None
         raise kind("not enough memory") from e
     except BaseException as e:
         raise kind(getattr(e, "strerror", None) or f"{what} ({str(e) or type(e).__name__})") from e
-
-
-class Extras(Protocol):
-    """Data beside the pixels: an ICC profile, EXIF (a TIFF structure) and XMP (UTF-8), each None if absent."""
-
-    @property
-    def icc(self) -> bytes | None: ...
-    @property
-    def exif(self) -> bytes | None: ...
-    @property
-    def xmp(self) -> bytes | None: ...
 
 
 @dataclass(frozen=True)
@@ -520,7 +511,7 @@ def flatten(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
-def to_bytes(image: Image.Image, path: Path, extras: Extras | None = None, notes: list[str] | None = None) -> bytes:
+def to_bytes(image: Image.Image, path: Path, extras: Sections | None = None, notes: list[str] | None = None) -> bytes:
     """The picture, RGB or RGBA, as a file in the format that ``path`` asks for. Raises PictureError.
 
     PNG, WebP, AVIF, HEIC, TIFF and JPEG 2000 keep alpha, the others show it on white. ICC, EXIF and XMP go into PNG,
@@ -540,7 +531,7 @@ class _Png(io.BytesIO):
 
 
 def _save(
-    image: Image.Image, name: str, suffix: str, extras: Extras | None, notes: list[str], failed: str = ""
+    image: Image.Image, name: str, suffix: str, extras: Sections | None, notes: list[str], failed: str = ""
 ) -> bytes:
     options = dict(SAVING.get(name, {}))
     if suffix.lower() in CODESTREAMS:
@@ -574,7 +565,7 @@ def _check_size(data: bytes, name: str, size: tuple[int, int]) -> None:
                 raise PictureError(f"{name} cannot hold a picture of {size[0]} x {size[1]}")
 
 
-def _metadata(extras: Extras, name: str, size: tuple[int, int], notes: list[str]) -> dict[str, Any]:
+def _metadata(extras: Sections, name: str, size: tuple[int, int], notes: list[str]) -> dict[str, Any]:
     """Pillow's options to save ``extras`` in the format ``name`` with a picture of ``size``. EXIF and XMP too long for
     a marker of a JPEG are left out, as is damaged EXIF in formats for which Pillow must read it."""
     options: dict[str, Any] = {}

@@ -217,12 +217,10 @@ def profile_of(identity: str) -> str | None:
         return None
 
 
-def folder_of(backbone: str) -> Path:
-    """The first set that there is of a backbone. Raises WeightsError if there is none."""
-    for found in sets():
-        if isinstance(found, ModelSet) and found.backbone == backbone:
-            return found.folder
-    raise WeightsError(f"no set of weights of the backbone {backbone} is installed")
+def folder_of(backbone: str) -> Path | None:
+    """The first set that there is of a backbone; None if there is none."""
+    folders = (found.folder for found in sets() if isinstance(found, ModelSet) and found.backbone == backbone)
+    return next(folders, None)
 
 
 def identity(folder: Path | None = None, model: str | None = None) -> str:

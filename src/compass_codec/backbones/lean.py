@@ -225,7 +225,7 @@ class LeanLayer:
     def encode(
         self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Array]], quality: float, keep: bool = False
     ) -> tuple[bytes, Callable[[], NDArray[np.uint8]]]:
-        """See backbone.LayerCodec."""
+        """See backbones.LayerCodec."""
         networks, size = self.at(quality), (picture.shape[0], picture.shape[1])
         kept = list(self.given(networks, prediction(), size)) if keep else None
 
@@ -270,12 +270,12 @@ class LeanLayer:
     def decode(
         self, data: bytes, size: tuple[int, int], prediction: Iterable[Array], quality: float
     ) -> NDArray[np.uint8]:
-        """See backbone.LayerCodec."""
+        """See backbones.LayerCodec."""
         (_, y), networks = self._read(data, size), self.at(quality)
         return self.reconstruct(networks, y, self.given(networks, prediction, size), size)
 
     def parse(self, data: bytes, size: tuple[int, int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """See backbone.LayerCodec; the latent, symbols plus means, is in units of 1 / MEAN_UNIT."""
+        """See backbones.LayerCodec; the latent, symbols plus means, is in units of 1 / MEAN_UNIT."""
         z, y = self._read(data, size)
         return z, to_host(cast(y[0] * MEAN_UNIT, "int32"))
 
@@ -346,7 +346,7 @@ class LatentLayer(LeanLayer):
     """The same for enhancement layers: what is coded is the latent of the layer less that of its prediction."""
 
     def given(self, networks: Transforms, prediction: Iterable[Array], size: tuple[int, int]) -> Iterator[Array]:
-        """Here to the latent of the prediction. With 2 M channels, the first half is subtracted and the other added."""
+        """Here to the latent of the prediction."""
         for strip, _ in analysis(networks, self._pixels(size, prediction)):
             yield strip
 

@@ -42,7 +42,7 @@ class MeanScaleLayer:
     def encode(
         self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Array]], quality: float, keep: bool = False
     ) -> tuple[bytes, Callable[[], NDArray[np.uint8]]]:
-        """See backbone.LayerCodec. Symbols and reconstruction are made in one pass."""
+        """See backbones.LayerCodec. Symbols and reconstruction are made in one pass."""
         size = (picture.shape[0], picture.shape[1])
         predicted, known = strips.fork(prediction())
         analysed = self.analyse(self._residual(picture, predicted), size, quality)
@@ -114,7 +114,7 @@ class MeanScaleLayer:
     def decode(
         self, data: bytes, size: tuple[int, int], prediction: Iterable[Array], quality: float
     ) -> NDArray[np.uint8]:
-        """See backbone.LayerCodec."""
+        """See backbones.LayerCodec."""
         _, y, _, means = self.parse(data, size)
         return self.rebuild(y, means, prediction, quality, size)
 

@@ -50,7 +50,7 @@ class PaddedLayer:
     def encode(
         self, picture: NDArray[np.uint8], prediction: Callable[[], Iterable[Array]], quality: float, keep: bool = False
     ) -> tuple[bytes, Callable[[], NDArray[np.uint8]]]:
-        """See backbone.LayerCodec."""
+        """See backbones.LayerCodec."""
         size = (picture.shape[0], picture.shape[1])
         high, wide = padded(size)
         whole = np.pad(picture, ((0, high - size[0]), (0, wide - size[1]), (0, 0)), "edge")
@@ -58,11 +58,11 @@ class PaddedLayer:
         return data, lambda: reconstruct()[: size[0], : size[1]]
 
     def decode(self, data: bytes, size: Size, prediction: Iterable[Array], quality: float) -> NDArray[np.uint8]:
-        """See backbone.LayerCodec."""
+        """See backbones.LayerCodec."""
         return self.layer.decode(data, padded(size), pad(prediction, size), quality)[: size[0], : size[1]]
 
     def parse(self, data: bytes, size: Size) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """See backbone.LayerCodec."""
+        """See backbones.LayerCodec."""
         return self.layer.parse(data, padded(size))
 
 

@@ -20,7 +20,7 @@ import click
 from compass_codec import container, engines, errors
 from compass_codec.errors import CompassError, told
 from compass_codec.jobs import paths
-from compass_codec.jobs.job import DecodeOptions, EncodeOptions, Job, Options
+from compass_codec.jobs.job import DecodeOptions, EncodeOptions, Job
 from compass_codec.jobs.paths import STDIO
 from compass_codec.jobs.report import Report, reason
 
@@ -74,18 +74,6 @@ def blame(path: Path | str) -> Iterator[None]:
         raise
     except Exception as e:
         raise click.ClickException(reason(path, e)) from e
-
-
-def check_target(path: Path, force: bool, source: Path) -> None:
-    """Refuse an output that cannot be written before minutes of work."""
-    with blame(path):
-        paths.check_target(path, source, Options(force=force))
-
-
-def put(path: Path, data: bytes) -> None:
-    """Write the file whole or not at all, or to standard output."""
-    with blame(path):
-        paths.put(path, data)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -213,7 +213,7 @@ def may_have_gpu() -> bool:
 
 def choose(asked: str, backbone: str, device: str = "auto", precision: str = "auto") -> str:
     """The engine, "torch" or "onnx", for a backbone: ``asked``, or with "auto" ONNX Runtime where it can do all that is
-    wanted, as it starts in a tenth of the time, and PyTorch elsewhere. Raises OptionError if that is not installed, or
+    wanted, as it starts in a fifth of the time, and PyTorch elsewhere. Raises OptionError if that is not installed, or
     cannot do it."""
     if asked not in ENGINES:
         raise OptionError(f"engine {asked!r}; there are {', '.join(ENGINES)}")

@@ -535,7 +535,7 @@ class OnnxLeanLIFF:
         self._layers = Layers(tensors, shapes)
 
     def rows(self, low: Array, size: tuple[int, int], rows: tuple[int, int]) -> Array:
-        """See backbones.Predictor."""
+        """See engines.Predictor."""
         found: Array = lean_rows.predict(self, low, size, rows)
         return found
 

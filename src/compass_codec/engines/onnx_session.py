@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -62,9 +61,8 @@ def _options() -> onnxruntime.SessionOptions:
 
 
 def _threads() -> int:
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     said = os.environ.get("OMP_NUM_THREADS", "")  # as PyTorch does
-    return min(int(said) if said.isdecimal() and int(said) else cores, MOST_THREADS)
+    return min(int(said) if said.isdecimal() and int(said) else threads.cores(), MOST_THREADS)
 
 
 def floats(x: Array) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 count: int | None = None  # None: as many as an engine likes
 
 
@@ -10,3 +12,8 @@ def use_one() -> None:
     bits of sums, and so in the bytes of a file."""
     global count
     count = 1
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from compass_codec import engines
+from compass_codec.engines.threads import cores
 from compass_codec.errors import OptionError
 from compass_codec.jobs import paths, single
 from compass_codec.jobs.job import DecodeOptions, EncodeOptions, Job
@@ -274,7 +275,6 @@ def stopped_by_exception() -> Iterator[None]:
 
 
 def _default_workers(device: str, engine: str) -> int:
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     if engine != "onnx" and (device == "cuda" or (device == "auto" and engines.may_have_gpu())):
         from compass_codec.codec import choose_device
 
@@ -282,8 +282,8 @@ def _default_workers(device: str, engine: str) -> int:
             import torch
 
             room = torch.cuda.get_device_properties(0).total_memory // GPU_SHARE
-            return max(1, min(cores, room, GPU_WORKERS))
-    return cores
+            return max(1, min(cores(), room, GPU_WORKERS))
+    return cores()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from compass_codec import container
 from compass_codec.errors import CompassError
@@ -13,15 +12,12 @@ from compass_codec.jobs.paths import is_stream
 from compass_codec.jobs.plan import plan_layers
 from compass_codec.jobs.targets import HIGHEST, LOWEST, SIZE_WINDOW
 
-if TYPE_CHECKING:
-    pass
-
 ORIENTATION, ROTATED = 0x0112, {5, 6, 7, 8}  # the EXIF tag, and its values that swap width and height
 
 
 def encoded_alike(source: Path, target: Path, options: EncodeOptions) -> bool:
-    """Whether ``target`` has the header that ``options`` give a picture of this size. A header does not show the target
-    of PSNR.
+    """Whether ``target`` has the header that ``options`` give a picture of this size. A header does not show the
+    target of a metric.
     """
     if is_stream(source):
         return False

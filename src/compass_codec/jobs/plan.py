@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from compass_codec import container
 from compass_codec.errors import OptionError
 from compass_codec.jobs.job import EncodeOptions
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,10 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compass_codec.errors import CompassError, one_line
 from compass_codec.jobs.paths import STDIO
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

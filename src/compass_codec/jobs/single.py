@@ -129,8 +129,9 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
         last = min(last, [*sound, False].index(False) - 1)
         if last < 0:
             raise DamagedError("layer 0 is damaged; nothing decodes")
-    if options.layer is None and last < len(header.layers) - 1:
-        notes.append(f"layer {last} of 0 to {len(header.layers) - 1} is the highest that is there whole")
+    top = len(header.layers) - 1
+    if last < (top if options.layer is None else options.layer):
+        notes.append(f"layer {last} of 0 to {top} is the highest that is there whole")
     wanted = {
         k: target.with_name(f"{target.stem}.layer{k}{target.suffix}") if options.numbered else target
         for k in (range(last + 1) if options.every else [last])

@@ -156,7 +156,8 @@ def bench(
 
     What was measured is kept in the folder, so that a run that was stopped goes on where it was.
     """
-    from compass_codec.measure.runner import Runner, cores
+    from compass_codec.engines.threads import cores
+    from compass_codec.measure.runner import Runner
     from compass_codec.measure.tables import ABLATED, Published, Results
     from compass_codec.measure.task import Original, Settings
     from compass_codec.weights import choose
@@ -286,7 +287,8 @@ def _analyse(
 
 def _facts(runner: Runner, results: Results, peers: Sequence[str], curves: Sequence[Path]) -> dict[str, Any]:
     from compass_codec import __version__
-    from compass_codec.measure.runner import cores, precision
+    from compass_codec.engines.threads import cores
+    from compass_codec.measure.runner import precision
     from compass_codec.weights import identity
 
     return {

@@ -67,16 +67,14 @@ def measure(task: tuple[list[Path], int | None, int, int]) -> tuple[list[Found],
 
     from compass_codec import container, metrics, pictures
     from compass_codec.codec import Codec, layer_sizes
+    from compass_codec.measure.protocol import middle
 
     files, side, count, effort = task
     torch.set_num_threads(1)
     codec, scales = Codec.load("cpu", engine="torch"), LAYERS[count]
     found, pixels = [Found() for _ in range(effort + 1)], 0
     for file in files:
-        image = Image.open(file).convert("RGB")
-        if side:
-            left, top = max(0, image.width - side) // 2, max(0, image.height - side) // 2
-            image = image.crop((left, top, min(image.width, left + side), min(image.height, top + side)))
+        image = middle(Image.open(file).convert("RGB"), side)
         layers = pictures.pyramid(image, layer_sizes(image.size, scales))
         for each in found:
             each.points.append([[] for _ in layers])
@@ -132,13 +130,11 @@ def gains(plain: Found, found: Found) -> list[float]:
 def main(images: Path, quick: int | None, side: int | None, layers: tuple[str, ...], effort: int) -> None:
     """Print a table of BD-rate against effort 0 at qualities 1, 30, 60 and 100, of each layer from the smallest to the
     largest with the bits of the file up to it; of time; and of memory."""
-    from compass_codec.jobs.batch import picture_suffixes
+    from compass_codec.commands.common import one_line
+    from compass_codec.measure.protocol import pictures_in
 
-    files = sorted(p for p in images.iterdir() if p.suffix.lower() in picture_suffixes())
-    if not files:
-        raise click.ClickException(f"{images}: no pictures in it")
-    if quick:
-        files = [files[i * len(files) // quick] for i in range(min(quick, len(files)))]
+    with one_line():
+        files = pictures_in(images, quick or 0)
     click.echo("| layers | effort | BD-rate | processor time a megapixel | peak memory |\n|---|---|---|---|---|")
     # a process for each, as the peak of memory is that of a process
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

@@ -16,7 +16,7 @@ import click
 
 from compass_codec.commands import values
 from compass_codec.commands.common import one_line
-from compass_codec.measure.protocol import pictures_in, rows
+from compass_codec.measure.protocol import middle, pictures_in, rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,10 +114,7 @@ def main(
     sources = []
     for file in found:
         with Image.open(file) as image:
-            picture = image.convert("RGB")
-        if side:
-            left, top = max(0, picture.width - side) // 2, max(0, picture.height - side) // 2
-            picture = picture.crop((left, top, min(picture.width, left + side), min(picture.height, top + side)))
+            picture = middle(image.convert("RGB"), side)
         sources.append(pyramid(picture, layer_sizes(picture.size, scales)))
     files = Files(codec, sources, scales)
     body, separate = [], 0.0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import bisect
-import io
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -15,6 +13,7 @@ from compass_codec.measure.peers import PEERS, Gap
 from compass_codec.measure.protocol import OURS, Scales, kind_of, layers_of, model_of, sizes_of, title
 from compass_codec.measure.tables import TESTED, Results, set_title
 from compass_codec.measure.task import Original, Record, Settings, Task, load
+from compass_codec.page import data_uri
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,14 +77,12 @@ def _nearest(job: Task, layers: Sequence[NDArray[np.uint8]]) -> tuple[int, NDArr
 
 
 def _data_url(picture: NDArray[np.uint8], box: Box | None) -> str:
-    """The box of a picture as a lossless WebP inside a URL."""
+    """The box of a picture, without loss, inside a URL."""
     from PIL import Image
 
     assert box is not None
     left, top, width, height = box
-    buffer = io.BytesIO()
-    Image.fromarray(picture[top : top + height, left : left + width]).save(buffer, "WEBP", lossless=True)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(Image.fromarray(picture[top : top + height, left : left + width]))
 
 
 def _box(source: Original, scales: Scales, middle: Middle | None) -> Box:

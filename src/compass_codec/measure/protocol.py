@@ -99,6 +99,14 @@ def published(file: Path, key: str) -> Curve:
         raise ValueError(f"{file}: has no rate-distortion curve named {key}") from error
 
 
+def middle(picture: Image.Image, side: int | None) -> Image.Image:
+    """The middle of a picture, ``side`` pixels on each side at most; all of it without ``side``."""
+    if not side:
+        return picture
+    left, top = max(0, picture.width - side) // 2, max(0, picture.height - side) // 2
+    return picture.crop((left, top, min(picture.width, left + side), min(picture.height, top + side)))
+
+
 def rows(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *body]

@@ -125,8 +125,9 @@ def main(
 ) -> None:
     """Print the table of the quality scale, as a page of Markdown."""
     from compass_codec import metrics
+    from compass_codec.engines.threads import cores
     from compass_codec.measure import peers
-    from compass_codec.measure.runner import Runner, cores
+    from compass_codec.measure.runner import Runner
     from compass_codec.measure.task import Original, Settings, Task
     from compass_codec.weights import choose
 

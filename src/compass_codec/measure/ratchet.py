@@ -84,16 +84,6 @@ class Measurement:
 
         return self._mean([one(image, q) for image in self.images] for q in self.qualities)
 
-    def simulcast(self, scales: Scales) -> Curve:
-        """A file of its own for every layer of every picture: rates add up, PSNR is the top layer's."""
-
-        def together(image: Path, quality: float) -> tuple[float, float]:
-            points = [self.point(image, (s,), quality) for s in scales]
-            _, pixels, decibels = points[-1]
-            return sum(bits for bits, _, _ in points) / pixels, decibels
-
-        return self._mean([together(image, q) for image in self.images] for q in self.qualities)
-
 
 class Incomparable(click.ClickException):
     """The comparison could not be made, which is neither yes nor no."""
@@ -107,30 +97,20 @@ class Incomparable(click.ClickException):
 @click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of PNG pictures, such as Kodak.")
 @click.option("--quick", type=click.IntRange(0), default=0, help="Only this many pictures.")
 @click.option("--qualities", type=Numbers(), default=QUALITIES, show_default=True, help="Qualities of the curves.")
-@click.option(
-    "--scales", type=Numbers(), multiple=True, help="Scale factors of further layers to measure; they do not decide."
-)
-@click.option("--simulcast", is_flag=True, help="Compare with a separate file for each layer, too.")
 @click.option("--curves", type=click.Path(path_type=Path), help="JSON of published curves; unused with --quick.")
-@click.option("--key", default=PUBLISHED, show_default=True, help="Name of a curve in --curves.")
 @click.option("--cache", type=click.Path(path_type=Path), help="JSON file of earlier encodes by the same code.")
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
 )
-@click.option("--json", "report", type=click.Path(path_type=Path), help="Write everything to this file.")
 def main(
     old: Path,
     new: Path,
     images: Path,
     quick: int,
     qualities: tuple[float, ...],
-    scales: tuple[Scales, ...],
-    simulcast: bool,
     curves: Path | None,
-    key: str,
     cache: Path | None,
     device: str,
-    report: Path | None,
 ) -> None:
     """Compare the weights in folder NEW with those in folder OLD by real encodes of pictures.
 
@@ -144,61 +124,48 @@ def main(
             raise ValueError(f"a rate-distortion curve needs at least {FEWEST} qualities")
         pictures = pictures_in(images, quick)
         # A published curve is the mean over all pictures: it says nothing about some of them.
-        anchor = (key, published(curves, key)) if curves and not quick else None
+        anchor = published(curves, PUBLISHED) if curves and not quick else None
         known: dict[str, Any] = json.loads(cache.read_text()) if cache and cache.exists() else {}
         sets = {
             name: Measurement(Codec.load(device, path, engine="torch"), pictures, qualities, known, cache)
             for name, path in (("old", old), ("new", new))
         }
-        result = compare(sets, scales, anchor, simulcast)
-        if report:
-            report.write_text(json.dumps(result, indent=1) + "\n")
+        better = compare(sets, anchor)
     except (CompassError, OSError, ValueError) as error:
         raise Incomparable(" ".join(str(error).split())) from error
-    sys.exit(0 if result["better"] else 1)
+    sys.exit(0 if better else 1)
 
 
-def compare(
-    sets: Mapping[str, Measurement], scales: Sequence[Scales], anchor: tuple[str, Curve] | None, simulcast: bool
-) -> dict[str, Any]:
-    """Measure the "old" and the "new" weights and print the tables; all that was found, and under "better" whether the
-    new ones pass. ``anchor`` is a published single-layer curve and its name."""
+def compare(sets: Mapping[str, Measurement], anchor: Curve | None) -> bool:
+    """Measure the "old" and the "new" weights and print the tables; whether the new ones pass. ``anchor`` is the
+    published single-layer curve PUBLISHED."""
     images, qualities = sets["new"].images, sets["new"].qualities
-    result: dict[str, Any] = {name: m.codec.model for name, m in sets.items()}
-    result |= {"images": [image.name for image in images], "qualities": list(qualities), "curves": {}, "bd_rate": {}}
     points, rates = [], []
     better = True
 
     def rate(name: str, tested: Curve, base: Curve) -> float:
         found = tested.against(base)
         rates.append([name, f"{found.percent:+.2f} %", f"{found.low:.2f} to {found.high:.2f} dB"])
-        result["bd_rate"][name] = {"percent": found.percent, "range": [found.low, found.high]}
         return found.percent
 
-    for layers in dict.fromkeys([*DECIDING, *scales]):
+    for layers in DECIDING:
         measured = {}
         for name, measurement in sets.items():
             click.echo(f"{title(layers)}, {name} weights: {len(qualities) * len(images)} files", err=True)
             measured[name] = measurement.curve(layers)
-            result["curves"][f"{name}, {title(layers)}"] = vars(measured[name])
         for i, quality in enumerate(qualities):
             numbers = [f"{c.bpp[i]:.4f} | {c.psnr[i]:.3f}" for c in measured.values()]
             points.append([title(layers), f"{quality:g}", *numbers])
-        percent = rate(f"{title(layers)}: new against old", measured["new"], measured["old"])
-        better &= percent < 0 or layers not in DECIDING
+        better &= rate(f"{title(layers)}: new against old", measured["new"], measured["old"]) < 0
         if layers == SINGLE and anchor:
-            rate(f"{title(layers)}: new against {anchor[0]}", measured["new"], anchor[1])
-        if simulcast and len(layers) > 1:
-            separate = sets["new"].simulcast(layers)
-            result["curves"][f"new, {title(layers)}, simulcast"] = vars(separate)
-            rate(f"{title(layers)}: new against its own simulcast", measured["new"], separate)
+            rate(f"{title(layers)}: new against {PUBLISHED}", measured["new"], anchor)
 
-    result["better"] = better
-    click.echo(f"{len(images)} pictures; old weights {result['old']}, new weights {result['new']}\n")
+    old, new = (sets[name].codec.model for name in ("old", "new"))
+    click.echo(f"{len(images)} pictures; old weights {old}, new weights {new}\n")
     click.echo(rows(["layers", "quality", "old bpp", "old PSNR", "new bpp", "new PSNR"], points) + "\n")
     click.echo(rows(["BD-rate", "fewer bits below 0", "over PSNR"], rates) + "\n")
     click.echo("The new weights need fewer bits." if better else "The new weights do not need fewer bits everywhere.")
-    return result
+    return better
 
 
 if __name__ == "__main__":

@@ -176,8 +176,3 @@ class Runner:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compass_codec.measure.protocol import rows
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -51,11 +53,6 @@ def photograph(width: int, height: int) -> Image.Image:
 
     file = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     return Image.open(file).convert("RGB").resize((width, height))
-
-
-def rows(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def arithmetic(work: Callable[[], Any]) -> float:

@@ -264,29 +264,3 @@ class ContextModel(nn.Module):
         layer = self.out[step.network]
         assert isinstance(layer, nn.Conv2d) and layer.bias is not None
         return F.conv2d(hidden, layer.weight[part.outputs], layer.bias[part.outputs])
-
-
-def multiply_accumulates(codec: EntropyModel, side: int = 256) -> dict[str, float]:
-    """kMAC a pixel of analysis, synthesis, hyper networks and context model."""
-    names = {"from_y": "synthesis", "s16": "synthesis", "up": "synthesis", "s8": "synthesis", "out": "synthesis"}
-    names |= {"h_a": "hyper", "h_a_blocks": "hyper", "h_s": "hyper", "h_s_blocks": "hyper", "h_p": "hyper"}
-    counted = dict.fromkeys(("analysis", "synthesis", "hyper", "context"), 0.0)
-
-    def share(step: Step) -> float:
-        channels: int = sum(part.channels.stop - part.channels.start for part in step.parts)
-        return channels / codec.m / float(2 * step.stride) ** 2
-
-    for name, layer in codec.named_modules():
-        if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            continue
-        first, *rest = name.split(".")
-        places = 8 if first in ("embed", "a8", "s8", "out") else 16
-        if first in ("h_a", "h_s", "h_a_blocks", "h_s_blocks"):
-            at = {"h_a": (16, 32, 64), "h_s": (64, 32), "h_a_blocks": (16, 32), "h_s_blocks": (32, 16)}[first]
-            places = at[int(rest[0])]
-        kind, runs = names.get(first, "context" if first == "context" else "analysis"), 1.0
-        if first == "context":
-            steps = [step for step in codec.order if step.context and step.network == int(rest[1])]
-            runs = sum(share(step) if rest[0] == "out" else 1 / step.stride**2 for step in steps)
-        counted[kind] += layer.weight.numel() / places**2 * runs / 1000
-    return counted

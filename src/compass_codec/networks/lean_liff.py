@@ -138,7 +138,7 @@ class LeanLIFF(nn.Module):
         return (self._fixed if fixed else self._looked_up)(low, size, rows)
 
     def _looked_up(self, low: tuple[int, int], size: tuple[int, int], rows: tuple[int, int]) -> lean_rows.Added:
-        """What turns a strip of ``_strips`` that starts at a row, and a span of ``rows``, to what is added there."""
+        """What turns a strip of features that starts at a row, and a span of ``rows``, to what is added there."""
         (row, dy), (column, dx) = (
             nearest(a, b, span, self.device) for a, b, span in zip(low, size, (rows, (0, size[1])), strict=True)
         )
@@ -201,11 +201,3 @@ def look_up(features: Tensor, row: Tensor, place: Tensor, most: int, column: Ten
     out: Tensor = values.unflatten(0, (-1, most)).flatten(1, 2) @ near.transpose(2, 3)
     out = out.unflatten(2, (most, 3)).flatten(1, 2)
     return out.index_select(1, at)
-
-
-def multiply_accumulates(liff: LeanLIFF, factor: float) -> float:
-    """kMAC a pixel of the target at a scale factor; functions along rows and columns are none of each pixel's."""
-    layers = [m for m in liff.modules() if isinstance(m, nn.Conv2d)]
-    features = sum(layer.weight.numel() for layer in layers) / 4  # a pixel of the lower layer
-    per_row = 3 * (liff.taps + 4)  # look-up and bicubic interpolation, along columns and then along rows
-    return (features / factor**2 + per_row / factor + per_row) / 1000

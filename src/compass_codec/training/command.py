@@ -62,9 +62,9 @@ def choose_device(name: str) -> torch.device:
 def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int, liff: str | None = None) -> str:
     """Give ``stage`` something better than random weights to start from; returns what that was, in words.
 
-    ``weights``: a folder of exported weights (None: the installed ones) or one file with CompressAI's names. A base
-    layer that is not there starts as a block transform, a residual codec as a copy of the base layer, LIFF as
-    bicubic interpolation, as it does when ``liff`` names another size than its weights have.
+    ``weights``: a folder of exported weights (None: the installed ones, if there are any) or one file with CompressAI's
+    names. A base layer that is not there starts as a block transform, a residual codec as a copy of the base layer,
+    LIFF as bicubic interpolation, as it does when ``liff`` names another size than its weights have.
     """
     import torch
 
@@ -82,7 +82,8 @@ def fill(stage: Stage, weights: Path | None, pictures: Pictures, seed: int, liff
     else:
         if weights is not None and not weights.is_dir():
             raise ValueError(f"{weights}: no such file or folder of weights")
-        found = load_parts(stage, weights or folder_of(BACKBONE), liff)
+        folder = weights or folder_of(BACKBONE)
+        found = load_parts(stage, folder, liff) if folder else set()
     words = [f"{part} from weights" for part in PARTS if part in found]
     if "base" not in found:
         crops = pictures.sample(32, 128, torch.Generator().manual_seed(seed))
@@ -119,8 +120,8 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     run.put(run.ema)
     out.mkdir(parents=True, exist_ok=True)
     lean = isinstance(run.stage, LeanStage)
-    folder = weights or (out if lean else folder_of(BACKBONE))
-    if folder.is_dir():
+    folder = weights or (None if lean else folder_of(BACKBONE))
+    if folder is not None and folder.is_dir():
         others = [f"{part}.safetensors" for part in PARTS if part not in run.stage.trains]
         for file in [*others, CARD, "history.json"]:
             if (folder / file).exists() and not (out / file).exists():
@@ -153,7 +154,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 @click.option(
     "--weights",
     type=click.Path(path_type=Path),
-    help="Folder or file to start from. Default: the installed set paper; for lean stages, a linear transform.",
+    help="Folder or file to start from. Default: the set paper where it is installed; else a linear transform.",
 )
 @click.option(
     "--moments",
@@ -198,7 +199,7 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 )
 @click.option(
     "--optimiser",
-    type=click.Choice(["adam", "adamw", "muon"]),
+    type=click.Choice(["adam", "muon"]),
     default="adam",
     show_default=True,
     help="Optimiser; muon takes the matrices of convolutions and Adam the rest.",

@@ -57,10 +57,8 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 class Pictures:
     """All pictures of the sources in one flat uint8 tensor on ``device``; ``held_out`` keeps a few aside."""
 
-    def __init__(self, sources: list[Path], device: torch.device, smallest: int = 256, limit: int = 0) -> None:
+    def __init__(self, sources: list[Path], device: torch.device, smallest: int = 256) -> None:
         files = [item for source in sources for item in read_files(source)]
-        if limit:
-            files = files[:: max(1, len(files) // limit)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             decoded = [p for p in pool.map(_decode, files) if p is not None and min(p.shape[1:]) >= smallest]
         if len(decoded) <= HELD_OUT:

@@ -22,19 +22,8 @@ GAMMA = 0.002  # GDN's diagonal: nearly linear over the range of the block trans
 NOISE = 0.005  # standard deviation of the weights that the transform leaves free
 
 
-def noise_pictures(count: int = 16, side: int = 128, seed: int = 0) -> Tensor:
-    """Synthetic pictures [count, 3, side, side] in 0..1 with the 1/f amplitude spectrum of photographs."""
-    generator = torch.Generator().manual_seed(seed)
-    fy, fx = torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side)[None]
-    amplitude = 1 / (fy**2 + fx**2).sqrt().clamp(min=1 / side)
-    white = torch.fft.rfft2(torch.randn(count, 3, side, side, generator=generator))
-    planes = torch.fft.irfft2(white * amplitude, s=(side, side))
-    planes = planes / planes.std((2, 3), keepdim=True) * torch.tensor([0.35, 0.08, 0.04])[:, None, None]
-    return (torch.einsum("boyx,oc->bcyx", planes, MIX) + 0.5).clamp(0, 1)
-
-
 @torch.no_grad()
-def block_transform(codec: ImageCodec, crops: Tensor | None = None, seed: int = 0) -> None:
+def block_transform(codec: ImageCodec, crops: Tensor, seed: int = 0) -> None:
     """Make ``codec`` an orthonormal 16x16 block transform followed by a plain quantiser, in place.
 
     Each stride-2 convolution gets a 2x2 Haar packet in its taps (2:4, 2:4), where padding 2 makes it act on whole
@@ -44,7 +33,7 @@ def block_transform(codec: ImageCodec, crops: Tensor | None = None, seed: int = 
     standard deviation, so that the rate starts at a plain Gaussian's.
     """
     generator = torch.Generator().manual_seed(seed)
-    x = (noise_pictures() if crops is None else crops.detach().float().cpu()) - 0.5
+    x = crops.detach().float().cpu() - 0.5
     x = x[..., : x.shape[-2] // 16 * 16, : x.shape[-1] // 16 * 16]
     downs = [layer for layer in codec.g_a if isinstance(layer, nn.Conv2d)]
     ups = [layer for layer in codec.g_s if isinstance(layer, nn.ConvTranspose2d)]

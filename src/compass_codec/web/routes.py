@@ -16,7 +16,7 @@ from starlette.routing import Route
 from compass_codec import web
 from compass_codec.errors import WeightsError
 from compass_codec.page import fill
-from compass_codec.weights import choose
+from compass_codec.weights import IDENTITY, choose
 
 TYPES = {".js": "text/javascript", ".wasm": "application/wasm"}
 PAGE = "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'self'; worker-src 'self'"
@@ -54,10 +54,9 @@ def routes(addresses: Callable[[], Iterable[tuple[str, str]]], folder: Path | No
 
 @lru_cache(maxsize=2)
 def _weights(folder: Path | None, identity: str) -> bytes:
-    found = choose(folder, None if folder else identity)
-    if found.identity != identity:
-        found = choose(None, identity)
-    return web.weights_of(found)
+    if not IDENTITY.fullmatch(identity):  # a name, which can come to mean another set
+        raise WeightsError(f"{identity} is no identity")
+    return web.weights_of(choose(folder, identity))
 
 
 def _page(pictures: Iterable[tuple[str, str]]) -> str:

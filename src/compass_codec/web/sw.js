@@ -6,7 +6,7 @@ import { Gpu } from "./gpu.js";
 import { Decoder } from "./lean.js";
 import { png } from "./png.js";
 
-const CACHE = "compass-weights", FILES = 16; // whose bytes and pixels are kept
+const CACHE = "compass-weights", KEPT = 256e6; // bytes of files and pixels that are kept, or those of one file
 const SLICE = 40; // milliseconds
 const files = new Map(), decoders = new Map();
 let decoding = Promise.resolve(), gpu = null;
@@ -26,7 +26,8 @@ async function answer(url, wanted) {
     const file = files.get(address) ?? new File(address);
     files.delete(address); // and to the end: the one used last
     files.set(address, file);
-    for (const old of [...files.keys()].slice(0, -FILES)) files.delete(old);
+    let total = 0;
+    for (const [name, { bytes }] of [...files].reverse()) if ((total += bytes) > KEPT && name !== address) files.delete(name);
     const { body, layer } = await file.picture(wanted);
     return new Response(body, { headers: { "content-type": "image/png", "x-compass-layer": layer } });
   } catch (error) {
@@ -41,6 +42,10 @@ class File {
   constructor(address) {
     Object.assign(this, { address, data: new Uint8Array(0), whole: false, etag: null, layers: [] });
     this.last = Promise.resolve();
+  }
+
+  get bytes() {
+    return this.layers.reduce((sum, { rgb }) => sum + rgb.length, this.data.length);
   }
 
   /** The picture that `wanted` (w or layer) asks for: one at a time, as each builds on what the others fetched. */
