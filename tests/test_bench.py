@@ -505,7 +505,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (["--tables", "four"], "'four'; there are two, three, single, ablation"),
+            (["--tables", "four"], "'four' is none of two, three, single, ablation"),
             (["--qualities", "1,50,100"], "at least 4 qualities"),
             (["--peers", "gif"], "'gif'"),
             (["--crop", "a.png:1.5,0"], "X and Y go from 0 to 1"),

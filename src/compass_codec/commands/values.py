@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,22 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError("not numbers separated by commas") from None
+
+
+def rising(text: str) -> tuple[float, ...]:
+    """Positive numbers, each above the one before."""
+    found = _numbers(text)
+    if list(found) != sorted(set(found)) or not 0 < found[0] <= found[-1] < math.inf:
+        raise ValueError("not rising positive numbers")
+    return found
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Positive whole numbers."""
+    found = _numbers(text)
+    if not all(number >= 1 and number.is_integer() for number in found):
+        raise ValueError("not positive whole numbers separated by commas")
+    return tuple(map(int, found))
 
 
 def scales(text: str) -> tuple[float, ...]:
@@ -124,3 +140,18 @@ def extension(text: str) -> str:
         raise ValueError("not an extension such as png")
     check_format(Path(f"x{found}"))
     return found
+
+
+def some_of(known: Sequence[str]) -> Value:
+    """A click type: names out of ``known``, separated by commas, each once."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(filter(None, text.split(","))))
+        if other := [name for name in names if name not in known]:
+            raise ValueError(f"{other[0]!r} is none of {', '.join(known)}")
+        return names
+
+    return Value("X,Y,...", parse)
+
+
+RISING, INTEGERS = Value("X,Y,...", rising), Value("N[,N...]", integers)

@@ -16,7 +16,7 @@ from compass_codec.commands import values
 from compass_codec.errors import MeasureError, told
 from compass_codec.measure.bd_rate import FEWEST
 from compass_codec.measure.peers import J2K, PEERS, Gap
-from compass_codec.measure.protocol import FULL, LEVELS, OURS, Numbers, Scales, other_set, pictures_in, sets_of
+from compass_codec.measure.protocol import FULL, LEVELS, OURS, Scales, other_set, pictures_in, sets_of
 from compass_codec.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -29,20 +29,6 @@ TABLES = ("two", "three", "single", "ablation")
 MIDDLE = 2.0  # the scale of the first enhancement layer of three
 QUICK = 5
 WHERE = "the Kodak pictures, kodim01.png to kodim24.png, are at https://r0k.us/graphics/kodak/"
-
-
-class Names(click.ParamType):  # type: ignore[type-arg]  # older click has it without an argument
-    """Some of a few names, separated by commas."""
-
-    def __init__(self, known: Sequence[str]) -> None:
-        self.known, self.name = known, "X,Y,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        names = value if isinstance(value, tuple) else tuple(dict.fromkeys(filter(None, str(value).split(","))))
-        for name in names:
-            if name not in self.known:
-                self.fail(f"{name!r}; there are {', '.join(self.known)}", param, ctx)
-        return names
 
 
 Crop = tuple[str, tuple[float, float] | None]
@@ -66,18 +52,18 @@ def _crop(text: str) -> Crop:
 @click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of PNG pictures, such as Kodak.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the results.")
 @click.option(
-    "--tables", type=Names(TABLES), default=TABLES, help="Tables to measure. Default: two,three,single,ablation."
+    "--tables", type=values.some_of(TABLES), default=TABLES, help=f"Tables to measure. Default: {','.join(TABLES)}."
 )
 @click.option(
     "--two",
-    type=Numbers(),
+    type=values.RISING,
     default="1.2,2,2.8",
     show_default=True,
     help="Scale of the last of two layers, one for each column. The paper has 1.2,1.6,2,2.4,2.8.",
 )
 @click.option(
     "--three",
-    type=Numbers(),
+    type=values.RISING,
     default="2.4,3.2,4",
     show_default=True,
     help="Scale of the last of three layers, above 1x and 2x. The paper has 2.4,2.8,3.2,3.6,4.",
@@ -85,9 +71,9 @@ def _crop(text: str) -> Crop:
 @click.option(
     "--ablation", type=float, default=3.2, show_default=True, help="Scale of the last of three layers in the ablation."
 )
-@click.option("--qualities", type=Numbers(), default="1,30,60,100", show_default=True, help="Qualities of COMPASS.")
+@click.option("--qualities", type=values.RISING, default="1,30,60,100", show_default=True, help="Qualities of COMPASS.")
 @click.option(
-    "--peers", type=Names(list(PEERS)), default=tuple(PEERS), help=f"Other codecs. Default: {','.join(PEERS)}."
+    "--peers", type=values.some_of(list(PEERS)), default=tuple(PEERS), help=f"Other codecs. Default: {','.join(PEERS)}."
 )
 @click.option(
     "--curves",
@@ -123,7 +109,7 @@ def _crop(text: str) -> Crop:
 )
 @click.option(
     "--metrics",
-    type=Names(list(METRICS)),
+    type=values.some_of(list(METRICS)),
     default=("psnr", "ms-ssim"),
     help=f"Of {','.join(METRICS)}; default: psnr,ms-ssim. PSNR is always measured. The last three need libjxl's "
     "programs butteraugli_main and ssimulacra2.",

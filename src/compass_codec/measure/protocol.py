@@ -7,13 +7,10 @@ are those of the whole file, PSNR is that of 8-bit RGB; both are taken for each 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import click
+from typing import TYPE_CHECKING
 
 from compass_codec.measure.bd_rate import BDRate, bd_rate
 
@@ -111,20 +108,3 @@ def rows(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-class Numbers(click.ParamType):  # type: ignore[type-arg]  # older click has it without an argument
-    """Rising numbers separated by commas."""
-
-    name = "X,Y,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r}: not numbers separated by commas", param, ctx)
-        if list(numbers) != sorted(set(numbers)) or not 0 < numbers[0] <= numbers[-1] < math.inf:
-            self.fail(f"{value!r}: not rising positive numbers", param, ctx)
-        return numbers

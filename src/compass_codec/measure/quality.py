@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from compass_codec.commands import values
 from compass_codec.commands.common import one_line
-from compass_codec.measure.protocol import FULL, OURS, Numbers, pictures_in, rows
+from compass_codec.measure.protocol import FULL, OURS, pictures_in, rows
 
 if TYPE_CHECKING:
     from compass_codec.measure.runner import Runner
@@ -103,7 +104,7 @@ Made by `{COMMAND}` (`make quality`). Means are over the pictures, of distances 
 @click.command()
 @click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of PNG pictures, such as Kodak.")
 @click.option("--quick", type=click.IntRange(0), default=0, help="Only this many pictures.")
-@click.option("--qualities", type=Numbers(), default="1,10,20,30,40,50,60,70,80,90,100", show_default=True)
+@click.option("--qualities", type=values.RISING, default="1,10,20,30,40,50,60,70,80,90,100", show_default=True)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),

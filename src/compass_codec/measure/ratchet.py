@@ -12,13 +12,13 @@ import click
 import numpy as np
 from PIL import Image
 
+from compass_codec.commands import values
 from compass_codec.errors import CompassError
 from compass_codec.measure.bd_rate import FEWEST
 from compass_codec.measure.protocol import (
     FULL,
     PUBLISHED,
     Curve,
-    Numbers,
     Scales,
     layers_of,
     pictures_in,
@@ -96,7 +96,7 @@ class Incomparable(click.ClickException):
 @click.argument("new", type=click.Path(path_type=Path))
 @click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of PNG pictures, such as Kodak.")
 @click.option("--quick", type=click.IntRange(0), default=0, help="Only this many pictures.")
-@click.option("--qualities", type=Numbers(), default=QUALITIES, show_default=True, help="Qualities of the curves.")
+@click.option("--qualities", type=values.RISING, default=QUALITIES, show_default=True, help="Qualities of the curves.")
 @click.option("--curves", type=click.Path(path_type=Path), help="JSON of published curves; unused with --quick.")
 @click.option("--cache", type=click.Path(path_type=Path), help="JSON file of earlier encodes by the same code.")
 @click.option(

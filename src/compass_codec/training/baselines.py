@@ -15,8 +15,9 @@ from typing import Any
 
 import click
 
+from compass_codec.commands import values
 from compass_codec.training.ablations import BicubicStage, FirstStage, NoisyStage, PaddedStage, SecondStage
-from compass_codec.training.command import Integers, carry_out
+from compass_codec.training.command import carry_out
 from compass_codec.training.lean import LeanContextStage, LeanLayersStage, LeanResidualStage, LeanStage
 from compass_codec.training.predicted import MeiStage, RpnStage, UncertainRpnStage
 from compass_codec.training.trainer import Plan
@@ -67,8 +68,8 @@ def steps_of(folder: Path, stage: str) -> int | None:
     "--data", type=click.Path(path_type=Path), multiple=True, required=True, help="Tar file or folder of pictures."
 )
 @click.option("--steps", type=click.IntRange(1), default=5000, show_default=True, help="Steps of each stage.")
-@click.option("--batch", type=Integers(), default="8", show_default=True, help="As for compass train.")
-@click.option("--side", type=Integers(), default="128", show_default=True, help="As for compass train.")
+@click.option("--batch", type=values.INTEGERS, default="8", show_default=True, help="As for compass train.")
+@click.option("--side", type=values.INTEGERS, default="128", show_default=True, help="As for compass train.")
 @click.option(
     "--weights",
     type=click.Path(path_type=Path, file_okay=False, exists=True),

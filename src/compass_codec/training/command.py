@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compass_codec.commands import values
 from compass_codec.commands.common import one_line
 
 if TYPE_CHECKING:
@@ -21,23 +22,6 @@ if TYPE_CHECKING:
 # Nothing above needs torch, so that listing the commands stays quick.
 
 LEAN = ("lean", "lean-context", "lean-layers", "lean-residual")
-
-
-class Integers(click.ParamType):  # type: ignore[type-arg]  # older click has it without an argument
-    """Positive whole numbers separated by commas."""
-
-    name = "N[,N...]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            numbers = ()
-        if not numbers or min(numbers) < 1:
-            self.fail(f"{value!r}: not positive whole numbers separated by commas", param, ctx)
-        return numbers
 
 
 def choose_device(name: str) -> torch.device:
@@ -168,14 +152,14 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
 )
 @click.option(
     "--batch",
-    type=Integers(),
+    type=values.INTEGERS,
     default="16",
     show_default=True,
     help="Crops per step and process; several values take equal shares of the schedule.",
 )
 @click.option(
     "--side",
-    type=Integers(),
+    type=values.INTEGERS,
     default="128,256",
     show_default=True,
     help="Side of crops in pixels; several values take equal shares of the schedule.",
