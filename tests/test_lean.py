@@ -238,6 +238,25 @@ def layers_above(base, stage):
     return stage, start(stage, base, SimpleNamespace(sample=lambda *_: noise_pictures(2, 64)), 1)
 
 
+@pytest.mark.parametrize(("entropy", "taken"), [("context", True), ("pyramid", False), ("hyperprior", False)])
+def test_a_context_model_is_taken_from_a_file_as_a_whole_or_not_at_all(entropy, taken, tmp_path):
+    """Networks of another context model may have the same names and sizes, and would begin with noise."""
+    torch.manual_seed(0)
+    known = RatedLean(**SMALL).codec
+    for parameter in known.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    (tmp_path / "base.safetensors").write_bytes(save(known.state_dict()))
+    stage = LeanStage(**SMALL, entropy=entropy)
+    words = start(stage, tmp_path / "base.safetensors", SimpleNamespace(sample=lambda *_: noise_pictures(4, 64)), 1)
+    codec = stage.base.codec
+    assert torch.equal(codec.h_p.weight, known.h_p.weight) and torch.equal(codec.log_gain, known.log_gain)
+    shared = [name for name in known.state_dict() if taken or not name.startswith("context.")]
+    assert words.startswith(f"{len(shared)} of ")
+    if codec.context is not None:
+        assert torch.equal(codec.context.out[0].weight, known.context.out[0].weight) == taken
+        assert bool(codec.context.out[0].weight.any()) == taken
+
+
 def same_weights(a, b) -> bool:
     """Whether two files hold the same weights; integers are made anew of them."""
     first, second = read_tensors(a), read_tensors(b)

@@ -366,8 +366,8 @@ def start(stage: LeanStage, weights: Path | None, pictures: Pictures, seed: int)
     """Give ``stage`` something to start from; returns what, in words.
 
     ``weights``: the folder of a lean set; a checkpoint of a run, whose base is taken as its EMA has it; or a file with
-    parameters of a base, of which those that are there are taken over the linear start; gains of fewer levels go on as
-    between their last two. What a folder lacks of enhancement layers starts as the base codec and as bicubic
+    parameters of a base, of which those that fit are taken over the linear start, and a context model as a whole or not
+    at all. What a folder lacks of enhancement layers starts as the base codec and as bicubic
     interpolation.
     Raises ValueError or a CompassError where it cannot be used.
     """
@@ -392,19 +392,19 @@ def _start_base(stage: LeanStage, weights: Path | None, seed: int) -> str:
     tensors = read_tensors(weights)
     if run := below(tensors, "weights.base.") | below(tensors, "ema.base."):
         tensors = {name.removeprefix("codec."): value for name, value in run.items()}
-    own, taken = rated.codec.state_dict(), 0
+    own = rated.codec.state_dict()
     own |= {f"bottleneck.{name}": value for name, value in rated.bottleneck.state_dict().items()}
-    for name, value in tensors.items():
-        if "log_" in name:
-            value = _more_levels(value.float(), name.startswith("log_"))
-        if name in own and own[name].shape == value.shape:
-            own[name].copy_(value)
-            taken += 1
+    taken = {name for name, value in tensors.items() if name in own and own[name].shape == value.shape}
+    context = {name for name in own if name.startswith("context.")}
+    if not context <= taken:  # the file has another context model, or none
+        taken -= context
     if not taken:
         raise ValueError(f"{weights}: no parameter of a lean codec")
+    for name in taken:
+        own[name].copy_(tensors[name])
     if rated.codec.entropy == FACTORIZED and "log_scale" not in tensors:
         _scale_to_latents(rated.codec, stage.crops)
-    return f"{taken} of {len(own)} tensors of base from a file, the others from the linear start"
+    return f"{len(taken)} of {len(own)} tensors of base from a file, the others from the linear start"
 
 
 @torch.no_grad()
@@ -460,10 +460,3 @@ def liff_of(folder: Path) -> LeanLIFF:
     liff: LeanLIFF = _made(folder, "liff", LeanLIFF)
     fill_module(liff, read_tensors(path), path)
     return liff
-
-
-def _more_levels(gains: Tensor, of_latent: bool) -> Tensor:
-    """Log gains [levels, channels] with as many levels as LAMBDAS has; those of y rise on, others repeat the last."""
-    step = gains[-1] - gains[-2] if of_latent else torch.zeros_like(gains[-1])
-    more = [gains[-1] + (k + 1) * step for k in range(len(LAMBDAS) - len(gains))]
-    return torch.cat([gains, torch.stack(more)]) if more else gains
