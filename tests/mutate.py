@@ -107,7 +107,7 @@ def attempt(codec: Codec, data: bytes) -> str:
         header = container.read_header(data, MAX_PIXELS)
         last = container.pick(header, len(data), None)
         *_, pixels = codec.decode_layers(data, header, last)
-        entry, found = header.layers[last], container.sections(header, data, last)
+        entry, found = header.layers[last], container.sections(header, data, (last,))
         coded = found.alpha.get(last)
         alpha = None if coded is None else pictures.alpha_from_bytes(coded, (entry.width, entry.height))
         picture = pictures.with_alpha(pixels, alpha)

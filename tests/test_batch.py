@@ -411,6 +411,17 @@ def test_turned_tiffs_are_up_to_date(tmp_path, orientation):
     assert "up to date" in encode(*args).out
 
 
+@pytest.mark.parametrize("quality", [2.675, 99.995, 60])
+def test_any_quality_is_up_to_date_and_verify_looks_at_outputs(tmp_path, quality):
+    crop(8, 8).save(tmp_path / "a.png")
+    args = (tmp_path / "a.png", "--out-dir", tmp_path / "out", "-j", 1, "-q", quality)
+    assert encode(*args).code == 0 and "up to date" in encode(*args, "--verify").out
+    data = bytearray((tmp_path / "out" / "a.cmps").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "out" / "a.cmps").write_bytes(data)
+    assert "up to date" in encode(*args).out and "differs from what these options make" in encode(*args, "--verify").err
+
+
 def test_a_source_of_the_future_is_encoded_once(tmp_path):
     crop(8, 8).save(tmp_path / "a.png")
     later = time.time() + 10**6

@@ -511,11 +511,24 @@ class TestCommand:
             (["--crop", "a.png:1.5,0"], "X and Y go from 0 to 1"),
             (["--crop", "a.png:left"], "not NAME:X,Y"),
             (["--three", "1.5"], "must not get smaller"),
+            (["--ablation", "nan"], "must not get smaller"),
+            (["--weights", "x", "--model", "lean"], "--weights and --model exclude each other"),
         ],
     )
     def test_wrong_usage(self, tmp_path, arguments, words):
         result = compass("bench", "--images", tmp_path, "--out", tmp_path / "out", *arguments)
         assert result.code == 2 and words in result.err and result.err.count("\n") == 1
+
+    def test_equal_pictures_are_measured_once_and_shown_twice(self, tmp_path):
+        (tmp_path / "in").mkdir()
+        for name in "ab":
+            crop(48, 32).save(tmp_path / "in" / f"{name}.png")
+        arguments = ["--images", tmp_path / "in", "--out", tmp_path / "out", "--tables", "single", "--jobs", 1]
+        result = compass("bench", *arguments, "--peers", "jpeg", "--metrics", "psnr", "--device", "cpu", "--no-page")
+        assert result.code == 0, result.err
+        found = [json.loads(line) for line in (tmp_path / "out" / "measured.jsonl").read_text().splitlines()]
+        assert len({line["key"] for line in found}) == len(found)
+        assert json.loads((tmp_path / "out" / "results.json").read_text())["pictures"] == ["a.png", "b.png"]
 
     def test_no_pictures(self, tmp_path):
         result = compass("bench", "--images", tmp_path / "kodak", "--out", tmp_path / "out")

@@ -147,6 +147,9 @@ def test_alpha_and_metadata(tmp_path):
     exif = Image.Exif()
     exif[0x010E] = "a portrait"
     path = tmp_path / "x.cmps"
+    for wrong in ({"xmp": 5}, {"exif": "x"}, {"icc_profile": 1.5}):
+        with pytest.raises(TypeError, match="bytes"):
+            picture.save(path, **wrong)
     picture.save(path, scales=[1, 2], icc_profile=profile, exif=exif, xmp=b"<x:xmpmeta/>")
     with Image.open(path) as image:
         assert image.mode == "RGBA" and image.info["icc_profile"] == profile and image.info["xmp"] == b"<x:xmpmeta/>"

@@ -18,7 +18,8 @@ from conftest import compass, crop
 from PIL import Image
 
 import compass_codec
-from compass_codec import container, pictures
+from compass_codec import container, pictures, weights
+from compass_codec.codec import Codec
 from compass_codec.errors import CompassError, PictureError
 
 
@@ -250,6 +251,21 @@ def test_arrays_memoryviews_and_devices_from_python():
     rgba = np.dstack([np.asarray(picture), np.arange(24 * 16).reshape(16, 24).astype(np.uint8)])
     decoded = compass_codec.decode(bytearray(compass_codec.encode(rgba, np.array([1]), np.float32(50))))
     assert (np.asarray(decoded)[..., 3] == rgba[..., 3]).all()
+    pixels, codec = np.asarray(picture), Codec.load("cpu", str(weights.choose().folder))
+    lower = pixels[::2, ::2]
+    layered: list[tuple] = [
+        ([lower / 255.0, pixels / 255.0], [1, 2], 50),
+        ([lower.astype(np.uint16), pixels.astype(np.uint16)], [1, 2], 50),
+        ([pixels, lower], [1, 2], 50),
+        ([lower[..., 0], pixels[..., 0]], [1, 2], 50),
+        ([rgba], [1], 50),
+        ([pixels[:0]], [1], 50),
+        ([[[1, 2], [3]]], [1], 50),
+        ([lower, pixels], [1, 2], [50, "high"]),
+    ]
+    plain = codec.encode_layers([lower, pixels], [1, 2], 50).data
+    assert codec.encode_layers([Image.fromarray(lower), picture], [1, 2], np.array(50)).data == plain
+    assert codec.encode_layers([lower, pixels], [1, 2], 50, layer_weights=np.array([1.0, 2.0])).data == plain
     wrong = [
         lambda: compass_codec.encode(rgba.astype(float), [1]),
         lambda: compass_codec.encode(rgba[:0], [1]),
@@ -263,6 +279,8 @@ def test_arrays_memoryviews_and_devices_from_python():
         lambda: compass_codec.encode(picture, [1], device="cuda:99"),
         lambda: compass_codec.decode("text"),
         lambda: compass_codec.decode(5),
+        lambda: Codec.load(precision="fp8"),
+        *(lambda case=case: codec.encode_layers(*case) for case in layered),
     ]
     for call in wrong:
         with pytest.raises(CompassError):

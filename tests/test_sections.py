@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from test_container import MODEL, PAYLOADS, SIZES, example
 from test_pictures import exif_bytes, mask
 
+import compass_codec
 from compass_codec import container, pictures
 from compass_codec.container import Sections
 from compass_codec.errors import CompassError, DamagedError, FormatError, LayerError, LimitError, TruncatedError
@@ -101,7 +102,7 @@ def test_tail_completes_a_prefix():
     data = attach(example(), FULL)
     header = container.read_header(data)
     for k, layer in enumerate(header.layers):
-        got = container.sections(header, data[: layer.end], k, data[header.layers[-1].end :])
+        got = container.sections(header, data[: layer.end], range(k + 1), data[header.layers[-1].end :])
         assert got == dataclasses.replace(FULL, alpha={i: FULL.alpha[i] for i in range(k + 1)})
 
 
@@ -134,7 +135,7 @@ def test_damage_is_named_and_can_be_left_out():
     # what lies above the layer that is wanted does no harm
     broken = bytearray(data)
     broken[header.sections[3].start] ^= 1
-    assert container.sections(header, bytes(broken), last=1).alpha == {0: b"a0", 1: b"alpha 1"}
+    assert container.sections(header, bytes(broken), range(2)).alpha == {0: b"a0", 1: b"alpha 1"}
 
 
 @pytest.mark.parametrize(
@@ -446,25 +447,34 @@ def test_alpha_and_metadata_through_pipes_extracts_and_cut_files(encoded, tmp_pa
     assert (tmp_path / "extracted.png").read_bytes() == piped
     # the bytes that a client fetches for layer 1 hold its alpha and the profile, and no EXIF
     (tmp_path / "cut.cmps").write_bytes(data[: container.read_header(data).layers[1].end])
-    assert compass("decode", tmp_path / "cut.cmps", "-o", tmp_path / "cut.png").code == 0
+    result = compass("decode", tmp_path / "cut.cmps", "-o", tmp_path / "cut.png")
+    assert result.code == 0 and "the EXIF is cut off" in result.err and "the XMP is cut off" in result.err
+    assert (
+        compass("decode", tmp_path / "cut.cmps", "--strip", "-f", "-o", tmp_path / "cut2.png").err.count("cut off") == 0
+    )
     source = pictures.read(tmp_path / "cut.png")
     assert source.image.size == (16, 24) and source.alpha is not None and source.icc == PROFILE and source.exif is None
 
 
-@pytest.mark.parametrize(("index", "best"), [(0, 2), (1, None), (2, 0), (3, 1), (4, 2), (5, 2)])
+@pytest.mark.parametrize(("index", "best"), [(0, 2), (1, 2), (2, 2), (3, 1), (4, 2), (5, 2)])
 def test_damaged_sections(encoded, tmp_path, index, best):
-    """What is damaged is named; --best-effort gives the highest layer whose pixels and alpha are sound."""
+    """What is damaged is named; --best-effort gives the highest layer whose pixels and alpha are sound. The alpha of a
+    lower layer does no harm."""
     data = bytearray(encoded.read_bytes())
     section = container.read_header(data).sections[index]
     data[section.start] ^= 1
     (tmp_path / "d.cmps").write_bytes(data)
     result = compass("decode", tmp_path / "d.cmps", "-o", tmp_path / "out.png")
-    assert result.code == 1 and f"{section.name} is damaged" in result.err and len(result.err.splitlines()) == 1
-    result = compass("decode", tmp_path / "d.cmps", "--best-effort", "-o", tmp_path / "out.png")
-    if best is None:
-        assert result.code == 1 and not (tmp_path / "out.png").exists()
-        return
+    if index in (1, 2):
+        assert (result.code, result.err) == (0, "")
+        assert compass_codec.decode(bytes(data)).mode == "RGBA"
+    else:
+        assert result.code == 1 and f"{section.name} is damaged" in result.err and len(result.err.splitlines()) == 1
+    result = compass("decode", tmp_path / "d.cmps", "--best-effort", "--force", "-o", tmp_path / "out.png")
     assert result.code == 0 and f"layer {best}," in result.out
+    assert (f"the {section.name} is damaged, and left out" in result.err) == (index in (0, 4, 5))
+    if index in (0, 4, 5):  # which pixels do not need
+        assert compass_codec.decode(bytes(data)).size == (32, 48)
     source = pictures.read(tmp_path / "out.png")
     assert source.alpha is not None
     assert [source.icc is None, source.exif is None, source.xmp is None] == [index == 0, index == 4, index == 5]

@@ -31,11 +31,13 @@ from compass_codec.backbones import mean_scale, symbols
 from compass_codec.backbones.mean_scale import PARTS
 from compass_codec.codec import Codec
 from compass_codec.entropy import PRECISION, scale_levels
+from compass_codec.jobs.fresh import ORIENTATION
 from compass_codec.networks import liff_rows
 from compass_codec.networks.liff import LIFF, SIZES, bicubic
 from compass_codec.networks.mean_scale import ImageCodec
 from compass_codec.networks.mean_scale_numbers import LAMBDAS
 from compass_codec.networks.rates import level_of
+from compass_codec.training import data as training_data
 from compass_codec.training import stages
 from compass_codec.training.command import train
 from compass_codec.training.data import HELD_OUT, Pictures
@@ -202,7 +204,7 @@ class TestLearning:
         run = Run(plan, stage, pictures, tmp_path, CPU)
         frozen = {n: p.clone() for n, p in run.stage.named_parameters() if not p.requires_grad}
         before = sum(p["loss"] for p in run.held_out())
-        assert run.go(tmp_path / "log.jsonl", quiet=True)
+        assert run.go(tmp_path / "log.jsonl", quiet=True) == 0
         after = sum(p["loss"] for p in run.held_out())
         print(f"{name}: held-out loss {before:.4f} -> {after:.4f}")
         assert after < before
@@ -247,7 +249,7 @@ class TestLearning:
 
     def test_schedule_in_minutes(self, small, pictures, tmp_path):
         run = Run(Plan("base", minutes=0.01, batch=(2,), side=(32,)), started("base"), pictures, tmp_path, CPU)
-        assert run.go(tmp_path / "log.jsonl", quiet=True) and run.step > 0 and run.seconds > 0.6
+        assert not run.go(tmp_path / "log.jsonl", quiet=True) and run.step > 0 and run.seconds > 0.6
         again = Run(run.plan, started("base"), pictures, tmp_path, CPU)
         assert again.load() == [] and again.progress() >= 1
 
@@ -355,7 +357,7 @@ class TestResume:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=60)[0]
-        assert process.returncode == 0, output
+        assert process.returncode == 128 + signal.SIGTERM, output
         assert "stopped at step" in output and "Traceback" not in output
         step = json.loads(log.read_text().splitlines()[-1])["step"]
         result = CliRunner().invoke(train, [str(a) for a in [*options, "--weights", tmp_path, "--steps", step + 2]])
@@ -511,8 +513,9 @@ class TestCommand:
             assert output.startswith("Error: ") and str(given) in output and output.count("\n") == 1
 
     def test_bad_options(self, folder, tmp_path):
-        for option in (["--side", "0"], ["--batch", "a"], ["--minutes", "0"], ["--lr", "-1"]):
+        for option in (["--side", "0"], ["--batch", "a"], ["--minutes", "0"], ["--steps", "0"], ["--lr", "-1"]):
             assert "Invalid value" in self.run("base", "--data", folder, "--resume", tmp_path, *option)
+        assert "--liff does not" in self.run("lean", "--data", folder, "--resume", tmp_path, "--liff", "paper")
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
@@ -571,6 +574,19 @@ def test_compile_is_for_steps_of_base_codecs(folder, tmp_path, monkeypatch):
         result.exit_code == 1
         and result.output == "Error: residual: layers of any size cannot be compiled; --compile is for base codecs\n"
     )
+
+
+def test_pictures_are_read_as_the_encoder_reads_them(tmp_path):
+    """Sixteen bits, orientation and what is no picture at all."""
+    grey = np.linspace(0, 65535, 300 * 280).reshape(300, 280).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.new("RGB", (300, 280)).save(tmp_path / "turned.jpg", exif=exif)
+    (tmp_path / "text.png").write_bytes(b"no picture")
+    deep, text, turned = map(training_data._decode, training_data.read_files(tmp_path))
+    assert text is None and turned.shape == (3, 300, 280)
+    assert deep.shape == (3, 300, 280) and abs(int(deep.mean()) - 127) < 2
 
 
 def test_networks_of_the_paper_start_without_an_installed_set(folder, tmp_path, monkeypatch):

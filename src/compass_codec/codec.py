@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from compass_codec.search import Progress
 
 EFFORTS = range(10)
+PRECISIONS = ("auto", "float32", "float16")
 ONE_COLOUR = 1  # first byte of a layer of one colour; the layers of backbones begin with an even number
 
 
@@ -61,7 +62,7 @@ def check_quality(quality: Any) -> float:
         raise OptionError(f"quality {quality!r} is not a number") from e
     if not 1 <= number <= 100:
         raise OptionError(f"quality {number:g}; it goes from 1 to 100")
-    return round(number * 100) / 100
+    return container.stored_quality(number)
 
 
 def one_colour(picture: NDArray[np.uint8]) -> bytes | None:
@@ -158,17 +159,12 @@ class Codec:
         """Encode pictures that were reduced elsewhere: uint8 [height, width, 3] each, smallest first. ``quality`` is
         one number for all layers or one for each. With an ``effort`` of 1 to 9 a search lowers rate and distortion
         together, for about ``time_budget`` seconds at most, where the cost of each layer counts as much as
-        ``layer_weights`` (above 0) say; see search.improve, also for ``progress``. ``sections`` go into the file."""
+        ``layer_weights`` (above 0) say; see search.improve, also for ``progress``. ``sections`` go into the file.
+        Raises OptionError, LimitError or PictureError."""
         started = time.monotonic()
-        scales = container.check_scales(scales)
-        qualities = [
-            check_quality(q)
-            for q in (
-                quality
-                if isinstance(quality, (Sequence, np.ndarray)) and not isinstance(quality, (str, bytes))
-                else [quality] * len(layers)
-            )
-        ]
+        layers, scales = pictures.check_layers(layers), container.check_scales(scales)
+        each = quality if np.ndim(quality) and not isinstance(quality, (str, bytes)) else [quality] * len(layers)
+        qualities = [check_quality(q) for q in each]  # type: ignore[union-attr]
         if not len(layers) == len(scales) == len(qualities):
             raise OptionError(f"{len(layers)} layers, {len(scales)} scale factors, {len(qualities)} qualities")
         if effort not in EFFORTS:
@@ -182,7 +178,9 @@ class Codec:
             return searching.encode_layers(
                 layers, scales, quality, effort, time_budget, progress, layer_weights, sections
             )
-        layer_weights = check_layer_weights(layer_weights or [1.0] * len(layers), len(layers))
+        layer_weights = check_layer_weights(
+            [1.0] * len(layers) if layer_weights is None else layer_weights, len(layers)
+        )
         if layers[-1].shape[0] * layers[-1].shape[1] > container.MAX_PIXELS:
             raise LimitError(f"more than {container.MAX_PIXELS} pixels")
         deadline = math.inf if time_budget is None else started + time_budget
@@ -237,18 +235,19 @@ class Codec:
         data = container.as_bytes(data)
         header = container.read_header(data, max_pixels)
         last = container.pick(header, len(data), layer)
-        coded = container.sections(header, data, last).alpha.get(last)
+        coded = container.alpha(header, data, last)
         size = (header.layers[last].width, header.layers[last].height)
         alpha = pictures.alpha_from_bytes(coded, size) if coded else None
         *_, picture = self.decode_layers(data, header, last)
         return pictures.with_alpha(picture, alpha)
 
-    def decode_layers(self, data: bytes, header: container.Header, last: int) -> Iterator[NDArray[np.uint8]]:
+    def decode_layers(self, data: Buffer, header: container.Header, last: int) -> Iterator[NDArray[np.uint8]]:
         """Decode layers 0 to ``last`` in turn, each as uint8 [height, width, 3]. Raises DamagedError on the way,
         TruncatedError, FormatError, and WeightsError if the weights that the file was made with are not found."""
         if header.model != self.model:
             yield from self.of(header.model).decode_layers(data, header, last)
             return
+        data = container.as_bytes(data)
         below: NDArray[np.uint8] | None = None
         for k, entry in enumerate(header.layers[: last + 1]):
             size = (entry.height, entry.width)
@@ -331,7 +330,9 @@ class Kept:
 
 
 def _wanted(device: str, folder: Path | None, precision: str, model: str | None, asked: str) -> Kept:
-    found = choose(folder, model)
+    if precision not in PRECISIONS:
+        raise OptionError(f"precision {precision!r}; there are {', '.join(PRECISIONS)}")
+    found = choose(None if folder is None else Path(folder), model)
     engine = engines.choose(asked, found.backbone, device, precision)
     if engine == "onnx":
         return Kept(found, found.identity, engine, asked, "cpu", "float32")

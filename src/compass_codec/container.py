@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Context, Decimal
 from enum import Enum
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 from compass_codec.errors import DamagedError, FormatError, LayerError, LimitError, OptionError, TruncatedError
@@ -265,7 +265,7 @@ def extract(data: Buffer, layer: int, tail: bytes = b"", strip: bool = False) ->
     data = as_bytes(data)
     header = read_header(data, MAX_SIDE**2)
     last = pick(header, len(data), layer)
-    kept = sections(header, data, last, tail)
+    kept = sections(header, data, range(last + 1), tail)
     if strip:
         kept = Sections(alpha=kept.alpha)
     layers = header.layers[: last + 1]
@@ -289,6 +289,11 @@ def strip_header(header: Header, data: bytes) -> bytes:
     if not kept:
         head[len(MAGIC) + 1] &= ~WITH_SECTIONS
     return bytes(head) + struct.pack("<I", zlib.crc32(head))
+
+
+def stored_quality(quality: float) -> float:
+    """As the file stores it, in steps of 0.01."""
+    return round(quality * 100) / 100
 
 
 def as_bytes(data: Buffer) -> bytes:
@@ -407,25 +412,46 @@ def _state(entry: Layer | Section, data: bytes) -> str:
     return "ok" if zlib.crc32(part) == entry.checksum else "damaged"
 
 
-def sections(
-    header: Header, data: bytes, last: int | None = None, tail: bytes = b"", best_effort: bool = False
-) -> Sections:
-    """The sections that are whole; those of layers above ``last`` are left alone. Where ``data`` is only a first part
-    of the file, ``tail`` may give the bytes behind the last layer's end, where EXIF and XMP are.
+def soundest(header: Header, data: bytes, last: int) -> int:
+    """The highest layer up to ``last`` that decodes: it and all below are sound, and so is its own alpha. Raises
+    DamagedError if there is none."""
+    alpha = {entry.layer: entry for entry in header.sections if KINDS[entry.kind].of_layer}
+    whole = list(takewhile(lambda k: _state(header.layers[k], data) == "ok", range(last + 1)))
+    for k in reversed(whole):
+        if k not in alpha or _state(alpha[k], data) == "ok":
+            return k
+    raise DamagedError(f"{f'the alpha of layer {whole[-1]}' if whole else 'layer 0'} is damaged; nothing decodes")
 
-    Raises DamagedError; with ``best_effort`` a damaged section is left out instead.
+
+def sections(
+    header: Header,
+    data: bytes,
+    layers: Container[int] | None = None,
+    tail: bytes = b"",
+    best_effort: bool = False,
+    lost: list[str] | None = None,
+) -> Sections:
+    """The sections that are whole; of those that belong to a layer, only those of ``layers`` (default: all). Where
+    ``data`` is only a first part of the file, ``tail`` may give the bytes behind the last layer's end, where EXIF and
+    XMP are.
+
+    Raises DamagedError; with ``best_effort`` a damaged section is left out instead. ``lost`` gets a sentence for each
+    that is left out or cut off.
     """
     found: dict[str, Any] = {}
+    lost = [] if lost is None else lost
     for entry in header.sections:
         kind = KINDS[entry.kind]
-        if kind.of_layer and last is not None and entry.layer > last:
+        if kind.of_layer and layers is not None and entry.layer not in layers:
             continue
         apart = header.layers[-1].end if tail and kind.place is Place.LAST else 0
         part = (tail if apart else data)[entry.start - apart : entry.end - apart]
         if len(part) < entry.length:
+            lost.append(f"the {entry.name} is cut off")
             continue
         if zlib.crc32(part) != entry.checksum:
             if best_effort:
+                lost.append(f"the {entry.name} is damaged, and left out")
                 continue
             raise DamagedError(f"the {entry.name} is damaged (its checksum does not match)")
         if kind.of_layer:
@@ -433,6 +459,12 @@ def sections(
         else:
             found[kind.field] = part
     return Sections(**found)
+
+
+def alpha(header: Header, data: bytes, layer: int) -> bytes | None:
+    """The coded alpha of one layer, checked; None if it has none. Raises DamagedError."""
+    only = replace(header, sections=tuple(s for s in header.sections if KINDS[s.kind].of_layer))
+    return sections(only, data, (layer,)).alpha.get(layer)
 
 
 def payload(header: Header, data: bytes, layer: int) -> bytes:

@@ -318,7 +318,24 @@ def as_image(picture: object) -> Image.Image:
 
     with library("neither a Pillow image nor an array of pixels"):
         pixels = np.asarray(picture)
+        if pixels.dtype != np.uint8 and pixels.ndim:
+            raise PictureError(f"an array of {pixels.dtype}; pixels are uint8")
         return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+
+
+def check_layers(layers: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    """The layers if each is uint8 [height, width, 3] with pixels, and none is smaller than one before. Raises
+    PictureError."""
+    import numpy as np
+
+    with library("not an array of pixels"):
+        arrays = [np.require(layer, requirements="W") for layer in layers]  # PyTorch takes no others
+    for k, layer in enumerate(arrays):
+        if layer.dtype != np.uint8 or layer.ndim != 3 or layer.shape[2] != 3 or not layer.size:
+            raise PictureError(f"layer {k} is {layer.dtype} {[*layer.shape]}; layers are uint8 [height, width, 3]")
+        if k and (layer.shape[0] < arrays[k - 1].shape[0] or layer.shape[1] < arrays[k - 1].shape[1]):
+            raise PictureError(f"layer {k} is smaller than layer {k - 1}")
+    return arrays
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -480,6 +497,8 @@ def register() -> None:
 
 def check_format(path: Path) -> str:
     """Pillow's name of the format that the file name asks for. Raises PictureError if it cannot be written."""
+    if not path.suffix:
+        raise PictureError(f"the output {path.name} has no extension, which names a picture format")
     return _check_suffix(path.suffix.lower())
 
 
@@ -496,7 +515,7 @@ def _check_suffix(suffix: str) -> str:
     if name is None and suffix in HEIC_SUFFIXES:
         raise PictureError(f"{suffix} {NEEDS_HEIF}")
     if name is None or name not in Image.SAVE:
-        raise PictureError(f"no picture format known for {repr(suffix) if suffix else 'a name without extension'}")
+        raise PictureError(f"no picture format known for {suffix!r}")
     if suffix in NOT_WRITTEN:
         raise PictureError(f"{suffix} is not written: {NOT_WRITTEN[suffix]}")
     # some can only be written by programs that are not here, or hold no colours

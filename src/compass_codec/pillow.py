@@ -58,7 +58,7 @@ class CompassImageFile(ImageFile.ImageFile):
         layers = self._header.layers
         before = self._read(0, layers[0].start)
         behind = self._read(layers[-1].end, self._header.end)
-        found = container.sections(self._header, before, -1, behind, best_effort=True)
+        found = container.sections(self._header, before, (), behind, best_effort=True)
         if found.icc:
             self.info["icc_profile"] = found.icc
         if found.exif:
@@ -139,6 +139,9 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
     from compass_codec import codec, pictures, weights
 
     options: dict[str, Any] = im.encoderinfo
+    for name in ("icc_profile", "exif", "xmp"):
+        if not isinstance(options.get(name), bytes | Image.Exif | None):
+            raise TypeError(f"{name} is bytes, not {type(options[name]).__name__}")
     scales = container.check_scales(options.get("scales", SCALES))
     exif = options.get("exif")
     picture = im.copy()

@@ -293,7 +293,7 @@ class Layers:
     def _decode(self, data: bytes, layer: int) -> Image.Image:
         image = self.codec.decode(data, layer, max_pixels=container.MAX_SIDE**2)
         header = container.read_header(data, container.MAX_SIDE**2)
-        image.info["icc_profile"] = container.sections(header, data, layer, best_effort=True).icc
+        image.info["icc_profile"] = container.sections(header, data, (), best_effort=True).icc
         return image
 
     def _forget(self) -> None:

@@ -101,10 +101,10 @@ def select(
             raise click.ClickException(f"{files[0]}: is a directory; --out-dir takes what is in it")
         with blame(files[0]):
             return batch.Found([Job(files[0], target or paths.beside(files[0], extension), options)])
+    if STDIO in files:
+        raise click.UsageError("standard input is for one file alone, without --out-dir")
     if target:
         raise click.UsageError("--output is for one file; use --out-dir")
-    if STDIO in files:
-        raise click.UsageError("standard input is for one file alone")
     listed: list[Path] = []
     if files_from:
         with blame(files_from):

@@ -195,6 +195,8 @@ def encode(
         raise click.UsageError("--time-budget and a target exclude each other")
     if tune and (model or weights):
         raise click.UsageError("--tune excludes --model and --weights")
+    if model and weights:
+        raise click.UsageError("--model and --weights exclude each other")
     if output is None and images == (STDIO,):
         output = STDIO
     if as_json and output == STDIO:

@@ -97,7 +97,7 @@ def view(
         from compass_codec import codec
 
         decoded = list(codec.shared(device, weights, precision, header.model, engine).decode_layers(data, header, last))
-        alpha = container.sections(header, data, last).alpha
+        alpha = container.sections(header, data, range(last + 1)).alpha
         sizes = [(entry.width, entry.height) for entry in layers]
         shown = [
             pictures.with_alpha(picture, pictures.alpha_from_bytes(alpha[k], sizes[k]) if k in alpha else None)
@@ -128,4 +128,4 @@ def view(
     with blame(target):
         paths.put(target, page.view(name.name, summary, panes, rows).encode())
     if not quiet and target != STDIO:
-        click.echo(f"{target}: {len(layers)} layers")
+        click.echo(f"{target}: {len(layers)} layer{'s' * (len(layers) > 1)}")

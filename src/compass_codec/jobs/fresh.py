@@ -16,15 +16,17 @@ ORIENTATION, ROTATED = 0x0112, {5, 6, 7, 8}  # the EXIF tag, and its values that
 
 
 def encoded_alike(source: Path, target: Path, options: EncodeOptions) -> bool:
-    """Whether ``target`` has the header that ``options`` give a picture of this size. A header does not show the
-    target of a metric.
-    """
+    """Whether ``target`` has the header that ``options`` give a picture of this size and, to be verified, is sound. A
+    header does not show the target of a metric, the effort or weights of layers."""
     if is_stream(source):
         return False
     try:
         with target.open("rb") as file:
-            header = container.read_header(file.read(container.MAX_HEADER), container.MAX_SIDE**2)
+            data = file.read() if options.verify else file.read(container.MAX_HEADER)
+        header = container.read_header(data, container.MAX_SIDE**2)
     except CompassError:
+        return False
+    if options.verify and set(container.states(header, data)) != {"ok"}:
         return False
     return any(_made_alike(header, target, size, options) for size in _picture_sizes(source))
 
@@ -47,7 +49,7 @@ def _made_alike(header: container.Header, target: Path, size: tuple[int, int], o
         return False
     if options.target is None:
         wanted = qualities * (len(entries) if len(qualities) == 1 else 1)
-        return [e.quality for e in entries] == [round(q, 2) for q in wanted]
+        return [e.quality for e in entries] == [container.stored_quality(q) for q in wanted]
     quality = entries[0].quality
     if any(e.quality != quality for e in entries):
         return False

@@ -116,22 +116,20 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
     """Decode layers of ``source`` into pictures named after ``target``. Raises CompassError, OSError or MemoryError."""
     notes: list[str] = []
     changed = 0 if url else changed_at(source)
+    asked = None if options.best_effort else options.layer
     if url is None:
-        data, header, last, tail = read_parts(source, options.layer, options.max_pixels, metadata=not options.strip)
+        data, header, last, tail = read_parts(source, asked, options.max_pixels, metadata=not options.strip)
     else:
         from compass_codec import remote
 
-        found = remote.read_prefix(url, options.layer, options.max_pixels, metadata=not options.strip)
+        found = remote.read_prefix(url, asked, options.max_pixels, metadata=not options.strip)
         data, header, last, tail = found.data, found.header, found.layer, found.tail
         notes = [f"{found.fetched} bytes fetched" + (f" of {found.size}" if found.size is not None else "")]
+    top = container.pick(header, header.end, options.layer)
     if options.best_effort:
-        sound = [state == "ok" for state in container.states(header, data)[: len(header.layers)]]
-        last = min(last, [*sound, False].index(False) - 1)
-        if last < 0:
-            raise DamagedError("layer 0 is damaged; nothing decodes")
-    top = len(header.layers) - 1
-    if last < (top if options.layer is None else options.layer):
-        notes.append(f"layer {last} of 0 to {top} is the highest that is there whole")
+        last = container.soundest(header, data, min(last, top))
+    if last < top:
+        notes.append(f"layer {last} of 0 to {len(header.layers) - 1} is the highest that is there whole")
     wanted = {
         k: target.with_name(f"{target.stem}.layer{k}{target.suffix}") if options.numbered else target
         for k in (range(last + 1) if options.every else [last])
@@ -150,11 +148,13 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
     else:
         for output in outputs:
             check_target(output, source, options)
-    sections = container.sections(header, data, last, tail, options.best_effort)
+    lost: list[str] = []
+    sections = container.sections(header, data, wanted, tail, options.best_effort, lost)
+    # without ``tail`` all that lies behind the layers counts as cut off
+    notes += [reason for reason in lost if not (options.strip and reason.endswith("cut off"))]
     alphas = {
         k: pictures.alpha_from_bytes(coded, (header.layers[k].width, header.layers[k].height))
         for k, coded in sections.alpha.items()
-        if k in wanted
     }
     small = header.layers[last].width * header.layers[last].height <= SMALL
     decoded = load(options, header.model, small).decode_layers(data, header, last)

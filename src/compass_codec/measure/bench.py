@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -152,15 +153,17 @@ def bench(
         raise click.UsageError(f"a rate-distortion curve needs at least {FEWEST} qualities")
     if not 1 <= qualities[0] <= qualities[-1] <= 100:
         raise click.UsageError("qualities go from 1 to 100")
-    if two[0] < 1 or min(three[0], ablation) < MIDDLE:
+    if two[0] < 1 or not MIDDLE <= min(three[0], ablation) <= ablation < math.inf:
         raise click.UsageError(f"layers must not get smaller: --two from 1, --three and --ablation from {MIDDLE:g}")
+    if weights and models:
+        raise click.UsageError("--weights and --model exclude each other")
     published = Published()
     try:
         for file in curves:
             published.read(file)
         pictures = pictures_in(images, QUICK if quick else 0)
         sources = [Original.of(path) for path in pictures]
-        first = choose(weights, models[0]).folder if models else weights
+        first = choose(None, models[0]).folder if models else weights
         bases = _base_codecs(first, models[1:])
         if unknown := {name for name, _ in crops} - {path.name for path in pictures}:
             raise ValueError(f"--crop {min(unknown)}: not among the pictures that are measured")

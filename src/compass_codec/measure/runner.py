@@ -132,21 +132,24 @@ class Runner:
         cache = Cache(self.settings.cache)
         identities = self.identities(list(dict.fromkeys(job.method for job in jobs)))
         missing: dict[tuple[Original, str, float | None], list[tuple[str, Task]]] = {}
+        alike: dict[str, list[Task]] = {}  # of pictures with the same pixels
         for job in dict.fromkeys(jobs):
             if job.method in self.gaps:
                 self.records[job] = {"gap": self.gaps[job.method]}
             elif (key := job.key(identities[job.method])) in cache.records:
                 self.records[job] = cache.records[key]
             else:
+                alike.setdefault(key, []).append(job)
+                if len(alike[key]) > 1:
+                    continue
                 # in one group, so that a picture is read once and a prediction shared between columns is made once
                 group = (job.source, job.method, job.setting if job.method in SECONDS else None)
                 missing.setdefault(group, []).append((key, job))
                 continue
             progress(job.seconds())
-        by_key = {key: job for group in missing.values() for key, job in group}
         for done in self._spread(list(missing.values())):
-            self.records.update((by_key[key], record) for key, record in done)
-            progress(sum(by_key[key].seconds() for key, _ in done))
+            self.records.update((job, record) for key, record in done for job in alike[key])
+            progress(sum(job.seconds() for key, _ in done for job in alike[key]))
 
     def _spread(self, groups: list[list[tuple[str, Task]]]) -> Iterator[list[tuple[str, Record]]]:
         """What each group gave, as they are done. The longest go first."""

@@ -73,7 +73,6 @@ class Task:
 @lru_cache(maxsize=1)
 def load(path: Path) -> Image.Image:
     """The picture as the protocol takes it."""
-    from PIL import Image
+    from compass_codec import pictures
 
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    return pictures.read(path).image

@@ -114,8 +114,8 @@ def main(
             if done not in (None, steps):
                 raise click.ClickException(f"{out}: trained for {done} steps, not {steps}; take another folder")
             plan = Plan(stage, steps=steps, batch=batch, side=side, lr=RATE, hyper_lr=HYPER_RATE)
-            if done is None and not carry_out(plan, make, data, run / stage, start, out, device=device, quiet=quiet):
-                return
+            if done is None:
+                carry_out(plan, make, data, run / stage, start, out, device=device, quiet=quiet)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,12 +124,12 @@ def finish(run: Run, weights: Path | None, out: Path, sources: tuple[Path, ...],
     type=click.Path(path_type=Path),
     multiple=True,
     required=True,
-    help="Tar file or folder of pictures; can be given several times.",
+    help="Tar file or folder of pictures with sides of 256 pixels or more; can be given several times.",
 )
 @click.option(
     "--minutes", type=click.FloatRange(0, min_open=True), default=20, show_default=True, help="Length of the schedule."
 )
-@click.option("--steps", type=click.IntRange(0), default=0, help="Length of the schedule in steps instead of minutes.")
+@click.option("--steps", type=click.IntRange(1), help="Length of the schedule in steps instead of minutes.")
 @click.option(
     "--resume",
     type=click.Path(path_type=Path, file_okay=False),
@@ -241,7 +242,9 @@ def train(
 
     if settings["tune"] != "psnr" and stage not in LEAN:
         raise click.UsageError(f"--tune goes with {', '.join(LEAN)}")
-    plan = Plan(stage, **settings)
+    if liff is not None and stage in LEAN:
+        raise click.UsageError(f"--liff does not go with {', '.join(LEAN)}")
+    plan = Plan(stage, **settings | {"steps": settings["steps"] or 0})
     carry_out(
         plan,
         lambda: make_stage(stage, plan.tune),
@@ -268,8 +271,8 @@ def carry_out(
     *,
     device: str,
     quiet: bool,
-) -> bool:
-    """Train the stage that ``make`` makes as ``train`` does with these options; returns whether it came to its end."""
+) -> None:
+    """Train the stage that ``make`` makes as ``train`` does with these options."""
     import torch
     import torch.distributed as dist
 
@@ -279,8 +282,8 @@ def carry_out(
     try:
         with one_line():
             chosen = choose_device(device)
-            resume.mkdir(parents=True, exist_ok=True)
             pictures = Pictures(list(data), chosen, smallest=max(256, *plan.side))
+            resume.mkdir(parents=True, exist_ok=True)
             torch.manual_seed(plan.seed)
             networks = make()
             start = fill(networks, weights, pictures, plan.seed, liff)
@@ -295,18 +298,16 @@ def carry_out(
         if chief and not quiet:
             origin = f"step {run.step}, {run.seconds / 60:.1f} minutes" if run.step else start
             click.echo(f"{plan.stage}: {len(pictures)} pictures; start: {origin}")
-        finished = run.go(resume / f"{plan.stage}.jsonl", quiet)
-        if not chief:
-            return finished
-        if finished:
+        stopped = run.go(resume / f"{plan.stage}.jsonl", quiet)
+        report = f"stopped at step {run.step}; the same command goes on from there"
+        if chief and not stopped:
             with one_line():
                 files = finish(run, weights, out or resume / "weights", data, start)
             report = ", ".join(f"{file} ({file.stat().st_size / 1e6:.1f} MB)" for file in files)
-        else:
-            report = f"stopped at step {run.step}; the same command goes on from there"
-        if not quiet:
+        if chief and not quiet:
             click.echo(report)
-        return finished
+        if stopped:
+            sys.exit(128 + stopped)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

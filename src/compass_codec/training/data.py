@@ -13,8 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
+
+from compass_codec import pictures
+from compass_codec.errors import CompassError
 
 HELD_OUT = 6  # pictures never trained on, for the rate-distortion points printed during training
 
@@ -42,8 +44,8 @@ def read_files(source: Path) -> Iterator[tuple[str, bytes]]:
 
 def _decode(item: tuple[str, bytes]) -> NDArray[np.uint8] | None:
     try:
-        return np.asarray(Image.open(io.BytesIO(item[1])).convert("RGB")).transpose(2, 0, 1)
-    except (OSError, Image.DecompressionBombError):
+        return np.asarray(pictures.read(io.BytesIO(item[1])).image).transpose(2, 0, 1)
+    except CompassError:
         return None  # a text file among the pictures, or a damaged one
 
 

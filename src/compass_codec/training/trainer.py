@@ -270,10 +270,10 @@ class Run:
         dist.all_reduce(both, dist.ReduceOp.MAX, group=self.control)
         return float(both[0]), bool(both[1])
 
-    def go(self, log: Path, quiet: bool = False) -> bool:
+    def go(self, log: Path, quiet: bool = False) -> int:
         """Train to the end of the plan, or until SIGTERM or SIGINT; both end with a checkpoint.
 
-        Appends JSON lines to ``log``. Returns whether the plan was finished.
+        Appends JSON lines to ``log``. Returns the number of the signal, 0 at the end of the plan.
         """
         stop = _StopSignal()
         chief = self.rank == 0
@@ -302,7 +302,7 @@ class Run:
 
             with click.progressbar(length=1000, label=self.plan.stage, hidden=quiet or not chief) as bar:
                 while True:
-                    progress, stopped = self._agree(self.progress(), stop.raised)
+                    progress, stopped = self._agree(self.progress(), bool(stop.number))
                     if progress >= 1 or stopped:
                         break
                     parts = self.advance(progress)
@@ -319,18 +319,18 @@ class Run:
             self.save()
             note_held_out()
         stop.restore()
-        return progress >= 1
+        return 0 if progress >= 1 else stop.number or signal.SIGTERM
 
 
 class _StopSignal:
     """Remembers SIGTERM and SIGINT until the step in hand is done."""
 
     def __init__(self) -> None:
-        self.raised = False
+        self.number = 0
         self.old = {s: signal.signal(s, self._raise) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
-        self.raised = True
+        self.number = number
 
     def restore(self) -> None:
         for number, handler in self.old.items():
