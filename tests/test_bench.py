@@ -24,7 +24,7 @@ from compass_codec.measure import bench, cost, methods, page, peers, report, run
 from compass_codec.measure.bd_rate import bd_psnr
 from compass_codec.measure.page import _nearest
 from compass_codec.measure.peers import PEERS, Gap
-from compass_codec.measure.protocol import BICUBIC, FULL, OURS, PADDED, Curve, layers_of, other_set
+from compass_codec.measure.protocol import FULL, OURS, Curve, layers_of, other_set
 from compass_codec.measure.runner import Cache, Runner
 from compass_codec.measure.tables import (
     TESTED,
@@ -32,7 +32,6 @@ from compass_codec.measure.tables import (
     Points,
     Published,
     Results,
-    ablation_column,
     compare,
     single_column,
 )
@@ -289,11 +288,6 @@ class TestOurs:
         assert all(a == b and np.array_equal(p, q) for (a, p), (b, q) in zip(again, whole, strict=True))
         assert set(made) == {layers[0].shape[:2]}  # the base layer's grey alone
 
-    def test_bicubic_differs_in_the_upper_layers_only(self, layers, whole):
-        found = methods.code(BICUBIC, layers, SCALES, 60, None, "cpu")
-        assert np.array_equal(found[0][1], whole[0][1]) and not np.array_equal(found[1][1], whole[1][1])
-        assert all(psnr(p, layer) > 20 for (_, p), layer in zip(found, layers, strict=True))
-
     def test_upper_layers_by_another_set(self, codec, layers, whole, monkeypatch):
         """With the same set twice it is the codec itself; with another, the first two layers stay."""
         settings = ((1.0, 1.5, 2.0), 60, None, "cpu")
@@ -304,17 +298,6 @@ class TestOurs:
         assert [end for end, _ in mixed[:2]] == [end for end, _ in whole[:2]] and mixed[2][0] != whole[2][0]
         data, reconstruct = methods.codec(other_set("visual"), None, "cpu").encode_layer(layers[2], whole[1][1], 60)
         assert len(data) == mixed[2][0] - mixed[1][0] and np.array_equal(reconstruct(), mixed[2][1])
-
-    def test_padding_costs_bits_and_keeps_the_sizes(self, layers, whole):
-        found = methods.code(PADDED, layers, SCALES, 60, None, "cpu")
-        assert [p.shape for _, p in found] == [layer.shape for layer in layers]
-        assert all(psnr(p, layer) > 20 for (_, p), layer in zip(found, layers, strict=True))
-        assert found[-1][0] > whole[-1][0]
-
-    def test_padding_changes_nothing_where_there_is_nothing_to_pad(self):
-        layers = layers_of(crop(256, 256), (1.0, 2.0))
-        whole, padded = (methods.code(m, layers, (1.0, 2.0), 60, None, "cpu") for m in (OURS, PADDED))
-        assert all(a == b and np.array_equal(p, q) for (a, p), (b, q) in zip(whole, padded, strict=True))
 
 
 def die(*_) -> None:
@@ -346,7 +329,7 @@ class TestRunner:
         others = [
             Task(source, OURS, (1.0, 2.4), 60),
             Task(source, OURS, (1.0, 2.0), 61),
-            Task(source, BICUBIC, (1.0, 2.0), 60),
+            Task(source, other_set("visual"), (1.0, 2.0), 60),
         ]
         assert len({j.key("x") for j in [job, *others]} | {job.key("y")}) == 5
 
@@ -396,23 +379,6 @@ class TestRunner:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         found = {name.split(".")[1] for name in done.stdout.split() if name.startswith("compass_codec.")}
         assert found - {"errors", "files", "models"} == {pattern.split("/")[0] for pattern in runner.CODEC}
-
-
-def test_sets_that_were_trained_for_the_ablation_are_rows_of_it(tmp_path):
-    Image.new("RGB", (64, 32)).save(tmp_path / "a.png")
-    source, qualities, scales = Original.of(tmp_path / "a.png"), (1, 30, 60, 100), (1.0, 2.0, 4.0)
-    kinds = {OURS: 1.0, BICUBIC: 1.02, PADDED: 1.1, other_set("noisy"): 1.2}
-    records = {
-        Task(source, method, scales, q): {"layers": [{"bytes": 999 * more * 1.03**q, "psnr": 28 + q / 10}] * 3}
-        for method, more in kinds.items()
-        for q in qualities
-    }
-    column = ablation_column(Results([source], qualities, records), scales, ["noisy"])
-    assert [round(found.bd_rate) for found in column.against.values()] == [2, 10, 20]
-    text = "\n".join(report.Report({})._ablation(column))
-    assert "| COMPASS with noisy | +20.0 % | +13.00 % |" in text and text.count("noisy") == 1
-    column = ablation_column(Results([source], qualities, records), scales)
-    assert f"| COMPASS with noisy | {report.NONE} | +13.00 % |" in "\n".join(report.Report({})._ablation(column))
 
 
 def test_cost_of_a_peer(tmp_path):
@@ -505,13 +471,12 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (["--tables", "four"], "'four' is none of two, three, single, ablation"),
+            (["--tables", "four"], "'four' is none of two, three, single"),
             (["--qualities", "1,50,100"], "at least 4 qualities"),
             (["--peers", "gif"], "'gif'"),
             (["--crop", "a.png:1.5,0"], "X and Y go from 0 to 1"),
             (["--crop", "a.png:left"], "not NAME:X,Y"),
             (["--three", "1.5"], "must not get smaller"),
-            (["--ablation", "nan"], "must not get smaller"),
             (["--weights", "x", "--model", "lean"], "--weights and --model exclude each other"),
         ],
     )

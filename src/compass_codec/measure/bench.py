@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import sys
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from compass_codec.measure.tables import Column, Published, Results
     from compass_codec.measure.task import Task
 
-TABLES = ("two", "three", "single", "ablation")
+TABLES = ("two", "three", "single")
 MIDDLE = 2.0  # the scale of the first enhancement layer of three
 QUICK = 5
 WHERE = "the Kodak pictures, kodim01.png to kodim24.png, are at https://r0k.us/graphics/kodak/"
@@ -68,9 +67,6 @@ def _crop(text: str) -> Crop:
     default="2.4,3.2,4",
     show_default=True,
     help="Scale of the last of three layers, above 1x and 2x. The paper has 2.4,2.8,3.2,3.6,4.",
-)
-@click.option(
-    "--ablation", type=float, default=3.2, show_default=True, help="Scale of the last of three layers in the ablation."
 )
 @click.option("--qualities", type=values.RISING, default="1,30,60,100", show_default=True, help="Qualities of COMPASS.")
 @click.option(
@@ -121,7 +117,6 @@ def bench(
     tables: tuple[str, ...],
     two: Scales,
     three: Scales,
-    ablation: float,
     qualities: tuple[float, ...],
     peers: tuple[str, ...],
     curves: tuple[Path, ...],
@@ -145,7 +140,7 @@ def bench(
     """
     from compass_codec.engines.threads import cores
     from compass_codec.measure.runner import Runner
-    from compass_codec.measure.tables import ABLATED, Published, Results
+    from compass_codec.measure.tables import Published, Results
     from compass_codec.measure.task import Original, Settings
     from compass_codec.weights import choose
 
@@ -153,8 +148,8 @@ def bench(
         raise click.UsageError(f"a rate-distortion curve needs at least {FEWEST} qualities")
     if not 1 <= qualities[0] <= qualities[-1] <= 100:
         raise click.UsageError("qualities go from 1 to 100")
-    if two[0] < 1 or not MIDDLE <= min(three[0], ablation) <= ablation < math.inf:
-        raise click.UsageError(f"layers must not get smaller: --two from 1, --three and --ablation from {MIDDLE:g}")
+    if two[0] < 1 or three[0] < MIDDLE:
+        raise click.UsageError(f"layers must not get smaller: --two from 1, --three from {MIDDLE:g}")
     if weights and models:
         raise click.UsageError("--weights and --model exclude each other")
     published = Published()
@@ -190,10 +185,8 @@ def bench(
         for method in (OURS, *map(other_set, bases), *peers)
         for job in results.jobs(method, (s,))
     ]
-    if "ablation" in tables:
-        work += [job for m in (OURS, *ABLATED.values(), *sets) for job in results.jobs(m, (1.0, MIDDLE, ablation))]
     _run(runner, work, "measuring")
-    report = _analyse(results, wanted, tables, (1.0, MIDDLE, ablation), peers, published, models[1:], bases)
+    report = _analyse(results, wanted, tables, peers, published, models[1:], bases)
     report.facts |= _facts(runner, results, peers, curves)
     report.facts |= {"metrics": list(measured), "metric_gaps": missing_metrics, "models": list(models), "page": page}
     shown = layered[-1] if layered else (FULL,)
@@ -252,14 +245,13 @@ def _analyse(
     results: Results,
     wanted: dict[str, list[Scales]],
     tables: Sequence[str],
-    ablated: Scales,
     peers: Sequence[str],
     published: Published,
     models: Sequence[str],
     bases: Sequence[str],
 ) -> Report:
     from compass_codec.measure.report import Report
-    from compass_codec.measure.tables import ablation_column, layered_column, single_column
+    from compass_codec.measure.tables import layered_column, single_column
 
     report = Report({})
     columns: dict[str, list[Column]] = {
@@ -269,8 +261,6 @@ def _analyse(
     report.two, report.three = columns["two"], columns["three"]
     if "single" in tables:
         report.single = single_column(results, peers, published, bases)
-    if "ablation" in tables:
-        report.ablation = ablation_column(results, ablated, models)
     return report
 
 

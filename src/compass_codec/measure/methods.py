@@ -6,20 +6,17 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from compass_codec import container
 from compass_codec.codec import Codec
 from compass_codec.measure.peers import PEERS, resolutions
-from compass_codec.measure.protocol import BICUBIC, LEVELS, OURS, PADDED, Scales, kind_of, sets_of
+from compass_codec.measure.protocol import LEVELS, OURS, Scales, kind_of, sets_of
 
 Coded = list[tuple[int, NDArray[np.uint8]]]
 Size = tuple[int, int]  # height, width
@@ -72,53 +69,12 @@ class Separate(Measured):
         return list(zip((entry.end for entry in container.read_header(data).layers), seen, strict=True))
 
 
-class Bicubic(Measured):
-    """The paper's table 4: bicubic interpolation instead of LIFF."""
-
-    def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Tensor]:
-        if below is None:
-            return super().predict(below, size)
-        x = self.engine.array(below).permute(2, 0, 1)[None].float() / 255
-        return iter([F.interpolate(x, size, mode="bicubic", align_corners=False)])
-
-
-class Padded(Measured):
-    """The paper's table 4: every layer padded to multiples of 64 (its edges repeated) instead of layer-wise padding.
-
-    LIFF still predicts between the true sizes, so that only the two image codecs see the padding.
-    """
-
-    true: dict[tuple[Size, Size], tuple[Size, Size]]  # sizes of two layers that are padded to these
-
-    def code(self, layers: Sequence[NDArray[np.uint8]], scales: Scales, quality: float) -> Coded:
-        sizes = [(p.shape[0], p.shape[1]) for p in layers]
-        edges = [((0, -h % 64), (0, -w % 64), (0, 0)) for h, w in sizes]
-        padded = [(h + e[0][1], w + e[1][1]) for (h, w), e in zip(sizes, edges, strict=True)]
-        self.true = dict(zip(pairwise(padded), pairwise(sizes), strict=True))
-        coded = super().code([np.pad(p, e, "edge") for p, e in zip(layers, edges, strict=True)], scales, quality)
-        return [(end, p[:h, :w]) for (end, p), (h, w) in zip(coded, sizes, strict=True)]
-
-    def predict(self, below: NDArray[np.uint8] | None, size: tuple[int, int]) -> Iterator[Tensor]:
-        if below is None:
-            return super().predict(below, size)
-        (low, left), (height, width) = self.true[(below.shape[0], below.shape[1]), size]
-        prediction = torch.cat(list(super().predict(below[:low, :left], (height, width))), 2)
-        return iter([F.pad(prediction, (0, size[1] - width, 0, size[0] - height), mode="replicate")])
-
-
-KINDS: dict[str, type[Measured]] = {
-    OURS: Remembering,
-    BICUBIC: Bicubic,
-    PADDED: Padded,
-}
-
-
 @cache
 def codec(method: str, weights: Path | None, device: str) -> Measured:
-    """The codec or one of its ablations, loaded once in a process."""
+    """The codec of ``method``, loaded once in a process."""
     first, *others = sets_of(method)
     if not others:
-        return KINDS[kind_of(method)].load(device, weights, model=first, engine="torch")
+        return Remembering.load(device, weights, model=first, engine="torch")
     found = Separate.load(device, weights, model=first, engine="torch")
     found.upper = Codec.load(device, weights, model=others[0], engine="torch")
     return found
@@ -129,7 +85,7 @@ def code(
 ) -> Coded:
     """Code ``layers`` (uint8 [height, width, 3], smallest first): for each, the bytes that it and all below it need,
     and what it decodes to. Formats that hold one size take a file for each. Raises Gap for what cannot be done."""
-    if kind_of(method) in KINDS:
+    if kind_of(method) == OURS:
         return codec(method, weights, device).code(layers, scales, setting)
     if method == LEVELS:
         return resolutions(layers, setting)

@@ -30,10 +30,3 @@ THREE: Rows = (
     (MEI_ORIGINAL, "Mei et al. (original)", (-47.17, -38.73, -34.34, -33.56, -32.12)),
     (MEI, "Mei et al. (enhanced)", (-38.23, -26.46, -19.70, -17.08, -14.23)),
 )
-# Table 4: BD-rate of each against the whole codec, by the rows of ours that each is set beside.
-BICUBIC, PADDED, NOISY = (
-    "bicubic instead of LIFF",
-    "pictures padded to 64 instead of layer-wise padding",
-    "COMPASS with noisy",
-)
-ABLATION = {BICUBIC: 9.27, "COMPASS with bicubic": 9.27, PADDED: 18.95, "COMPASS with padded": 18.95, NOISY: 13.00}

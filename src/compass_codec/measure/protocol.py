@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Scales = tuple[float, ...]
 FULL = 4.0  # the scale of the original itself
-OURS, BICUBIC, PADDED, LEVELS = "compass", "compass-bicubic", "compass-padded", "jpeg2000-levels"
+OURS, LEVELS = "compass", "jpeg2000-levels"
 PUBLISHED = "compressai-mbt2018-mean_mse_cuda"
 
 

@@ -24,7 +24,6 @@ class Report:
     two: list[Column] = field(default_factory=list)
     three: list[Column] = field(default_factory=list)
     single: Column | None = None
-    ablation: Column | None = None
     cost_scales: tuple[float, ...] = ()
     costs: dict[str, tuple[float, Cost]] = field(default_factory=dict)
     cost_gaps: dict[str, str] = field(default_factory=dict)
@@ -39,7 +38,6 @@ class Report:
             "two": [c.report() for c in self.two],
             "three": [c.report() for c in self.three],
             "single": self.single and self.single.report(),
-            "ablation": self.ablation and self.ablation.report(),
             "cost": {name: {"setting": setting, **vars(c)} for name, (setting, c) in self.costs.items()},
             "cost_gaps": self.cost_gaps,
         }
@@ -53,8 +51,6 @@ class Report:
             parts += self._layered(head, self.three, paper.THREE, paper.THREE_SCALES)
         if self.single:
             parts += self._single(self.single)
-        if self.ablation:
-            parts += self._ablation(self.ablation)
         if self.two or self.three:
             parts += self._layers()
         if self.costs:
@@ -147,21 +143,6 @@ class Report:
         """The metrics beside PSNR."""
         return [metric for metric in self.facts["metrics"] if metric != "psnr"]
 
-    def _ablation(self, column: Column) -> Iterator[str]:
-        yield f"## Without its parts (the paper's table 4), layers {title(column.scales)}"
-        names = [name for name in (*column.rows, *column.gaps) if name != TESTED]
-        names += [] if paper.NOISY in names else [paper.NOISY]
-        body = []
-        for name in names:
-            theirs = f"{paper.ABLATION[name]:+.2f} %" if name in paper.ABLATION else NONE
-            body.append([name, _rate(column.against.get(name)), theirs])
-        yield rows(["instead", "BD-rate against the whole", "the paper"], body)
-        yield (
-            f"Rows without {TESTED} in their name have the weights of the whole codec: nothing was trained again for "
-            "them, so bicubic prediction also costs what the residual codec does not know of it. The paper does not "
-            "say at which scale factors it measured."
-        )
-
     def _layers(self) -> Iterator[str]:
         yield "## Every layer"
         titles = ", ".join(METRICS[metric].title for metric in self.facts["metrics"])
@@ -206,7 +187,6 @@ class Report:
 
     def _gaps(self) -> Iterator[str]:
         where = [(title(c.scales), c.gaps) for c in self.columns()]
-        where += [("ablation", self.ablation.gaps)] if self.ablation else []
         where += [("time and memory", self.cost_gaps), ("metrics", self.facts["metric_gaps"])]
         names: dict[tuple[str, str], list[str]] = {}
         for place, gaps in where:

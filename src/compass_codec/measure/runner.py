@@ -16,8 +16,8 @@ from pathlib import Path
 
 import compass_codec
 from compass_codec.measure.peers import J2K, PEERS, Gap
-from compass_codec.measure.protocol import LEVELS, kind_of, layers_of, sets_of
-from compass_codec.measure.task import SECONDS, Original, Record, Settings, Task, load
+from compass_codec.measure.protocol import LEVELS, OURS, kind_of, layers_of, sets_of
+from compass_codec.measure.task import Original, Record, Settings, Task, load
 from compass_codec.metrics import METRICS
 
 # modules that decide what a file holds and decodes to
@@ -34,7 +34,7 @@ def precision(device: str) -> str:
 def identity(method: str, settings: Settings) -> str:
     """Which code, weights and precision decide what ``method`` gives. Raises Gap when it is not installed."""
     measured = ", ".join(METRICS[metric].identity() for metric in settings.metrics)
-    if kind_of(method) not in SECONDS:
+    if kind_of(method) != OURS:
         return f"{method}: {PEERS[J2K if method == LEVELS else method].identity()}, {measured}"
     from compass_codec.weights import identity as weights_identity
 
@@ -143,7 +143,7 @@ class Runner:
                 if len(alike[key]) > 1:
                     continue
                 # in one group, so that a picture is read once and a prediction shared between columns is made once
-                group = (job.source, job.method, job.setting if job.method in SECONDS else None)
+                group = (job.source, job.method, job.setting if job.method == OURS else None)
                 missing.setdefault(group, []).append((key, job))
                 continue
             progress(job.seconds())

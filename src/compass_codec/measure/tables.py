@@ -18,11 +18,9 @@ from compass_codec.measure import paper
 from compass_codec.measure.bd_rate import BDRate, bd_psnr
 from compass_codec.measure.peers import J2K, PEERS, Gap
 from compass_codec.measure.protocol import (
-    BICUBIC,
     FULL,
     LEVELS,
     OURS,
-    PADDED,
     PUBLISHED,
     Curve,
     Scales,
@@ -290,22 +288,3 @@ def single_column(results: Results, peers: Sequence[str], published: Published, 
     for name, curve in published.single.items():
         column.add(f"{name} (published)", partial(_published, curve, results.sources))
     return column
-
-
-def ablation_column(results: Results, scales: Scales, models: Sequence[str] = ()) -> Column:
-    """The paper's table 4; ``against`` is each ablated codec against the whole one, as there."""
-    column = Column(scales)
-    column.add(TESTED, lambda: results.points(OURS, scales))
-    for name, method in (ABLATED | {set_title(model): other_set(model) for model in models}).items():
-        try:
-            column.rows[name] = results.points(method, scales)
-            column.against[name] = compare(column.rows[name], column.rows[TESTED])
-        except (Gap, KeyError) as e:
-            column.gaps[name] = str(e) if isinstance(e, Gap) else column.gaps[TESTED]
-    return column
-
-
-ABLATED = {
-    paper.BICUBIC: BICUBIC,
-    paper.PADDED: PADDED,
-}

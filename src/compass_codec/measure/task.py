@@ -9,15 +9,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compass_codec.measure.protocol import BICUBIC, OURS, PADDED, Scales, kind_of, sizes_of
+from compass_codec.measure.protocol import OURS, Scales, kind_of, sizes_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Record = dict[str, Any]
 LAYOUT = 2  # of a record; new measures or another meaning take a new number
-# Seconds of one core for a megapixel, for the progress bar alone.
-SECONDS = {OURS: 2.5, PADDED: 3.0, BICUBIC: 2.5}
+# Seconds of one core for a megapixel with COMPASS, for the progress bar alone.
+SECONDS = 2.5
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Task:
     def seconds(self) -> float:
         """About how long it takes on one core."""
         sizes = [w * h / 1e6 for w, h in sizes_of(self.source.size, self.scales)]
-        layered = SECONDS.get(kind_of(self.method), 1.0) * sum(sizes[1:])
-        first = sizes[0] * (3.0 if kind_of(self.method) in SECONDS else 1.0)
+        ours = kind_of(self.method) == OURS
+        layered, first = (SECONDS if ours else 1.0) * sum(sizes[1:]), sizes[0] * (3.0 if ours else 1.0)
         return (layered + first) * (8 if self.target else 2 if self.box else 1) + 0.02
 
 
