@@ -282,8 +282,8 @@ def carry_out(
     try:
         with one_line():
             chosen = choose_device(device)
+            resume.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before pictures are read
             pictures = Pictures(list(data), chosen, smallest=max(256, *plan.side))
-            resume.mkdir(parents=True, exist_ok=True)
             torch.manual_seed(plan.seed)
             networks = make()
             start = fill(networks, weights, pictures, plan.seed, liff)
