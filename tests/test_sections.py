@@ -473,6 +473,12 @@ def test_damaged_sections(encoded, tmp_path, index, best):
     result = compass("decode", tmp_path / "d.cmps", "--best-effort", "--force", "-o", tmp_path / "out.png")
     assert result.code == 0 and f"layer {best}," in result.out
     assert (f"the {section.name} is damaged, and left out" in result.err) == (index in (0, 4, 5))
+    if index in (4, 5):  # which is not asked for
+        for command in (("decode", "--strip", "-f"), ("extract", "--layer", 2, "--strip", "-f")):
+            result = compass(*command, tmp_path / "d.cmps", "-o", tmp_path / "bare.cmps.png")
+            assert (result.code, result.err) == (0, "")
+        data_of = container.extract(bytes(data), 1, strip=True)
+        assert container.sections(container.read_header(data_of), data_of).exif is None
     if index in (0, 4, 5):  # which pixels do not need
         assert compass_codec.decode(bytes(data)).size == (32, 48)
     source = pictures.read(tmp_path / "out.png")

@@ -265,13 +265,18 @@ def extract(data: Buffer, layer: int, tail: bytes = b"", strip: bool = False) ->
     data = as_bytes(data)
     header = read_header(data, MAX_SIDE**2)
     last = pick(header, len(data), layer)
-    kept = sections(header, data, range(last + 1), tail)
+    kept = sections(without_metadata(header) if strip else header, data, range(last + 1), tail)
     if strip:
         kept = Sections(alpha=kept.alpha)
     layers = header.layers[: last + 1]
     sizes = [(e.width, e.height) for e in layers]
     scales, qualities = [e.scale for e in layers], [e.quality for e in layers]
     return write(header.model, sizes, scales, qualities, [payload(header, data, k) for k in range(last + 1)], kept)
+
+
+def without_metadata(header: Header) -> Header:
+    """The header less its EXIF and XMP, which are then left alone."""
+    return replace(header, sections=tuple(s for s in header.sections if KINDS[s.kind].place is not Place.LAST))
 
 
 def strip_header(header: Header, data: bytes) -> bytes:

@@ -148,10 +148,8 @@ def decode(source: Path, target: Path, options: DecodeOptions, url: str | None =
     else:
         for output in outputs:
             check_target(output, source, options)
-    lost: list[str] = []
-    sections = container.sections(header, data, wanted, tail, options.best_effort, lost)
-    # without ``tail`` all that lies behind the layers counts as cut off
-    notes += [reason for reason in lost if not (options.strip and reason.endswith("cut off"))]
+    known = container.without_metadata(header) if options.strip else header
+    sections = container.sections(known, data, wanted, tail, options.best_effort, notes)
     alphas = {
         k: pictures.alpha_from_bytes(coded, (header.layers[k].width, header.layers[k].height))
         for k, coded in sections.alpha.items()
